@@ -1,0 +1,975 @@
+#!/usr/bin/env python3
+"""Writes the golden fixtures of this folder with diffusers, transformers, tokenizers and torch on the CPU.
+
+    pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0
+    python tests/golden/make_golden.py                 # all, a minute or two
+    python tests/golden/make_golden.py --only NAME     # one of: models components pipelines scheduler random
+                                                       #         tokenizers packing tiny
+The models are small, with random weights made here from fixed seeds: every norm weight and bias is random and no gate
+is small, so that a missing branch shows. README.md beside this file lists every file and tensor.
+"""
+
+import argparse
+import base64
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random as pyrandom
+import re
+import shutil
+import struct
+import sys
+from collections import Counter
+from pathlib import Path
+
+VERSIONS = {
+    "torch": "2.13.0",
+    "diffusers": "0.42.1",
+    "transformers": "5.23.0",
+    "tokenizers": "0.23.3",
+    "safetensors": "0.8.0",
+}
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FOLDERS = ("schnell-like", "dev-like")
+
+
+def check_versions():
+    wrong = []
+    for name, wanted in VERSIONS.items():
+        found = importlib.metadata.version(name).split("+")[0]
+        if found != wanted:
+            wrong.append(f"{name} {found}, wanted {wanted}")
+    if wrong:
+        sys.exit("make_golden.py: wrong versions: " + "; ".join(wrong))
+
+
+check_versions()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel  # noqa: E402
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast  # noqa: E402
+
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+BF16 = torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small helpers
+
+
+def write_json(path, value, compact=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if compact:
+        text = json.dumps(value, separators=(",", ":"))
+    else:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, str(path))
+    path.chmod(0o644)
+
+
+def normal(seed, *shape, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def randomize(model, seed, gains=()):
+    """Fills every parameter in place. gains: (regular expression, factor) for weights that need another size."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        shape = parameter.shape
+        draw = torch.randn(shape, generator=generator)
+        if name.endswith("bias") and parameter.ndim == 1:
+            value = 0.2 * draw
+        elif parameter.ndim == 1:  # the weight of a norm: between 0.5 and 1.5, not centred on its usual 1
+            value = 0.5 + torch.rand(shape, generator=generator)
+        elif "embed" in name and "embedder" not in name or name.startswith("shared"):
+            value = 0.5 * draw
+        else:  # Linear or Conv2d
+            value = draw / math.sqrt(parameter[0].numel())
+        for pattern, factor in gains:
+            if re.search(pattern, name):
+                value = value * factor
+        parameter.copy_(value)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers with small vocabularies
+
+CORPUS = """
+a cat playing with a ball of yarn . an astronaut standing next to a giant lemon . three red apples on a blue background
+a photo of a small brown dog running on the green grass in the park , high quality , detailed , sharp focus , 4 k
+a painting of the sea at night with a bright moon and many stars in the style of an old master , oil on canvas
+a cat holding a sign that says hello world . it's a robot's dream , isn't it ? we've seen that they're here , i'm sure
+portrait of a young woman with long black hair wearing a white dress , soft light , film grain , photography
+two yellow birds sitting on a wooden table beside a cup of coffee and a book , morning light , cinematic
+""".split()
+
+
+def bytes_to_unicode():
+    """GPT-2's printable stand-in for every byte, in its order."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {b: chr(b) for b in kept}
+    for b in range(256):
+        if b not in table:
+            table[b] = chr(256 + len(table) - len(kept))
+    return table
+
+
+def train_bpe(words, count):
+    pieces = {tuple(word[:-1]) + (word[-1] + "</w>",): n for word, n in Counter(words).items()}
+    merges = []
+    while len(merges) < count:
+        pairs = Counter()
+        for piece, n in pieces.items():
+            for pair in zip(piece, piece[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        merged = {}
+        for piece, n in pieces.items():
+            out = []
+            for symbol in piece:
+                if out and (out[-1], symbol) == best:
+                    out[-1] += symbol
+                else:
+                    out.append(symbol)
+            merged[tuple(out)] = n
+        pieces = merged
+    return merges
+
+
+def special(content, normalized=False):
+    return {
+        "content": content,
+        "lstrip": False,
+        "normalized": normalized,
+        "rstrip": False,
+        "single_word": False,
+    }
+
+
+def write_clip_tokenizer(folder):
+    """vocab.json, merges.txt and configs as FLUX's tokenizer/ has them. Returns the number of ids."""
+    alphabet = list(bytes_to_unicode().values())
+    # "ab ab" must be able to merge through a pair that only exists after another merge: order of merges matters
+    merges = train_bpe(CORPUS, 200)
+    tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
+    tokens = list(dict.fromkeys(tokens))
+    start, end = len(tokens), len(tokens) + 1
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    write_json(folder / "vocab.json", vocab, compact=True)
+    lines = ["#version: 0.2"] + [" ".join(pair) for pair in merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "added_tokens_decoder": {
+                str(start): {**special("<|startoftext|>", True), "special": True},
+                str(end): {**special("<|endoftext|>"), "special": True},
+            },
+            "bos_token": "<|startoftext|>",
+            "clean_up_tokenization_spaces": True,
+            "do_lower_case": True,
+            "eos_token": "<|endoftext|>",
+            "errors": "replace",
+            "model_max_length": 77,
+            "pad_token": "<|endoftext|>",
+            "tokenizer_class": "CLIPTokenizer",
+            "unk_token": "<|endoftext|>",
+        },
+    )
+    write_json(
+        folder / "special_tokens_map.json",
+        {
+            "bos_token": special("<|startoftext|>", True),
+            "eos_token": special("<|endoftext|>"),
+            "pad_token": special("<|endoftext|>"),
+            "unk_token": special("<|endoftext|>"),
+        },
+    )
+    return len(tokens)
+
+
+def build_charsmap(rules):
+    """sentencepiece's precompiled_charsmap: u32 size, darts-clone double array, NUL-terminated replacements."""
+    strings, where = bytearray(), {}
+    trie = {}
+    for source, target in sorted(rules.items()):
+        if target not in where:
+            where[target] = len(strings)
+            strings += target.encode() + b"\0"
+        node = trie
+        for byte in source.encode():
+            node = node.setdefault(byte, {})
+        node[0] = where[target]  # label 0 ends a key
+    units, used = {0: 0}, {0}
+
+    def place(node, position, label):
+        base = 1
+        while any((base ^ child) in used for child in node) or base in used and 0 not in node:
+            base += 1
+        used.add(base)
+        for child in node:
+            used.add(base ^ child)
+        offset = position ^ base
+        assert offset < 1 << 21
+        units[position] = label | (0x100 if 0 in node else 0) | offset << 10
+        for child, below in sorted(node.items()):
+            if child == 0:
+                units[base] = 1 << 31 | below
+            else:
+                place(below, base ^ child, child)
+
+    place(trie, 0, 0)
+    size = (max(used) | 0xFF) + 1
+    array = b"".join(struct.pack("<I", units.get(i, 0)) for i in range(size))
+    return base64.b64encode(struct.pack("<I", len(array)) + array + bytes(strings)).decode()
+
+
+def write_t5_tokenizer(folder):
+    """tokenizer.json (Unigram) and configs as FLUX's tokenizer_2/ has them. Returns the number of ids."""
+    words = Counter("▁" + word for word in CORPUS)
+    pieces = Counter()
+    for word, n in words.items():
+        for start in range(len(word)):
+            for end in range(start + 2, min(len(word), start + 9) + 1):
+                pieces[word[start:end]] += n
+    ranked = sorted(pieces, key=lambda p: (-pieces[p] * (len(p) - 1), p))[:250]
+    letters = [chr(c) for c in range(33, 127)] + list("éüñçß–’“”…€日本")
+    characters = Counter("".join(CORPUS))
+    total = sum(pieces[p] for p in ranked) + sum(characters.values())
+    vocab = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -2.0]]
+    scored = [[p, math.log(pieces[p] / total)] for p in ranked]
+    scored += [[c, math.log((characters[c] + 0.05) / total) - 1.0] for c in letters]
+    vocab += sorted(scored, key=lambda item: (-item[1], item[0]))
+    extra = [f"<extra_id_{i}>" for i in range(100)]
+    first_extra = len(vocab)
+    vocab += [[token, 0.0] for token in reversed(extra)]
+
+    rules = {chr(0xFEE0 + c): chr(c) for c in range(33, 127)}  # full-width forms
+    rules |= {"\t": " ", "\n": " ", "\r": " ", "\u00a0": " ", "\u3000": " ", "\u2003": " ", "\u200b": "", "\u0007": ""}
+    rules |= {"ﬁ": "fi", "ﬂ": "fl", "½": "1⁄2", "²": "2", "™": "TM", "e\u0301": "é", "u\u0308": "ü", "n\u0303": "ñ"}
+    end = {"id": "</s>", "type_id": 0}
+    a, b = ({"Sequence": {"id": i, "type_id": 0}} for i in "AB")
+    added = list(enumerate(["<pad>", "</s>", "<unk>"])) + list(enumerate(reversed(extra), first_extra))
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **special(token), "special": True} for i, token in added],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Precompiled", "precompiled_charsmap": build_charsmap(rules)},
+                {"type": "Strip", "strip_left": False, "strip_right": True},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True, "prepend_scheme": "first"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [a, {"SpecialToken": end}],
+            "pair": [a, {"SpecialToken": end}, b, {"SpecialToken": end}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "decoder": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True, "prepend_scheme": "always"},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False},
+    }
+    write_json(folder / "tokenizer.json", tokenizer, compact=True)
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": True,
+            "added_tokens_decoder": {str(i): {**special(token), "special": True} for i, token in added},
+            "additional_special_tokens": extra,
+            "clean_up_tokenization_spaces": True,
+            "eos_token": "</s>",
+            "extra_ids": 100,
+            "legacy": False,
+            "model_max_length": 512,
+            "pad_token": "<pad>",
+            "sp_model_kwargs": {},
+            "tokenizer_class": "T5Tokenizer",
+            "unk_token": "<unk>",
+        },
+        compact=True,
+    )
+    write_json(
+        folder / "special_tokens_map.json",
+        {
+            "additional_special_tokens": extra,
+            "eos_token": special("</s>"),
+            "pad_token": special("<pad>"),
+            "unk_token": special("<unk>"),
+        },
+        compact=True,
+    )
+    return len(vocab)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models: the two folders, and one autoencoder of another shape
+
+VAE_COMMON = dict(
+    in_channels=3,
+    out_channels=3,
+    latent_channels=16,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    sample_size=64,
+)
+SETTINGS = {
+    "schnell-like": dict(
+        seed=100,
+        transformer=dict(
+            attention_head_dim=32,
+            num_attention_heads=2,
+            num_layers=2,
+            num_single_layers=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            guidance_embeds=False,
+            axes_dims_rope=[8, 12, 12],
+        ),
+        bf16=r"transformer_blocks\.1\.",  # the second blocks only: dtypes may differ from tensor to tensor
+        shard="450KB",
+        clip=dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2),
+        clip_eos="legacy",
+        clip_prefix="text_model.",  # as in FLUX's own files
+        t5=dict(d_model=48, d_kv=16, d_ff=96, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"),
+        vae=dict(
+            block_out_channels=[4, 4, 8, 8],
+            layers_per_block=1,
+            norm_num_groups=2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        scheduler=dict(shift=1.0, use_dynamic_shifting=False),
+    ),
+    "dev-like": dict(
+        seed=200,
+        transformer=dict(
+            attention_head_dim=128,
+            num_attention_heads=1,
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=40,
+            pooled_projection_dim=24,
+            guidance_embeds=True,
+            axes_dims_rope=[16, 56, 56],
+        ),
+        bf16=r".*",  # all of every model, as in FLUX's own files
+        shard="10GB",
+        clip=dict(hidden_size=24, intermediate_size=64, num_hidden_layers=3, num_attention_heads=3),
+        clip_eos="true",
+        clip_prefix="",  # as transformers 5 writes it
+        # FLUX's own config.json says it in this way, without feed_forward_proj (which then reads "relu")
+        t5=dict(
+            d_model=40,
+            d_kv=16,
+            d_ff=56,
+            num_layers=2,
+            num_heads=3,
+            dense_act_fn="gelu_pytorch_tanh",
+            is_gated_act=True,
+        ),
+        vae=dict(
+            block_out_channels=[3, 6, 6, 9],
+            layers_per_block=2,
+            norm_num_groups=3,
+            use_quant_conv=True,
+            use_post_quant_conv=True,
+        ),
+        scheduler=dict(shift=3.0, use_dynamic_shifting=True),
+    ),
+}
+
+
+def vae_config(config):
+    stages = len(config["block_out_channels"])
+    return dict(
+        VAE_COMMON,
+        down_block_types=["DownEncoderBlock2D"] * stages,
+        up_block_types=["UpDecoderBlock2D"] * stages,
+        **config,
+    )
+
+
+VAE_GAINS = ((r"decoder\.conv_out\.weight", 0.6), (r"to_[qk]\.weight", 1.5))
+
+
+def to_bf16(model, pattern):
+    """Casts the parameters that match, so that they are stored in bf16."""
+    for name, parameter in model.named_parameters():
+        if re.search(pattern, name):
+            parameter.data = parameter.data.to(BF16)
+    return model
+
+
+def make_folder(name):
+    settings = SETTINGS[name]
+    folder, seed = HERE / name, settings["seed"]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+    clip_vocab = write_clip_tokenizer(folder / "tokenizer")
+    t5_vocab = write_t5_tokenizer(folder / "tokenizer_2")
+
+    transformer = FluxTransformer2DModel(in_channels=64, patch_size=1, **settings["transformer"])
+    randomize(transformer, seed + 1, ((r"time_text_embed.*linear_1\.weight", 1.5),))
+    to_bf16(transformer, settings["bf16"]).save_pretrained(folder / "transformer", max_shard_size=settings["shard"])
+
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=clip_vocab + 8,  # ids above <|endoftext|>: the two rules for the pooled token then differ
+            hidden_act="quick_gelu",
+            max_position_embeddings=77,
+            projection_dim=settings["clip"]["hidden_size"],
+            bos_token_id=0 if settings["clip_eos"] == "legacy" else clip_vocab - 2,
+            eos_token_id=2 if settings["clip_eos"] == "legacy" else clip_vocab - 1,
+            pad_token_id=1 if settings["clip_eos"] == "legacy" else clip_vocab - 1,
+            **settings["clip"],
+        )
+    )
+    randomize(clip, seed + 2, ((r"[qk]_proj\.weight", 1.5),))
+    to_bf16(clip, settings["bf16"]).save_pretrained(folder / "text_encoder")
+    if settings["clip_prefix"]:
+        path = folder / "text_encoder" / "model.safetensors"
+        tensors = {settings["clip_prefix"] + key: value for key, value in load_file(path).items()}
+        save_file(tensors, str(path), metadata={"format": "pt"})
+
+    d_kv = settings["t5"]["d_kv"]
+    t5 = T5EncoderModel(T5Config(vocab_size=t5_vocab, tie_word_embeddings=False, **settings["t5"]))
+    # q is not scaled in T5, so its weights are small instead
+    randomize(t5, seed + 3, ((r"SelfAttention\.q", 1.5 / math.sqrt(d_kv)), (r"relative_attention_bias", 2.0)))
+    to_bf16(t5, settings["bf16"]).save_pretrained(folder / "text_encoder_2")
+
+    vae = AutoencoderKL(**vae_config(settings["vae"]))
+    randomize(vae, seed + 4, VAE_GAINS)
+    to_bf16(vae, settings["bf16"]).save_pretrained(folder / "vae")
+
+    FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=4096,
+        max_shift=1.15,
+        num_train_timesteps=1000,
+        **settings["scheduler"],
+    ).save_pretrained(folder / "scheduler")
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "FluxPipeline",
+            "_diffusers_version": VERSIONS["diffusers"],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def make_models():
+    for name in FOLDERS:
+        make_folder(name)
+    shutil.rmtree(HERE / "vae-odd", ignore_errors=True)
+    odd = AutoencoderKL(
+        **vae_config(
+            dict(
+                block_out_channels=[5, 5, 10],
+                layers_per_block=2,
+                norm_num_groups=5,
+                use_quant_conv=True,
+                use_post_quant_conv=False,
+                mid_block_add_attention=False,
+            )
+        )
+    )
+    randomize(odd, 304, VAE_GAINS).save_pretrained(HERE / "vae-odd")
+
+
+def load_pipeline(folder, dtype):
+    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
+        wrong = [name for name, p in part.named_parameters() if p.dtype != dtype]
+        assert not wrong, f"{type(part).__name__}: not {dtype}: {wrong[:3]}"
+        part.eval()
+    return pipe
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# components
+
+
+def both(pipes, run):
+    """run(pipe, dtype) -> {name: tensor}, in fp32 as out.NAME and in bf16 as out_bf16.NAME."""
+    tensors = {}
+    for dtype, prefix in ((torch.float32, "out"), (BF16, "out_bf16")):
+        for name, tensor in run(pipes[dtype], dtype).items():
+            tensors[f"{prefix}.{name}"] = tensor.to(dtype)
+    return tensors
+
+
+def clip_component(pipes, folder, seed):
+    pipe = pipes[torch.float32]
+    end = pipe.tokenizer.eos_token_id
+    texts = ["a cat playing with a ball of yarn", "it's a robot <|endoftext|> and a dog"]
+    ids = [pipe.tokenizer(t, padding="max_length", max_length=77, truncation=True).input_ids for t in texts]
+    # every id, no padding, and ids above the true end token before it
+    every = torch.randint(0, end, (77,), generator=torch.Generator().manual_seed(seed)).tolist()
+    every[9], every[20], every[30], every[50], every[76] = end + 3, end, end + 7, end + 7, end
+    ids = torch.tensor(ids + [every])
+    tensors = {"in.ids": ids}
+
+    def run(pipe, dtype):
+        out = pipe.text_encoder(ids)
+        return {"last_hidden_state": out.last_hidden_state, "pooled": out.pooler_output}
+
+    write_tensors(HERE / "components" / folder / "clip.safetensors", tensors | both(pipes, run))
+
+
+def t5_component(pipes, folder, seed):
+    pipe = pipes[torch.float32]
+    text = "an astronaut standing next to a giant lemon, détail <extra_id_3>"
+    short = pipe.tokenizer_2([text, ""], padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
+    # 160 tokens: distances beyond relative_attention_max_distance
+    long = torch.randint(0, len(pipe.tokenizer_2), (1, 160), generator=torch.Generator().manual_seed(seed))
+    tensors = {"in.short": short, "in.long": long}
+
+    def run(pipe, dtype):
+        return {name: pipe.text_encoder_2(ids).last_hidden_state for name, ids in (("short", short), ("long", long))}
+
+    bias = pipe.text_encoder_2.encoder.block[0].layer[0].SelfAttention.compute_bias(40, 40)
+    buckets = pipe.text_encoder_2.encoder.block[0].layer[0].SelfAttention._relative_position_bucket(torch.arange(-200, 201))
+    tensors |= {"mid.position_bias": bias, "mid.buckets": buckets}
+    write_tensors(HERE / "components" / folder / "t5.safetensors", tensors | both(pipes, run))
+
+
+def transformer_component(pipes, folder, seed):
+    config = SETTINGS[folder]["transformer"]
+    rows, columns, words = 3, 4, 9
+    img_ids = FluxPipeline._prepare_latent_image_ids(2, rows, columns, "cpu", torch.float32)
+    inputs = {
+        "hidden_states": normal(seed + 1, 2, rows * columns, 64),
+        "encoder_hidden_states": normal(seed + 2, 2, words, config["joint_attention_dim"]),
+        "pooled_projections": normal(seed + 3, 2, config["pooled_projection_dim"]),
+        "timestep": torch.tensor([1.0, 0.25]),
+        "img_ids": img_ids,
+        "txt_ids": torch.zeros(words, 3),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = torch.tensor([2.0, 1.0])
+    # The model multiplies both by 1000 in its own dtype. Those above stay exact in bf16; these do not (3500 -> 3504),
+    # and the sine and cosine of them then differ much from fp32's.
+    rounded = {"timestep": torch.tensor([0.7512, 0.3712])}
+    if config["guidance_embeds"]:
+        rounded["guidance"] = torch.tensor([3.5, 1.25])
+    middles = {}
+
+    def run(pipe, dtype):
+        seen = middles.setdefault(dtype, {})
+        model = pipe.transformer
+
+        def keep(*names):
+            def hook(module, args, output):
+                outputs = output if isinstance(output, tuple) else (output,)
+                seen.update(zip(names, outputs))
+
+            return hook
+
+        hooks = [
+            model.time_text_embed.register_forward_hook(keep("temb")),
+            model.pos_embed.register_forward_hook(keep("rope_cos", "rope_sin")),
+            model.x_embedder.register_forward_hook(keep("x_embedder")),
+            model.context_embedder.register_forward_hook(keep("context_embedder")),
+            model.norm_out.register_forward_hook(keep("norm_out")),
+        ]
+        block = model.transformer_blocks[0]
+        hooks += [
+            block.register_forward_hook(keep("double0.encoder_hidden_states", "double0.hidden_states")),
+            block.norm1.register_forward_hook(keep("double0.norm1")),
+            block.attn.register_forward_hook(keep("double0.attn.hidden_states", "double0.attn.encoder_hidden_states")),
+            block.ff.register_forward_hook(keep("double0.ff")),
+        ]
+        block = model.single_transformer_blocks[0]
+        hooks += [
+            block.register_forward_hook(keep("single0.encoder_hidden_states", "single0.hidden_states")),
+            block.norm.register_forward_hook(keep("single0.norm")),
+            block.attn.register_forward_hook(keep("single0.attn")),
+        ]
+        sample = model(**{name: tensor.to(dtype) for name, tensor in inputs.items()}).sample
+        for hook in hooks:
+            hook.remove()
+        other = model(**{name: tensor.to(dtype) for name, tensor in (inputs | rounded).items()}).sample
+        return {"sample": sample, "rounded.sample": other}
+
+    tensors = {f"in.{name}": tensor for name, tensor in inputs.items()} | both(pipes, run)
+    tensors |= {f"in.rounded.{name}": tensor for name, tensor in rounded.items()}
+    tensors |= {f"mid.{name}": tensor for name, tensor in middles[torch.float32].items()}
+    tensors |= {f"mid_bf16.{name}": middles[BF16][name] for name in ("temb", "double0.hidden_states", "single0.hidden_states")}
+    write_tensors(HERE / "components" / folder / "transformer.safetensors", tensors)
+
+
+def vae_component(models, folder, seed, latents, images):
+    """models: {dtype: AutoencoderKL}."""
+    inputs = {f"latents{i}": normal(seed + i, *shape) for i, shape in enumerate(latents)}
+    inputs |= {f"image{i}": normal(seed + 10 + i, *shape, scale=0.5).clamp(-1, 1) for i, shape in enumerate(images)}
+
+    def run(vae, dtype):
+        out = {}
+        for name, tensor in inputs.items():
+            if name.startswith("latents"):
+                out[name.replace("latents", "decoded")] = vae.decode(tensor.to(dtype)).sample
+            else:
+                posterior = vae.encode(tensor.to(dtype)).latent_dist
+                out[name.replace("image", "moments")] = posterior.parameters
+                out[name.replace("image", "mode")] = posterior.mode()
+        return out
+
+    tensors = {f"in.{name}": tensor for name, tensor in inputs.items()} | both(models, run)
+    write_tensors(HERE / "components" / folder / "vae.safetensors", tensors)
+
+
+def make_components():
+    for folder in FOLDERS:
+        seed = SETTINGS[folder]["seed"] + 20
+        pipes = {dtype: load_pipeline(HERE / folder, dtype) for dtype in (torch.float32, BF16)}
+        clip_component(pipes, folder, seed)
+        t5_component(pipes, folder, seed)
+        transformer_component(pipes, folder, seed)
+        vaes = {dtype: pipe.vae for dtype, pipe in pipes.items()}
+        vae_component(vaes, folder, seed, [(1, 16, 4, 6), (2, 16, 3, 1)], [(1, 3, 32, 48), (1, 3, 37, 51)])
+    odd = {
+        dtype: AutoencoderKL.from_pretrained(HERE / "vae-odd", torch_dtype=dtype).eval() for dtype in (torch.float32, BF16)
+    }
+    vae_component(odd, "vae-odd", 320, [(1, 16, 5, 8)], [(1, 3, 19, 32)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pipelines
+
+RUNS = {
+    "schnell-like": {
+        "one": dict(
+            prompt="A cat playing with a ball of yarn",
+            seed=42,
+            num_inference_steps=4,
+            height=48,
+            width=80,
+            guidance_scale=0.0,
+            max_sequence_length=48,
+        ),
+        "two": dict(
+            prompt="three red apples",
+            prompt_2="three red apples on a blue background, oil on canvas",
+            seed=7,
+            num_inference_steps=2,
+            height=48,
+            width=32,
+            guidance_scale=0.0,
+            max_sequence_length=24,
+            num_images_per_prompt=2,
+        ),
+    },
+    "dev-like": {
+        "one": dict(
+            prompt="An astronaut standing next to a giant lemon",
+            seed=0,
+            num_inference_steps=3,
+            height=48,
+            width=80,
+            guidance_scale=3.5,
+            max_sequence_length=64,
+        ),
+        "two": dict(
+            prompt="a photo of a small brown dog",
+            prompt_2="",
+            seed=123456789,
+            num_inference_steps=4,
+            height=32,
+            width=80,
+            guidance_scale=1.5,
+            max_sequence_length=32,
+            num_images_per_prompt=2,
+        ),
+        # 16x16 pixels: one packed token; prompt longer than max_sequence_length, so truncated
+        "cut": dict(
+            prompt="a painting of the sea at night with a bright moon and many stars in the style of an old master",
+            seed=2**32 + 5,
+            num_inference_steps=1,
+            height=16,
+            width=16,
+            guidance_scale=30.0,
+            max_sequence_length=8,
+        ),
+    },
+}
+
+
+def trace(pipe, settings):
+    """Runs FluxPipeline and returns all tensors of interest, and the numbers of its schedule."""
+    settings = dict(settings)
+    generator = torch.Generator().manual_seed(settings.pop("seed"))
+    tensors = {}
+    prepare = pipe.prepare_latents
+
+    def prepare_and_keep(*args, **kwargs):
+        latents, ids = prepare(*args, **kwargs)
+        tensors["initial"] = latents
+        return latents, ids
+
+    def after_step(pipe, step, timestep, kept):
+        tensors[f"step{step}"] = kept["latents"]
+        tensors["prompt_embeds"] = kept["prompt_embeds"]
+        return {}
+
+    embeds = pipe.encode_prompt(
+        settings["prompt"],
+        settings.get("prompt_2"),
+        num_images_per_prompt=settings.get("num_images_per_prompt", 1),
+        max_sequence_length=settings["max_sequence_length"],
+    )
+    pipe.prepare_latents = prepare_and_keep
+    image = pipe(
+        **settings,
+        generator=generator,
+        output_type="pt",
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+    ).images
+    pipe.prepare_latents = prepare
+    assert torch.equal(embeds[0], tensors["prompt_embeds"])
+    tensors["pooled"] = embeds[1]
+    tensors["image"] = image
+    # what numpy_to_pil does with pt_to_numpy's floats
+    tensors["pixels"] = torch.from_numpy((image.float().permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8"))
+    tensors["sigmas"] = pipe.scheduler.sigmas
+    tensors["timesteps"] = pipe.scheduler.timesteps
+    return tensors
+
+
+def make_pipelines():
+    listing = {}
+    for folder, runs in RUNS.items():
+        for dtype, suffix in ((torch.float32, "fp32"), (BF16, "bf16")):
+            pipe = load_pipeline(HERE / folder, dtype)
+            for name, settings in runs.items():
+                tensors = trace(pipe, settings)
+                clamped = ((tensors["image"] <= 0) | (tensors["image"] >= 1)).float().mean().item()
+                last = tensors[f"step{settings['num_inference_steps'] - 1}"].float()
+                print(f"  {folder} {name} {suffix}: clamped pixels {clamped:.3f}, final latents' std {last.std():.2f}")
+                write_tensors(HERE / "pipelines" / f"{folder}.{name}.{suffix}.safetensors", tensors)
+                listing[f"{folder}.{name}"] = {"model": folder, **settings}
+    write_json(HERE / "pipelines" / "runs.json", listing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scheduler
+
+
+def floats(tensor):
+    """float32 values as JSON numbers: the nearest double of the shortest text that gives the same float32 back."""
+    return [float(v) for v in tensor.double()]
+
+
+def pipeline_sigmas(steps):
+    return [1.0 + (1.0 / steps - 1.0) * i / (steps - 1) for i in range(steps)] if steps > 1 else [1.0]
+
+
+def make_scheduler():
+    import numpy as np
+
+    common = dict(base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15)
+    cases = []
+
+    def add(note, config, *, steps=None, sigmas=None, image_seq_len=None):
+        scheduler = FlowMatchEulerDiscreteScheduler(**common, **config)
+        mu = None if image_seq_len is None else calculate_shift(image_seq_len)
+        if sigmas is None and steps is not None and note == "pipeline":
+            given = np.linspace(1.0, 1 / steps, steps)  # what FluxPipeline passes
+        else:
+            given = sigmas
+        if given is None:
+            scheduler.set_timesteps(steps, mu=mu)
+        else:
+            scheduler.set_timesteps(sigmas=given, mu=mu)
+        cases.append(
+            dict(
+                note=note,
+                config=config,
+                num_inference_steps=steps,
+                given_sigmas=sigmas,
+                image_seq_len=image_seq_len,
+                mu=mu,
+                sigmas=floats(scheduler.sigmas),
+                timesteps=floats(scheduler.timesteps),
+            )
+        )
+
+    steps = (1, 2, 4, 28, 50)
+    for shift in (1.0, 3.0):
+        for n in steps:
+            add("pipeline", dict(shift=shift, use_dynamic_shifting=False), steps=n)
+    for image_seq_len in (1, 24, 256, 1024, 3600, 4096, 8192):
+        for n in steps:
+            add("pipeline", dict(shift=3.0, use_dynamic_shifting=True), steps=n, image_seq_len=image_seq_len)
+    custom = [1.0, 0.93, 0.7, 0.41, 0.05]
+    add("custom", dict(shift=1.0, use_dynamic_shifting=False), sigmas=custom)
+    add("custom", dict(shift=3.0, use_dynamic_shifting=False), sigmas=custom)
+    add("custom", dict(shift=3.0, use_dynamic_shifting=True), sigmas=custom, image_seq_len=2304)
+    for n in (2, 4, 28):  # the scheduler's own sigmas, which FluxPipeline does not use
+        add("scheduler's own", dict(shift=1.0, use_dynamic_shifting=False), steps=n)
+        add("scheduler's own", dict(shift=3.0, use_dynamic_shifting=False), steps=n)
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**common, shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 4, 4), mu=calculate_shift(1024))
+    traces = []
+    for dtype in (torch.float32, BF16):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 4, 4), mu=calculate_shift(1024))
+        sample = normal(1, 12).to(dtype)
+        run = dict(dtype=str(dtype).split(".")[1], sigmas=floats(scheduler.sigmas), sample=floats(sample), steps=[])
+        for i, t in enumerate(scheduler.timesteps):
+            velocity = normal(2 + i, 12).to(dtype)
+            sample = scheduler.step(velocity, t, sample, return_dict=False)[0]
+            assert sample.dtype == dtype
+            run["steps"].append(dict(velocity=floats(velocity), sample=floats(sample)))
+        traces.append(run)
+    write_json(HERE / "scheduler.json", {"versions": VERSIONS, "cases": cases, "traces": traces}, compact=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random
+
+SEEDS = [0, 1, 2, 3, 7, 42, 123, 1234, 31337, 65535, 123456789, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 42]
+SEEDS += [2**53 + 2, 2**63 - 1, 2**64 - 1, -1]
+
+
+def bits(tensor):
+    """Bit patterns, 8 (float32) or 4 (bfloat16) hexadecimal digits a value, one string."""
+    kind, width, mask = (torch.int32, 8, 0xFFFFFFFF) if tensor.dtype == torch.float32 else (torch.int16, 4, 0xFFFF)
+    return "".join(f"{v & mask:0{width}x}" for v in tensor.contiguous().view(kind).flatten().tolist())
+
+
+def summary(tensor):
+    flat = tensor.flatten()
+    raw = flat.contiguous().view(torch.uint8).numpy().tobytes()  # little endian
+    return {"sha256": hashlib.sha256(raw).hexdigest(), "first": bits(flat[:16]), "last": bits(flat[-16:])}
+
+
+def make_random():
+    draws = []
+    for seed in SEEDS:
+        entry = {"seed": str(seed)}
+        for dtype, name in ((torch.float32, "float32"), (BF16, "bfloat16")):
+            values = {}
+            for size in (1, 5, 15, 16, 17, 100):
+                torch.manual_seed(seed)
+                values[str(size)] = bits(torch.randn(size, dtype=dtype))
+            torch.manual_seed(seed)
+            values["1000"] = summary(torch.randn(1000, dtype=dtype))
+            generator = torch.Generator().manual_seed(seed)
+            values["1x16x32x32"] = summary(torch.randn(1, 16, 32, 32, generator=generator, dtype=dtype))
+            for sizes in ((5, 16, 3), (3, 3, 3), (1, 17, 1, 20)):
+                generator = torch.Generator().manual_seed(seed)
+                values["+".join(map(str, sizes))] = [bits(torch.randn(n, generator=generator, dtype=dtype)) for n in sizes]
+            entry[name] = values
+        generator = torch.Generator().manual_seed(seed)
+        entry["mixed 5 float32, 5 bfloat16, 3 float32"] = [
+            bits(torch.randn(n, generator=generator, dtype=dtype)) for n, dtype in ((5, torch.float32), (5, BF16), (3, torch.float32))
+        ]
+        generator = torch.Generator().manual_seed(seed)
+        words = [torch.empty(1, dtype=torch.int64).random_(0, 2**32, generator=generator).item() for _ in range(2)]
+        entry["uint64 draws modulo 2**32"] = words
+        draws.append(entry)
+    value = {
+        "versions": VERSIONS,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "draws": draws,
+    }
+    write_json(HERE / "random.json", value, compact=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+
+def make_tokenizers():
+    raise NotImplementedError
+
+
+def make_packing():
+    tensors = {}
+    for batch, height, width in ((1, 64, 96), (2, 32, 16), (1, 16, 16), (1, 70, 109)):
+        rows, columns = 2 * (height // 16), 2 * (width // 16)
+        name = f"{batch}x{height}x{width}"
+        latents = torch.arange(batch * 16 * rows * columns, dtype=torch.float32).reshape(batch, 16, rows, columns)
+        packed = FluxPipeline._pack_latents(latents, batch, 16, rows, columns)
+        unpacked = FluxPipeline._unpack_latents(packed, height, width, 8)
+        assert torch.equal(unpacked, latents)
+        tensors[f"{name}.latents"] = latents
+        tensors[f"{name}.packed"] = packed
+        tensors[f"{name}.image_ids"] = FluxPipeline._prepare_latent_image_ids(batch, rows // 2, columns // 2, "cpu", torch.float32)
+    write_tensors(HERE / "packing.safetensors", tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiny
+
+
+def make_tiny():
+    raise NotImplementedError
+
+
+TARGETS = {
+    "models": make_models,
+    "components": make_components,
+    "pipelines": make_pipelines,
+    "scheduler": make_scheduler,
+    "random": make_random,
+    "tokenizers": make_tokenizers,
+    "packing": make_packing,
+    "tiny": make_tiny,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=TARGETS, action="append", help="make only this; may be given again")
+    chosen = parser.parse_args().only or [name for name in TARGETS if name != "tiny"]
+    for name in chosen:
+        print(name, flush=True)
+        TARGETS[name]()
+
+
+if __name__ == "__main__":
+    main()
