@@ -1,0 +1,11 @@
+import type { ConvPlan, DeviceProperties, MatmulPlan } from "../device.ts";
+
+/**
+ * What computes matrix products and convolutions on the CPU: oneDNN where a libdnnl is found, else WebAssembly.
+ * Calls return when the work is done. Plans have been checked by the operator's launcher.
+ */
+export interface CpuProvider extends Disposable {
+  properties(): DeviceProperties;
+  matmul(plan: MatmulPlan): void;
+  conv(plan: ConvPlan): void;
+}

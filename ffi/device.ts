@@ -1,0 +1,95 @@
+import type { Tensor } from "./tensor.ts";
+
+/** Which family of runtime a device belongs to. */
+export type DeviceKind = "cpu" | "cuda" | "hip";
+
+/** A piece of device memory. What owns it frees it; a {@link Tensor} only looks at it. */
+export interface Memory {
+  readonly device: Device;
+  /** Address on the device: 64-bit, so that offsets are additions. */
+  readonly pointer: bigint;
+  readonly byteLength: number;
+}
+
+/**
+ * One matrix product `out = alpha * a @ b^T + bias`, accumulated in f32.
+ *
+ * `a` is `[m, k]`, `b` is `[n, k]` (a Linear layer's own layout; a transposed view serves for `[k, n]`), `bias` is
+ * `[n]`, `out` is `[m, n]`. Each may be strided with any row stride; one of a matrix's two strides is 1.
+ * The dtypes of `a` and `b` are f32 or bf16, `out` is f32 or bf16.
+ */
+export interface MatmulPlan {
+  readonly a: Tensor;
+  readonly b: Tensor;
+  readonly bias?: Tensor | undefined;
+  readonly out: Tensor;
+  readonly alpha?: number | undefined;
+  /** `b` never changes (a weight): a library may keep a packed copy of it, as long as `b`'s memory lives. */
+  readonly constant?: boolean | undefined;
+}
+
+/**
+ * One 2-D cross-correlation: `x` `[n, c, h, w]`, `weight` `[o, c, kh, kw]`, `bias` `[o]`, `out` `[n, o, oh, ow]`.
+ * The shapes are logical; strides say whether a tensor is NCHW or NHWC. Weights are constant.
+ */
+export interface ConvPlan {
+  readonly x: Tensor;
+  readonly weight: Tensor;
+  readonly bias?: Tensor | undefined;
+  readonly out: Tensor;
+  readonly stride: number;
+  /** Zero rows and columns added around the picture: `[top, left, bottom, right]`. */
+  readonly padding: readonly [number, number, number, number];
+}
+
+/** What a device says of itself. */
+export interface DeviceProperties {
+  /** Human-readable model, e.g. `"AMD EPYC 9R14, 2 cores"`. */
+  readonly description: string;
+  /** The libraries that do the heavy work, e.g. `{ matmul: "oneDNN 2.6.3 (avx512_core_bf16)" }`. */
+  readonly providers: Readonly<Record<string, string>>;
+  /** Whether matrix products in bf16 are native (else they are emulated in f32 and rounded). */
+  readonly nativeBfloat16: boolean;
+}
+
+/** Bytes of device memory in use. */
+export interface MemoryUse {
+  readonly current: number;
+  readonly peak: number;
+}
+
+/**
+ * A place where tensors live and kernels run. CUDA, HIP and the CPU have the same verbs in the same order.
+ *
+ * Work is issued in order; a call may return before the work is done, and {@link synchronize} waits for it.
+ */
+export interface Device extends Disposable {
+  readonly kind: DeviceKind;
+  /** As given to {@link openDevice}, with the index: `"cpu"`, `"cuda:0"`. */
+  readonly name: string;
+  properties(): DeviceProperties;
+  memoryUse(): MemoryUse;
+
+  /** Uninitialized memory. Throws {@link OutOfMemoryError}. Inside a {@link scope} it is freed at its end. */
+  alloc(byteLength: number): Memory;
+  /** Gives memory back; the caller no longer uses it. Freeing twice is an error. */
+  free(memory: Memory): void;
+  /**
+   * Runs `body` and frees all that it allocated, except the tensors that it returns (a tensor, an array or a plain
+   * object of tensors), which then belong to the scope around it.
+   */
+  scope<T>(body: () => T): T;
+
+  /** Makes host bytes available on the device. The CPU keeps using them where they are, without a copy. */
+  place(bytes: Uint8Array): Memory;
+  /** Copies host bytes into the start of `memory`. */
+  upload(bytes: Uint8Array, memory: Memory): void;
+  /** Waits for the work so far and copies a contiguous tensor's bytes to the host. */
+  download(tensor: Tensor): Promise<Uint8Array<ArrayBuffer>>;
+
+  matmul(plan: MatmulPlan): void;
+  conv(plan: ConvPlan): void;
+
+  /** Resolves when all work issued so far is done. */
+  synchronize(): Promise<void>;
+}

@@ -1,0 +1,191 @@
+import type { Device, Memory } from "./device.ts";
+import { type DType, dtypeBytes } from "./dtype.ts";
+import { FfiError } from "./errors.ts";
+
+/** Strides, in elements, of a dense row-major tensor. */
+export function contiguousStrides(shape: readonly number[]): number[] {
+  const strides = new Array<number>(shape.length);
+  let step = 1;
+  for (let dim = shape.length - 1; dim >= 0; dim--) {
+    strides[dim] = step;
+    step *= shape[dim];
+  }
+  return strides;
+}
+
+/** Number of elements of a shape. */
+export function elementCount(shape: readonly number[]): number {
+  return shape.reduce((product, size) => product * size, 1);
+}
+
+/**
+ * An n-dimensional view of device memory: dtype, shape, strides in elements and an offset. Views (`reshape`,
+ * `permute`, `narrow`) cost nothing and share memory. A tensor never moves between devices by itself.
+ */
+export class Tensor {
+  constructor(
+    readonly memory: Memory,
+    readonly dtype: DType,
+    readonly shape: readonly number[],
+    readonly strides: readonly number[] = contiguousStrides(shape),
+    /** First element, in elements from the start of the memory. */
+    readonly offset: number = 0,
+  ) {}
+
+  /** Uninitialized dense tensor. */
+  static empty(device: Device, shape: readonly number[], dtype: DType): Tensor {
+    return new Tensor(device.alloc(elementCount(shape) * dtypeBytes(dtype)), dtype, shape);
+  }
+
+  /** Dense f32 tensor with the given values, rounded to `dtype` f32 only; use the cast op for others. */
+  static fromFloat32(
+    device: Device,
+    values: Float32Array | readonly number[],
+    shape: readonly number[],
+  ): Tensor {
+    const data = Float32Array.from(values);
+    return Tensor.fromBytes(device, new Uint8Array(data.buffer), shape, "f32");
+  }
+
+  /** Dense i32 tensor with the given values. */
+  static fromInt32(device: Device, values: Int32Array | readonly number[], shape: readonly number[]): Tensor {
+    const data = Int32Array.from(values);
+    return Tensor.fromBytes(device, new Uint8Array(data.buffer), shape, "i32");
+  }
+
+  /** Dense tensor that holds a copy of the little-endian `bytes`. Throws {@link FfiError} if the sizes differ. */
+  static fromBytes(device: Device, bytes: Uint8Array, shape: readonly number[], dtype: DType): Tensor {
+    const needed = elementCount(shape) * dtypeBytes(dtype);
+    if (bytes.byteLength !== needed) {
+      throw new FfiError(
+        `${dtype} [${shape.join(", ")}] takes ${needed} bytes, ${bytes.byteLength} were given`,
+      );
+    }
+    const memory = device.alloc(needed);
+    device.upload(bytes, memory);
+    return new Tensor(memory, dtype, shape);
+  }
+
+  get device(): Device {
+    return this.memory.device;
+  }
+
+  get rank(): number {
+    return this.shape.length;
+  }
+
+  /** Number of elements. */
+  get size(): number {
+    return elementCount(this.shape);
+  }
+
+  get byteLength(): number {
+    return this.size * dtypeBytes(this.dtype);
+  }
+
+  /** Address of the first element. */
+  get pointer(): bigint {
+    return this.memory.pointer + BigInt(this.offset * dtypeBytes(this.dtype));
+  }
+
+  /** Whether the elements lie densely in row-major order. */
+  get isContiguous(): boolean {
+    let step = 1;
+    for (let dim = this.rank - 1; dim >= 0; dim--) {
+      if (this.shape[dim] !== 1 && this.strides[dim] !== step) return false;
+      step *= this.shape[dim];
+    }
+    return true;
+  }
+
+  /**
+   * The same elements under another shape; one size may be -1. Throws {@link FfiError} where strides forbid it
+   * (dimensions that are merged must lie densely behind one another).
+   */
+  reshape(shape: readonly number[]): Tensor {
+    const known = shape.reduce((product, size) => size === -1 ? product : product * size, 1);
+    const resolved = shape.map((size) => size === -1 ? this.size / known : size);
+    if (elementCount(resolved) !== this.size || resolved.some((size) => !Number.isInteger(size))) {
+      throw new FfiError(`cannot reshape ${this} to [${shape.join(", ")}]`);
+    }
+    const strides = this.isContiguous ? contiguousStrides(resolved) : restride(this, resolved);
+    if (strides === undefined) {
+      throw new FfiError(`cannot view strided ${this} as [${shape.join(", ")}]; copy it first`);
+    }
+    return new Tensor(this.memory, this.dtype, resolved, strides, this.offset);
+  }
+
+  /** Dimensions in another order: result dimension `i` is this tensor's dimension `order[i]`. */
+  permute(order: readonly number[]): Tensor {
+    return new Tensor(
+      this.memory,
+      this.dtype,
+      order.map((dim) => this.shape[dim]),
+      order.map((dim) => this.strides[dim]),
+      this.offset,
+    );
+  }
+
+  /** `length` entries of dimension `dim` (negative counts from the end) from `start` on. */
+  narrow(dim: number, start: number, length: number): Tensor {
+    const at = dim < 0 ? this.rank + dim : dim;
+    if (start < 0 || length < 0 || start + length > this.shape[at]) {
+      throw new FfiError(`narrow(${dim}, ${start}, ${length}) leaves ${this}`);
+    }
+    return new Tensor(
+      this.memory,
+      this.dtype,
+      this.shape.with(at, length),
+      this.strides,
+      this.offset + start * this.strides[at],
+    );
+  }
+
+  /** `parts` equal views along dimension `dim`. */
+  chunk(parts: number, dim: number): Tensor[] {
+    const at = dim < 0 ? this.rank + dim : dim;
+    const length = this.shape[at] / parts;
+    if (!Number.isInteger(length)) throw new FfiError(`${this} does not split into ${parts} along ${dim}`);
+    return Array.from({ length: parts }, (_, part) => this.narrow(at, part * length, length));
+  }
+
+  /** Frees the memory behind this tensor (and so behind every view of it). */
+  dispose(): void {
+    this.device.free(this.memory);
+  }
+
+  toString(): string {
+    return `${this.dtype} [${this.shape.join(", ")}]`;
+  }
+}
+
+/** Strides of `tensor` under `shape`, or undefined where a merged dimension is not dense. */
+function restride(tensor: Tensor, shape: readonly number[]): number[] | undefined {
+  // Walk both shapes from the front, matching groups of dimensions of equal product.
+  const strides = new Array<number>(shape.length).fill(1);
+  let from = 0;
+  let to = 0;
+  while (from < tensor.rank || to < shape.length) {
+    const fromStart = from;
+    const toStart = to;
+    let fromSize = from < tensor.rank ? tensor.shape[from++] : 1;
+    let toSize = to < shape.length ? shape[to++] : 1;
+    while (fromSize !== toSize) {
+      if (fromSize < toSize) fromSize *= tensor.shape[from++];
+      else toSize *= shape[to++];
+    }
+    for (let dim = fromStart; dim + 1 < from; dim++) {
+      if (
+        tensor.shape[dim] !== 1 && tensor.strides[dim] !== tensor.strides[dim + 1] * tensor.shape[dim + 1]
+      ) {
+        return undefined;
+      }
+    }
+    let step = from > fromStart ? tensor.strides[from - 1] : 1;
+    for (let dim = to - 1; dim >= toStart; dim--) {
+      strides[dim] = step;
+      step *= shape[dim];
+    }
+  }
+  return strides;
+}

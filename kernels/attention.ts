@@ -1,0 +1,133 @@
+import { viewOf } from "../ffi/cpu/device.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { cast } from "./cast.ts";
+import { expect, expectShape } from "./check.ts";
+import { readFloat32 } from "./cpu.ts";
+
+export interface AttentionOptions {
+  /** Factor on `q · k`; 1 / sqrt(head dim) when left out. T5 uses 1. */
+  readonly scale?: number;
+  /** Each query sees only keys up to its own position. */
+  readonly causal?: boolean;
+  /** Added to the scaled logits: `[heads, queries, keys]`, the same for the whole batch. */
+  readonly bias?: Tensor;
+}
+
+/**
+ * Scaled dot-product attention (Vaswani et al. 2017): `softmax(scale * q k^T + bias) v`, logits and softmax in f32.
+ *
+ * @param q `[batch, queries, heads, headDim]`.
+ * @param k `[batch, keys, heads, headDim]`.
+ * @param v `[batch, keys, heads, headDim]`.
+ * @returns `[batch, queries, heads, headDim]` in `q`'s dtype.
+ * @throws ShapeError where the sizes do not fit.
+ */
+export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
+  const [batch, queries, heads, headDim] = q.shape;
+  expectShape("attention", "k", k, [batch, null, heads, headDim]);
+  const keys = k.shape[1];
+  expectShape("attention", "v", v, [batch, keys, heads, headDim]);
+  if (options.bias !== undefined) expectShape("attention", "bias", options.bias, [heads, queries, keys]);
+  expect(
+    !options.causal || queries === keys,
+    "attention",
+    () => "a causal mask takes as many queries as keys",
+  );
+  const { device } = q;
+  const out = Tensor.empty(device, q.shape, q.dtype);
+  const scale = options.scale ?? headDim ** -0.5;
+  const bias = options.bias === undefined ? undefined : readFloat32(options.bias);
+  // A block of rows at a time, so that the logits stay in the cache and never take queries * keys of memory.
+  const rows = Math.min(queries, Math.max(64, Math.floor(2 ** 20 / keys)));
+  for (let b = 0; b < batch; b++) {
+    for (let head = 0; head < heads; head++) {
+      const headOf = (x: Tensor) => x.narrow(0, b, 1).narrow(2, head, 1).reshape([x.shape[1], headDim]);
+      const [qHead, kHead, vHead, outHead] = [q, k, v, out].map(headOf);
+      for (let start = 0; start < queries; start += rows) {
+        const count = Math.min(rows, queries - start);
+        device.scope(() => {
+          const logits = Tensor.empty(device, [count, keys], "f32");
+          device.matmul({ a: qHead.narrow(0, start, count), b: kHead, out: logits, alpha: scale });
+          softmaxRows(
+            viewOf(logits, "f32", logits.size),
+            keys,
+            bias?.subarray((head * queries + start) * keys, (head * queries + start + count) * keys),
+            options.causal ? start : undefined,
+          );
+          device.matmul({
+            a: cast(logits, q.dtype),
+            b: vHead.permute([1, 0]),
+            out: outHead.narrow(0, start, count),
+          });
+        });
+      }
+    }
+  }
+  return out;
+}
+
+/**
+ * Softmax of each row of `logits` `[rows, keys]` in place, after adding `bias` of the same shape; with
+ * `causalStart`, row `i` sees keys up to `causalStart + i`.
+ */
+export function softmaxRows(
+  logits: Float32Array,
+  keys: number,
+  bias?: Float32Array,
+  causalStart?: number,
+): void {
+  for (let row = 0; row < logits.length / keys; row++) {
+    const start = row * keys;
+    const end = start + (causalStart === undefined ? keys : causalStart + row + 1);
+    let largest = -Infinity;
+    for (let i = start; i < end; i++) {
+      if (bias !== undefined) logits[i] += bias[i];
+      if (logits[i] > largest) largest = logits[i];
+    }
+    let sum = 0;
+    for (let i = start; i < end; i++) {
+      const e = Math.exp(logits[i] - largest);
+      logits[i] = e;
+      sum += e;
+    }
+    const factor = 1 / sum;
+    for (let i = start; i < end; i++) logits[i] *= factor;
+    logits.fill(0, end, start + keys);
+  }
+}
+
+/** Reference on dense `[batch, tokens, heads, headDim]` arrays; `bias` `[heads, queries, keys]` or empty. */
+export function attentionReference(
+  out: Float32Array,
+  q: Float32Array,
+  k: Float32Array,
+  v: Float32Array,
+  bias: Float32Array,
+  shape: { batch: number; queries: number; keys: number; heads: number; headDim: number },
+  scale: number,
+  causal: boolean,
+): void {
+  const { batch, queries, keys, heads, headDim } = shape;
+  const at = (b: number, tokens: number, token: number, head: number) =>
+    ((b * tokens + token) * heads + head) * headDim;
+  const logits = new Float32Array(keys);
+  for (let b = 0; b < batch; b++) {
+    for (let head = 0; head < heads; head++) {
+      for (let i = 0; i < queries; i++) {
+        for (let j = 0; j < keys; j++) {
+          let dot = 0;
+          for (let d = 0; d < headDim; d++) {
+            dot += q[at(b, queries, i, head) + d] * k[at(b, keys, j, head) + d];
+          }
+          logits[j] = dot * scale + (bias.length > 0 ? bias[(head * queries + i) * keys + j] : 0);
+        }
+        softmaxRows(logits, keys, undefined, causal ? i : undefined);
+        for (let d = 0; d < headDim; d++) {
+          let sum = 0;
+          for (let j = 0; j < keys; j++) sum += logits[j] * v[at(b, keys, j, head) + d];
+          out[at(b, queries, i, head) + d] = sum;
+        }
+      }
+    }
+  }
+}

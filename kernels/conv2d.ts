@@ -1,0 +1,73 @@
+import { Tensor } from "../ffi/tensor.ts";
+import { expect, expectShape } from "./check.ts";
+
+export interface Conv2dOptions {
+  /** Step between output pixels, in both directions; 1 when left out. */
+  readonly stride?: number;
+  /** Zeros around the picture, `[top, left, bottom, right]`; none when left out. */
+  readonly padding?: readonly [number, number, number, number];
+}
+
+/**
+ * 2-D cross-correlation with bias, accumulated in f32.
+ *
+ * @param x `[batch, in, height, width]`.
+ * @param weight `[out, in, kernelHeight, kernelWidth]`, same dtype as `x`.
+ * @param bias `[out]`.
+ * @returns `[batch, out, (height + top + bottom - kernelHeight) / stride + 1, ...]`, dense NCHW, in `x`'s dtype.
+ * @throws ShapeError where the sizes do not fit.
+ */
+export function conv2d(x: Tensor, weight: Tensor, bias?: Tensor, options: Conv2dOptions = {}): Tensor {
+  const { stride = 1, padding = [0, 0, 0, 0] } = options;
+  expectShape("conv2d", "x", x, [null, null, null, null]);
+  expectShape("conv2d", "weight", weight, [null, x.shape[1], null, null]);
+  if (bias !== undefined) expectShape("conv2d", "bias", bias, [weight.shape[0]]);
+  expect(x.dtype === weight.dtype, "conv2d", () => `x is ${x.dtype}, weight is ${weight.dtype}`);
+  const [top, left, bottom, right] = padding;
+  const [batch, , height, width] = x.shape;
+  const [channels, , kernelHeight, kernelWidth] = weight.shape;
+  const outHeight = Math.floor((height + top + bottom - kernelHeight) / stride) + 1;
+  const outWidth = Math.floor((width + left + right - kernelWidth) / stride) + 1;
+  expect(outHeight > 0 && outWidth > 0, "conv2d", () => `x ${x} is smaller than the kernel ${weight}`);
+  const out = Tensor.empty(x.device, [batch, channels, outHeight, outWidth], x.dtype);
+  x.device.conv({ x, weight, bias, out, stride, padding });
+  return out;
+}
+
+/** Reference on dense NCHW arrays; sums in double precision. */
+export function conv2dReference(
+  out: Float32Array,
+  x: Float32Array,
+  weight: Float32Array,
+  bias: Float32Array,
+  shape: { x: readonly number[]; weight: readonly number[]; out: readonly number[] },
+  stride: number,
+  padding: readonly [number, number, number, number],
+): void {
+  const [batch, inChannels, height, width] = shape.x;
+  const [outChannels, , kernelHeight, kernelWidth] = shape.weight;
+  const [, , outHeight, outWidth] = shape.out;
+  let at = 0;
+  for (let n = 0; n < batch; n++) {
+    for (let o = 0; o < outChannels; o++) {
+      for (let y = 0; y < outHeight; y++) {
+        for (let z = 0; z < outWidth; z++) {
+          let sum = bias.length > 0 ? bias[o] : 0;
+          for (let c = 0; c < inChannels; c++) {
+            for (let r = 0; r < kernelHeight; r++) {
+              const row = y * stride + r - padding[0];
+              if (row < 0 || row >= height) continue;
+              for (let s = 0; s < kernelWidth; s++) {
+                const column = z * stride + s - padding[1];
+                if (column < 0 || column >= width) continue;
+                sum += x[((n * inChannels + c) * height + row) * width + column] *
+                  weight[((o * inChannels + c) * kernelHeight + r) * kernelWidth + s];
+              }
+            }
+          }
+          out[at++] = sum;
+        }
+      }
+    }
+  }
+}

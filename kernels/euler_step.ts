@@ -1,0 +1,27 @@
+import { Tensor } from "../ffi/tensor.ts";
+import { expectShape } from "./check.ts";
+import { onCpu } from "./cpu.ts";
+
+/**
+ * One explicit Euler step of the flow's ODE: `sample + dt * velocity`.
+ *
+ * @param sample f32, any shape. @param velocity the same shape, the model's output.
+ * @param dt f32 `[1]`, `sigma_next - sigma`; on the device, so that one recorded graph serves every step.
+ * @returns f32 in `sample`'s shape.
+ */
+export function eulerStep(sample: Tensor, velocity: Tensor, dt: Tensor): Tensor {
+  expectShape("eulerStep", "velocity", velocity, sample.shape);
+  expectShape("eulerStep", "dt", dt, [1]);
+  return onCpu(Tensor.empty(sample.device, sample.shape, "f32"), [sample, velocity, dt], eulerStepReference);
+}
+
+/** Element by element. */
+export function eulerStepReference(
+  out: Float32Array,
+  sample: Float32Array,
+  velocity: Float32Array,
+  dt: Float32Array,
+): void {
+  const [step] = dt;
+  for (let i = 0; i < sample.length; i++) out[i] = sample[i] + step * velocity[i];
+}

@@ -1,0 +1,45 @@
+import { Tensor } from "../ffi/tensor.ts";
+import { expect, expectShape } from "./check.ts";
+
+/**
+ * Affine map of the last dimension, `x @ weight^T + bias`, accumulated in f32.
+ *
+ * @param x `[..., in]`, dense rows (the dimensions before the last may be merged).
+ * @param weight `[out, in]` as PyTorch's `nn.Linear` keeps it, same dtype as `x`.
+ * @param bias `[out]`.
+ * @returns `[..., out]` in `x`'s dtype.
+ * @throws ShapeError where the sizes do not fit.
+ */
+export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
+  const [outFeatures, inFeatures] = weight.shape;
+  expectShape("linear", "weight", weight, [null, x.shape.at(-1) ?? null]);
+  if (bias !== undefined) expectShape("linear", "bias", bias, [outFeatures]);
+  expect(x.dtype === weight.dtype, "linear", () => `x is ${x.dtype}, weight is ${weight.dtype}`);
+  const out = Tensor.empty(x.device, [...x.shape.slice(0, -1), outFeatures], x.dtype);
+  x.device.matmul({
+    a: x.reshape([-1, inFeatures]),
+    b: weight,
+    bias,
+    out: out.reshape([-1, outFeatures]),
+    constant: true,
+  });
+  return out;
+}
+
+/** `x` `[rows, in]`, `weight` `[out, in]`, `bias` `[out]` or empty; sums in double precision. */
+export function linearReference(
+  out: Float32Array,
+  x: Float32Array,
+  weight: Float32Array,
+  bias: Float32Array,
+  inFeatures: number,
+): void {
+  const outFeatures = weight.length / inFeatures;
+  for (let row = 0; row < x.length / inFeatures; row++) {
+    for (let column = 0; column < outFeatures; column++) {
+      let sum = bias.length > 0 ? bias[column] : 0;
+      for (let k = 0; k < inFeatures; k++) sum += x[row * inFeatures + k] * weight[column * inFeatures + k];
+      out[row * outFeatures + column] = sum;
+    }
+  }
+}

@@ -1,0 +1,13 @@
+import type { Tensor } from "../ffi/tensor.ts";
+import { geluTanh } from "./gelu_tanh.ts";
+import { linear } from "./linear.ts";
+
+/**
+ * The up projection of an MLP: {@link linear}, then {@link geluTanh}.
+ * Composite: this body of primitives is the eager baseline; an epilogue may replace it.
+ *
+ * @param x `[..., in]`. @param weight `[out, in]`. @param bias `[out]`. @returns `[..., out]` in `x`'s dtype.
+ */
+export function linearGelu(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
+  return geluTanh(linear(x, weight, bias));
+}
