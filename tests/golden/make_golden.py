@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import random as pyrandom
 import re
 import shutil
 import struct
@@ -51,6 +50,7 @@ check_versions()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel  # noqa: E402
@@ -351,17 +351,17 @@ SETTINGS = {
             num_attention_heads=2,
             num_layers=2,
             num_single_layers=2,
-            joint_attention_dim=48,
-            pooled_projection_dim=32,
+            joint_attention_dim=40,
+            pooled_projection_dim=28,
             guidance_embeds=False,
             axes_dims_rope=[8, 12, 12],
         ),
-        bf16=r"transformer_blocks\.1\.",  # the second blocks only: dtypes may differ from tensor to tensor
+        bf16=r"^transformer_blocks\.1\.|^single",  # some blocks only: dtypes may differ from tensor to tensor
         shard="450KB",
-        clip=dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2),
+        clip=dict(hidden_size=28, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2),
         clip_eos="legacy",
         clip_prefix="text_model.",  # as in FLUX's own files
-        t5=dict(d_model=48, d_kv=16, d_ff=96, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"),
+        t5=dict(d_model=40, d_kv=16, d_ff=72, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"),
         vae=dict(
             block_out_channels=[4, 4, 8, 8],
             layers_per_block=1,
@@ -378,7 +378,7 @@ SETTINGS = {
             num_attention_heads=1,
             num_layers=1,
             num_single_layers=1,
-            joint_attention_dim=40,
+            joint_attention_dim=32,
             pooled_projection_dim=24,
             guidance_embeds=True,
             axes_dims_rope=[16, 56, 56],
@@ -390,7 +390,7 @@ SETTINGS = {
         clip_prefix="",  # as transformers 5 writes it
         # FLUX's own config.json says it in this way, without feed_forward_proj (which then reads "relu")
         t5=dict(
-            d_model=40,
+            d_model=32,
             d_kv=16,
             d_ff=56,
             num_layers=2,
@@ -634,8 +634,9 @@ def transformer_component(pipes, folder, seed):
 
     tensors = {f"in.{name}": tensor for name, tensor in inputs.items()} | both(pipes, run)
     tensors |= {f"in.rounded.{name}": tensor for name, tensor in rounded.items()}
-    tensors |= {f"mid.{name}": tensor for name, tensor in middles[torch.float32].items()}
-    tensors |= {f"mid_bf16.{name}": middles[BF16][name] for name in ("temb", "double0.hidden_states", "single0.hidden_states")}
+    # of the first item of the batch only, RoPE's two aside, which have no batch
+    tensors |= {f"mid.{name}": t if "rope" in name else t[:1] for name, t in middles[torch.float32].items()}
+    tensors |= {f"mid_bf16.{name}": middles[BF16][name][:1] for name in ("temb", "double0.hidden_states", "single0.hidden_states")}
     write_tensors(HERE / "components" / folder / "transformer.safetensors", tensors)
 
 
@@ -716,7 +717,7 @@ RUNS = {
             seed=123456789,
             num_inference_steps=4,
             height=32,
-            width=80,
+            width=48,
             guidance_scale=1.5,
             max_sequence_length=32,
             num_images_per_prompt=2,
@@ -923,8 +924,49 @@ def make_random():
 # tokenizers
 
 
+def ids_of(tokenizer, text, length):
+    """As FluxPipeline calls it; padding is left out, and the ids before truncation are counted."""
+    call = dict(padding="max_length", max_length=length, truncation=True, return_length=False, return_overflowing_tokens=False)
+    out = tokenizer(text, **call)
+    kept = sum(out.attention_mask)
+    assert len(out.input_ids) == length and all(i == tokenizer.pad_token_id for i in out.input_ids[kept:])
+    return out.input_ids[:kept], len(tokenizer(text, padding="longest").input_ids)
+
+
 def make_tokenizers():
-    raise NotImplementedError
+    from tokenizer_strings import strings
+    from tokenizers import Tokenizer
+
+    texts = strings()
+    write_json(HERE / "tokenizers" / "strings.json", texts, compact=True)
+    data = Path(os.environ.get("FLUX_TEST_DATA") or ROOT.parent / "shared" / "data") / "FLUX.1-schnell"
+    folders = {"own": HERE / "schnell-like"}
+    if (data / "tokenizer_2" / "tokenizer.json").is_file():
+        folders["real"] = data
+    else:
+        print(f"  no real tokenizers in {data}: their files stay as they are")
+    for name, folder in folders.items():
+        for kind, part, cls, length in (("clip", "tokenizer", CLIPTokenizer, 77), ("t5", "tokenizer_2", T5TokenizerFast, 256)):
+            tokenizer = cls.from_pretrained(folder / part)
+            ids, full = zip(*(ids_of(tokenizer, text, length) for text in texts))
+            value = {
+                "versions": VERSIONS,
+                "model": "FLUX.1-schnell" if name == "real" else "schnell-like and dev-like",
+                "class": type(tokenizer).__name__,
+                "max_length": length,
+                "pad": tokenizer.pad_token_id,
+                "ids": ids,
+                "untruncated": {i: n for i, n in enumerate(full) if n > length},
+            }
+            if kind == "t5":
+                # transformers 5 rebuilds the pre-tokenizer instead of reading tokenizer.json's
+                file = Tokenizer.from_file(str(folder / part / "tokenizer.json"))
+                file.enable_truncation(length)
+                other = {i: file.encode(text).ids for i, text in enumerate(texts)}
+                value["tokenizer.json"] = {i: o for i, o in other.items() if o != list(ids[i])}
+            write_json(HERE / "tokenizers" / f"{name}.{kind}.json", value, compact=True)
+            print(f"  {name} {kind}: {sum(map(len, ids))} ids, {len(value['untruncated'])} truncated, "
+                  f"{len(value.get('tokenizer.json', ()))} differ by tokenizer.json itself")
 
 
 def make_packing():
@@ -946,8 +988,43 @@ def make_packing():
 # tiny
 
 
+TINY_PROMPTS = (
+    ("A cat playing with a ball of yarn", 0),
+    ("an astronaut standing next to a giant lemon", 42),
+    ("three red apples on a blue background", 1234),
+)
+
+
 def make_tiny():
-    raise NotImplementedError
+    """models/tiny (when it has weights) through FluxPipeline in fp32: pictures as PNG, first and last latents."""
+    folder = ROOT / "models" / "tiny"
+    missing = [p for p in ("model_index.json", "transformer", "vae", "text_encoder", "text_encoder_2") if not (folder / p).exists()]
+    if missing or not list((folder / "transformer").glob("*.safetensors")):
+        sys.exit(f"models/tiny holds no trained model yet (missing: {', '.join(missing) or 'weights'})")
+    pipe = load_pipeline(folder, torch.float32)
+    side = pipe.vae.config.sample_size
+    side = 256 if not isinstance(side, int) else side
+    out = HERE / "tiny"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    runs = []
+    for i, (prompt, seed) in enumerate(TINY_PROMPTS):
+        settings = dict(
+            prompt=prompt,
+            seed=seed,
+            num_inference_steps=4,
+            height=side,
+            width=side,
+            guidance_scale=0.0,
+            max_sequence_length=min(pipe.tokenizer_2.model_max_length, 512),
+        )
+        tensors = trace(pipe, settings)
+        Image.fromarray(tensors["pixels"][0].numpy()).save(out / f"{i}.png", optimize=True)
+        kept = {"initial": tensors["initial"], "final": tensors["step3"], "pooled": tensors["pooled"]}
+        write_tensors(out / f"{i}.safetensors", kept)
+        runs.append({"image": f"{i}.png", "tensors": f"{i}.safetensors", **settings})
+    weights = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.safetensors"))}
+    write_json(out / "runs.json", {"versions": VERSIONS, "model": "models/tiny", "sha256": weights, "runs": runs})
 
 
 TARGETS = {
