@@ -1,0 +1,408 @@
+/**
+ * A model folder in diffusers' layout: `model_index.json`, and for each component a folder with a config and weights,
+ * in one safetensors file or in shards that an index lists. Nothing outside the model folder is ever opened, whatever
+ * an index or a symbolic link says.
+ */
+import { basename, dirname, join, sep } from "node:path";
+import { z } from "zod";
+import { FluxError, ModelError } from "./errors.ts";
+import { alignedBytes, type FileDType, fileDTypeBits, printable, SafetensorsFile } from "./safetensors.ts";
+
+/** One error for all that is wrong with a component's weights. */
+export class CheckpointError extends ModelError {
+  constructor(
+    /** The component's folder. */
+    readonly folder: string,
+    what: string,
+    /** Every single problem, one line each. The message shows the first {@link SHOWN} and counts the others. */
+    readonly problems: readonly string[],
+    hint: string,
+  ) {
+    const shown = problems.slice(0, SHOWN).map((problem) => `\n  ${problem}`).join("");
+    const rest = problems.length > SHOWN ? `\n  and ${problems.length - SHOWN} more` : "";
+    super(`${folder}: ${what}${shown}${rest}`, { hint });
+  }
+}
+
+const SHOWN = 50;
+
+/** The folder must hold a model, so it has to be a folder with a model_index.json: says what it is otherwise. */
+export function resolveModelFolder(path: string): string {
+  let folder: string;
+  try {
+    folder = Deno.realPathSync(path);
+  } catch (cause) {
+    throw new ModelError(`${path}: there is no such model folder (${reasonOf(cause)})`, {
+      cause,
+      hint: "give a folder in diffusers' layout, one with a model_index.json",
+    });
+  }
+  if (!Deno.statSync(folder).isDirectory) {
+    throw new ModelError(`${path} is a file, not a model folder`, {
+      hint: "give the folder that has model_index.json, not a file in it",
+    });
+  }
+  const entries = listNames(folder);
+  if (entries.includes("model_index.json")) return folder;
+  if (entries.length === 0) {
+    throw new ModelError(`${path} is empty: no model in it`, {
+      hint: "was the download interrupted? Start it again",
+    });
+  }
+  throw new ModelError(`${path} has no model_index.json; it has ${summary(entries)}`, {
+    hint: "give the folder in diffusers' layout that has model_index.json beside transformer/, vae/, ...",
+  });
+}
+
+/**
+ * Reads `<folder>/<file>` and checks it.
+ *
+ * @param file path inside the folder, e.g. "transformer/config.json"
+ * @throws {ModelError} that names the file, and every field that does not fit the schema
+ */
+export function readJson<S extends z.ZodType>(folder: string, file: string, schema: S): z.output<S> {
+  const path = insideModelFolder(folder, file);
+  let text: string;
+  try {
+    text = Deno.readTextFileSync(path);
+  } catch (cause) {
+    throw new ModelError(`${join(folder, file)} cannot be read: ${reasonOf(cause)}`, {
+      cause,
+      hint: "is the model folder complete? Download it again",
+    });
+  }
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (cause) {
+    throw new ModelError(`${join(folder, file)} is not valid JSON: ${reasonOf(cause)}`, {
+      cause,
+      hint: "the file is damaged: download it again",
+    });
+  }
+  const result = schema.safeParse(value);
+  if (result.success) return result.data;
+  const problems = result.error.issues.map((issue) =>
+    `${issue.path.length > 0 ? issue.path.map(String).join(".") : "the file"}: ${issue.message}`
+  );
+  throw new ModelError(`${join(folder, file)}: ${problems.join("; ")}`, {
+    cause: result.error,
+    hint: "is this a FLUX.1 model? Its configs must have these fields",
+  });
+}
+
+/** A weight as the model sees it. */
+export interface Weight {
+  readonly dtype: FileDType;
+  readonly shape: readonly number[];
+  /** Row-major, little-endian, aligned for its dtype; a read-only view of the file wherever the file is aligned. */
+  readonly bytes: Uint8Array<ArrayBuffer>;
+  /** Address of the first byte, for native code. Needs --allow-ffi. */
+  readonly pointer: bigint;
+}
+
+/** The weights of one component, over one file or several shards. Dispose it when no weight is in use any more. */
+export class ComponentWeights implements Disposable {
+  readonly #shards: readonly SafetensorsFile[];
+  readonly #places: ReadonlyMap<string, SafetensorsFile>;
+
+  /** Made by {@link openComponent}; `places` says which shard has a weight. */
+  constructor(
+    /** The component's folder. */
+    readonly folder: string,
+    shards: readonly SafetensorsFile[],
+    places: ReadonlyMap<string, SafetensorsFile>,
+  ) {
+    this.#shards = shards;
+    this.#places = places;
+  }
+
+  /** Names of all weights. */
+  names(): string[] {
+    return [...this.#places.keys()];
+  }
+
+  /** Whether there is a weight of this name. */
+  has(name: string): boolean {
+    return this.#places.has(name);
+  }
+
+  /** Size of all weights in bytes. */
+  get byteLength(): number {
+    let sum = 0;
+    for (const [name, shard] of this.#places) sum += shard.info(name).byteLength;
+    return sum;
+  }
+
+  /** Whether all shards are memory-mapped; false when they had to be read into memory (worth a warning). */
+  get mapped(): boolean {
+    return this.#shards.every((shard) => shard.mapped);
+  }
+
+  /** Dtype and shape of a weight, without its bytes. Throws {@link CheckpointError} when there is none. */
+  info(name: string): { readonly dtype: FileDType; readonly shape: readonly number[] } {
+    return this.#shard(name).info(name);
+  }
+
+  /**
+   * A weight.
+   *
+   * @throws {CheckpointError} when there is none of this name
+   * @throws {SafetensorsError} after disposal
+   */
+  get(name: string): Weight {
+    const shard = this.#shard(name);
+    const { dtype, shape } = shard.info(name);
+    const bytes = alignedBytes(shard.bytes(name), Math.max(1, fileDTypeBits(dtype) / 8));
+    return {
+      dtype,
+      shape,
+      bytes,
+      get pointer(): bigint {
+        // After the file was closed `bytes` is empty and has no address: let the shard say so.
+        if (bytes.byteLength === 0) return shard.pointer(name);
+        return Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes));
+      },
+    };
+  }
+
+  /**
+   * Checks that the weights are those of a model.
+   *
+   * @param expected the shape of every weight that the model reads
+   * @returns names in the files that the model does not read: worth a warning, not an error
+   * @throws {CheckpointError} that lists every missing weight and every unexpected shape
+   */
+  checkShapes(expected: ReadonlyMap<string, readonly number[]>): { unused: string[] } {
+    const problems: string[] = [];
+    for (const [name, shape] of expected) {
+      if (!this.has(name)) {
+        problems.push(`missing: ${printable(name)} [${shape.join(", ")}]`);
+        continue;
+      }
+      const found = this.info(name).shape;
+      if (found.length !== shape.length || found.some((size, dim) => size !== shape[dim])) {
+        problems.push(`shape: ${printable(name)} is [${found.join(", ")}], expected [${shape.join(", ")}]`);
+      }
+    }
+    if (problems.length > 0) {
+      throw new CheckpointError(
+        this.folder,
+        "the weights do not fit the config",
+        problems,
+        "config and weights must be of the same model: download both again",
+      );
+    }
+    return { unused: this.names().filter((name) => !expected.has(name)) };
+  }
+
+  /** Starts reading the weights from the disk in the background. */
+  prefetch(): void {
+    for (const shard of this.#shards) shard.advise("willneed");
+  }
+
+  /** Closes all shards. */
+  [Symbol.dispose](): void {
+    for (const shard of this.#shards) shard[Symbol.dispose]();
+  }
+
+  #shard(name: string): SafetensorsFile {
+    const shard = this.#places.get(name);
+    if (shard === undefined) {
+      throw new CheckpointError(this.folder, "a weight is missing", [printable(name)], WRONG_MODEL);
+    }
+    return shard;
+  }
+}
+
+const WRONG_MODEL = "the folder is incomplete or of another model: download it again";
+
+/** The names that diffusers and transformers give to a component's weights. */
+export type WeightsBaseName = "diffusion_pytorch_model" | "model";
+
+/** An index of shards. z.custom leaves the map as it is: rebuilding it would drop a key named "__proto__". */
+const INDEX = z.looseObject({
+  weight_map: z.custom<Readonly<Record<string, string>>>(
+    (value) =>
+      typeof value === "object" && value !== null && !Array.isArray(value) &&
+      Object.values(value).every((shard) => typeof shard === "string"),
+    "expected an object from weight names to shard names",
+  ),
+});
+
+/**
+ * Opens the weights of a component: `<base>.safetensors`, else the shards of `<base>.safetensors.index.json`.
+ *
+ * @param modelFolder the model's folder; the component's folder is in it
+ * @param component e.g. "transformer", "text_encoder_2"
+ * @param options.baseName which file name to look for; without it both are tried
+ * @throws {CheckpointError} listing every missing shard, or every weight that is not where the index says
+ * @throws {ModelError} when there are no weights that can be read, or a path leaves the model folder
+ * @throws {SafetensorsError} for a file that breaks the format's rules
+ */
+export function openComponent(
+  modelFolder: string,
+  component: string,
+  options: { readonly baseName?: WeightsBaseName } = {},
+): ComponentWeights {
+  const folder = join(modelFolder, component);
+  if (!isPlainName(component)) {
+    throw new ModelError(`${printable(component)} is no name of a folder in ${modelFolder}`, {
+      hint: "the model_index.json or the call names a component by a path: use a plain folder name",
+    });
+  }
+  const entries = existingNames(folder);
+  const baseNames: WeightsBaseName[] = options.baseName
+    ? [options.baseName]
+    : ["diffusion_pytorch_model", "model"];
+  for (const base of baseNames) {
+    const single = `${base}.safetensors`;
+    if (entries.includes(single)) {
+      const file = SafetensorsFile.open(insideModelFolder(modelFolder, join(component, single)));
+      return new ComponentWeights(folder, [file], new Map(file.names.map((name) => [name, file])));
+    }
+    if (entries.includes(`${single}.index.json`)) {
+      return openShards(modelFolder, component, `${single}.index.json`);
+    }
+  }
+  throw noWeights(folder, entries, baseNames);
+}
+
+function openShards(modelFolder: string, component: string, index: string): ComponentWeights {
+  const folder = join(modelFolder, component);
+  const { weight_map: weightMap } = readJson(modelFolder, join(component, index), INDEX);
+  const wanted = Object.entries(weightMap);
+  const shardNames = [...new Set(wanted.map(([, shard]) => shard))].sort();
+  if (shardNames.length === 0) {
+    throw new CheckpointError(folder, `${index} lists no weights`, [], WRONG_MODEL);
+  }
+
+  const entries = listNames(folder);
+  const unsafe = shardNames.filter((shard) => !isPlainName(shard) || !shard.endsWith(".safetensors"));
+  if (unsafe.length > 0) {
+    const hint = "do not use this model: an index has to name files of its own folder, with plain names";
+    throw new CheckpointError(
+      folder,
+      `${index} names shards that it may not name`,
+      unsafe.map(printable),
+      hint,
+    );
+  }
+  const absent = shardNames.filter((shard) => !entries.includes(shard));
+  if (absent.length > 0) {
+    const what = `${absent.length} of ${shardNames.length} shards are missing`;
+    throw new CheckpointError(folder, what, absent, "the download is not complete: start it again");
+  }
+
+  const shards = new Map<string, SafetensorsFile>();
+  try {
+    for (const shard of shardNames) {
+      shards.set(shard, SafetensorsFile.open(insideModelFolder(modelFolder, join(component, shard))));
+    }
+    const places = new Map<string, SafetensorsFile>();
+    const misplaced: string[] = [];
+    for (const [name, shard] of wanted) {
+      const file = shards.get(shard)!; // one entry for every name in the index
+      if (file.has(name)) places.set(name, file);
+      else misplaced.push(`${printable(name)} is not in ${shard}`);
+    }
+    if (misplaced.length > 0) {
+      throw new CheckpointError(folder, `${index} does not fit the shards`, misplaced, WRONG_MODEL);
+    }
+    return new ComponentWeights(folder, [...shards.values()], places);
+  } catch (error) {
+    for (const file of shards.values()) file[Symbol.dispose]();
+    throw error;
+  }
+}
+
+/** Says why a component's folder has nothing to open. */
+function noWeights(folder: string, entries: readonly string[], baseNames: readonly string[]): ModelError {
+  const wanted = baseNames.map((base) => `${base}.safetensors`).join(" or ");
+  const pickles = entries.filter((name) => /\.(bin|pt|pth|ckpt|pkl|msgpack)$/.test(name));
+  const safetensors = entries.some((name) => name.endsWith(".safetensors"));
+  if (pickles.length > 0 && !safetensors) {
+    return new ModelError(
+      `${folder} has its weights only in ${pickles.join(", ")}: pickle files are not read`,
+      {
+        hint:
+          "a pickle is a program that runs when it is loaded, and needs Python: get the safetensors files " +
+          "of the model, or convert it with save_pretrained(..., safe_serialization=True)",
+      },
+    );
+  }
+  return new ModelError(`${folder} has no ${wanted} and no index of shards; it has ${summary(entries)}`, {
+    hint: "the download is not complete, or a file has another name: rename it, or download the model again",
+  });
+}
+
+/**
+ * The path `<folder>/<file>`, if after every symbolic link it lies in the model folder. Hugging Face's cache is the
+ * one exception: there `models--<name>/snapshots/<revision>/` holds links into
+ * `models--<name>/blobs/`, so links may go anywhere inside that `models--` folder.
+ *
+ * @throws {ModelError} when the file does not exist or lies elsewhere
+ */
+function insideModelFolder(folder: string, file: string): string {
+  let root: string;
+  let real: string;
+  try {
+    root = cacheRoot(Deno.realPathSync(folder));
+    real = Deno.realPathSync(join(folder, file));
+  } catch (cause) {
+    throw new ModelError(`${join(folder, file)} cannot be opened: ${reasonOf(cause)}`, {
+      cause,
+      hint: "is the model folder complete? Download it again",
+    });
+  }
+  if (!real.startsWith(root.endsWith(sep) ? root : root + sep)) {
+    throw new ModelError(`${join(folder, file)} leads out of the model folder, to ${real}`, {
+      hint: "nothing outside the model folder is read: put the file itself there, not a link",
+    });
+  }
+  return join(folder, file); // not the real path: in a cache that is a hash, which tells a reader of errors nothing
+}
+
+/** The repository folder of Hugging Face's cache if `folder` is a snapshot in one, else `folder`. */
+function cacheRoot(folder: string): string {
+  const snapshots = dirname(folder);
+  const repository = dirname(snapshots);
+  const isSnapshot = basename(snapshots) === "snapshots" && basename(repository).startsWith("models--");
+  return isSnapshot ? repository : folder;
+}
+
+/** Whether a name is that of an entry of a folder: no separators, no "..", nothing that a terminal would act on. */
+function isPlainName(name: string): boolean {
+  return /^[\w.+-]+$/.test(name) && name !== "." && name !== "..";
+}
+
+function listNames(folder: string): string[] {
+  return Array.from(Deno.readDirSync(folder), (entry) => entry.name).sort();
+}
+
+function existingNames(folder: string): string[] {
+  try {
+    return listNames(folder);
+  } catch (cause) {
+    throw new ModelError(`${folder} cannot be opened: ${reasonOf(cause)}`, {
+      cause,
+      hint: "is the model folder complete? Download it again",
+    });
+  }
+}
+
+/** A few names for a message. */
+function summary(names: readonly string[]): string {
+  if (names.length === 0) return "nothing in it";
+  const shown = names.slice(0, 8).map(printable).join(", ");
+  return names.length > 8 ? `${shown} and ${names.length - 8} more` : shown;
+}
+
+/** A short reason for a failed system call, in words that do not repeat the path. */
+function reasonOf(error: unknown): string {
+  if (error instanceof Deno.errors.NotFound) return "it does not exist";
+  if (error instanceof Deno.errors.PermissionDenied) return "this user may not read it";
+  if (error instanceof Deno.errors.NotCapable) return "Deno may not read it (--allow-read)";
+  if (error instanceof FluxError || error instanceof Error) return error.message;
+  return String(error);
+}

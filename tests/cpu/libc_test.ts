@@ -1,0 +1,159 @@
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { mapFile } from "../../ffi/cpu/libc.ts";
+import { FfiError } from "../../ffi/errors.ts";
+
+/** Runs `body` with a fresh folder that is removed afterwards. */
+function inFolder(body: (folder: string) => void): void {
+  const folder = Deno.makeTempDirSync({ prefix: "flux-libc-" });
+  try {
+    body(folder);
+  } finally {
+    Deno.removeSync(folder, { recursive: true });
+  }
+}
+
+Deno.test("mapFile shows the bytes of the file, at a page-aligned address", () =>
+  inFolder((folder) => {
+    const path = join(folder, "data");
+    const content = Uint8Array.from({ length: 70_000 }, (_, i) => (i * 31) & 255);
+    Deno.writeFileSync(path, content);
+    using file = mapFile(path);
+    assert.equal(file.mapped, true);
+    assert.equal(file.byteLength, 70_000);
+    assert.deepEqual(file.bytes, content);
+    assert.equal(file.pointer % 4096n, 0n);
+    const view = new Deno.UnsafePointerView(Deno.UnsafePointer.create(file.pointer)!);
+    assert.equal(view.getUint8(69_999), content[69_999]);
+    file.advise("willneed");
+    file.advise("sequential", 66_000, 100);
+  }));
+
+Deno.test("a mapping outlives the file's name, as a rename over it needs", () =>
+  inFolder((folder) => {
+    const path = join(folder, "data");
+    Deno.writeFileSync(path, new Uint8Array([1, 2, 3]));
+    using file = mapFile(path);
+    Deno.removeSync(path);
+    assert.deepEqual([...file.bytes], [1, 2, 3]);
+  }));
+
+Deno.test("after disposal: a typed error, and views that are empty instead of dangling", () =>
+  inFolder((folder) => {
+    const path = join(folder, "data");
+    Deno.writeFileSync(path, new Uint8Array(8192).fill(7));
+    const file = mapFile(path);
+    const view = file.bytes.subarray(100, 200);
+    const floats = new Float32Array(file.bytes.buffer, 0, 16);
+    assert.equal(view[0], 7);
+    file[Symbol.dispose]();
+    assert.throws(() => file.bytes, FfiError);
+    assert.throws(() => file.pointer, FfiError);
+    assert.throws(() => file.advise("willneed"), FfiError);
+    assert.equal(view.length, 0);
+    assert.equal(view[0], undefined);
+    assert.equal(floats.length, 0);
+    file[Symbol.dispose](); // a second time does nothing
+  }));
+
+Deno.test("a sparse file of 24 GiB: bytes beyond 4 GiB are the right ones", () =>
+  inFolder((folder) => {
+    const path = join(folder, "sparse");
+    const size = 24 * 2 ** 30 + 5;
+    using handle = Deno.openSync(path, { write: true, createNew: true });
+    try {
+      handle.truncateSync(size);
+    } catch {
+      return; // a file system without such files: nothing to test here
+    }
+    for (const [at, value] of [[2 ** 32 - 1, 11], [2 ** 32, 12], [2 ** 34 + 3, 13], [size - 1, 14]]) {
+      handle.seekSync(at, Deno.SeekMode.Start);
+      handle.writeSync(new Uint8Array([value]));
+    }
+    using file = mapFile(path);
+    assert.equal(file.mapped, true);
+    assert.equal(file.bytes.length, size);
+    assert.equal(file.bytes[2 ** 32 - 1], 11);
+    assert.equal(file.bytes[2 ** 32], 12);
+    assert.equal(file.bytes[2 ** 34 + 3], 13);
+    assert.equal(file.bytes[0], 0);
+    const tail = file.bytes.subarray(size - 2);
+    assert.deepEqual([...tail], [0, 14]);
+    assert.equal(Deno.UnsafePointer.value(Deno.UnsafePointer.of(tail)), file.pointer + BigInt(size - 2));
+  }));
+
+Deno.test("a file of another size than expected is refused with both sizes", () =>
+  inFolder((folder) => {
+    const path = join(folder, "data");
+    Deno.writeFileSync(path, new Uint8Array(10));
+    for (const expectedBytes of [0, 9, 11]) {
+      assert.throws(
+        () => mapFile(path, { expectedBytes }),
+        (error: unknown) =>
+          error instanceof FfiError && error.message.includes(`${expectedBytes} bytes but has 10`),
+      );
+    }
+    using file = mapFile(path, { expectedBytes: 10 });
+    assert.equal(file.byteLength, 10);
+  }));
+
+Deno.test("a file that grows or shrinks between stat and mmap is refused", () =>
+  inFolder((folder) => {
+    const path = join(folder, "data");
+    const { statSync } = Deno;
+    for (const change of [-1, 1]) {
+      Deno.writeFileSync(path, new Uint8Array(10));
+      // The race, made certain: the file changes as soon as its size has been looked at.
+      Deno.statSync = (target) => {
+        const stat = statSync(target);
+        Deno.writeFileSync(path, new Uint8Array(10 + change));
+        return stat;
+      };
+      try {
+        assert.throws(() => mapFile(path), /should have 10 bytes but has (9|11)/);
+      } finally {
+        Deno.statSync = statSync;
+      }
+    }
+  }));
+
+Deno.test("an empty file has no bytes and no address", () =>
+  inFolder((folder) => {
+    const path = join(folder, "empty");
+    Deno.writeFileSync(path, new Uint8Array());
+    using file = mapFile(path);
+    assert.equal(file.byteLength, 0);
+    assert.equal(file.pointer, 0n);
+    assert.equal(file.mapped, false);
+  }));
+
+Deno.test("folders and missing files are errors", () =>
+  inFolder((folder) => {
+    assert.throws(() => mapFile(folder), /not a file but a folder/);
+    assert.throws(() => mapFile(join(folder, "none")), Deno.errors.NotFound);
+  }));
+
+Deno.test({
+  name: "without --allow-ffi the file is read into memory",
+  permissions: { ffi: false, read: "inherit", write: "inherit", env: "inherit" },
+  fn: () =>
+    inFolder((folder) => {
+      const path = join(folder, "data");
+      Deno.writeFileSync(path, new Uint8Array([5, 6, 7]));
+      const file = mapFile(path);
+      assert.equal(file.mapped, false);
+      assert.deepEqual([...file.bytes], [5, 6, 7]);
+      assert.throws(() => file.pointer, FfiError);
+      const view = file.bytes.subarray(1);
+      file.advise("willneed"); // nothing to advise
+      file[Symbol.dispose]();
+      assert.equal(view.length, 0);
+      assert.throws(() => file.bytes, FfiError);
+    }),
+});
+
+Deno.test({
+  name: "mapping does not go around --allow-read",
+  permissions: { ffi: true, read: false },
+  fn: () => assert.throws(() => mapFile("/etc/passwd"), Deno.errors.NotCapable),
+});
