@@ -399,7 +399,7 @@ SETTINGS = {
             is_gated_act=True,
         ),
         vae=dict(
-            block_out_channels=[3, 6, 6, 9],
+            block_out_channels=[6, 6, 6, 9],
             layers_per_block=2,
             norm_num_groups=3,
             use_quant_conv=True,
@@ -517,7 +517,7 @@ def make_models():
 
 
 def load_pipeline(folder, dtype):
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
         wrong = [name for name, p in part.named_parameters() if p.dtype != dtype]
@@ -670,7 +670,7 @@ def make_components():
         vaes = {dtype: pipe.vae for dtype, pipe in pipes.items()}
         vae_component(vaes, folder, seed, [(1, 16, 4, 6), (2, 16, 3, 1)], [(1, 3, 32, 48), (1, 3, 37, 51)])
     odd = {
-        dtype: AutoencoderKL.from_pretrained(HERE / "vae-odd", torch_dtype=dtype).eval() for dtype in (torch.float32, BF16)
+        dtype: AutoencoderKL.from_pretrained(HERE / "vae-odd", dtype=dtype).eval() for dtype in (torch.float32, BF16)
     }
     vae_component(odd, "vae-odd", 320, [(1, 16, 5, 8)], [(1, 3, 19, 32)])
 
