@@ -504,7 +504,7 @@ def make_models():
     odd = AutoencoderKL(
         **vae_config(
             dict(
-                block_out_channels=[5, 5, 10],
+                block_out_channels=[10, 10, 15],
                 layers_per_block=2,
                 norm_num_groups=5,
                 use_quant_conv=True,
@@ -513,7 +513,7 @@ def make_models():
             )
         )
     )
-    randomize(odd, 304, VAE_GAINS).save_pretrained(HERE / "vae-odd")
+    to_bf16(randomize(odd, 304, VAE_GAINS), ".*").save_pretrained(HERE / "vae-odd")
 
 
 def load_pipeline(folder, dtype):
