@@ -3,7 +3,9 @@ import type { DType } from "../dtype.ts";
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import { MemoryScopes } from "../scope.ts";
 import type { Tensor } from "../tensor.ts";
+import { ffiAllowed } from "../library.ts";
 import type { CpuProvider } from "./provider.ts";
+import type { WasmRunner } from "./runner.ts";
 
 const PAGE = 65536;
 /** 4 GiB: what 32-bit WebAssembly can address. Weights do not live here, only activations. */
@@ -36,12 +38,20 @@ export class CpuDevice implements Device {
   #current = 0;
   #peak = 0;
   #provider: CpuProvider | undefined;
+  /** Runs WebAssembly kernels on all cores over this device's memory. */
+  readonly runner: WasmRunner;
 
-  /** `openProvider` chooses what computes matrix products and convolutions; it gets the finished device. */
-  constructor(openProvider: (device: CpuDevice) => CpuProvider) {
+  /**
+   * `openRunner` gets the memory and an offset of `scratch` bytes per thread; `openProvider` chooses what computes
+   * matrix products and convolutions and gets the finished device.
+   */
+  constructor(
+    openRunner: (device: CpuDevice) => WasmRunner,
+    openProvider: (device: CpuDevice) => CpuProvider,
+  ) {
     this.wasmMemory = new WebAssembly.Memory({ initial: 16, maximum: MAX_PAGES, shared: true });
-    const start = new Uint8Array(this.wasmMemory.buffer, 0, 1);
-    this.#base = Deno.UnsafePointer.value(Deno.UnsafePointer.of(start as Uint8Array<ArrayBuffer>));
+    this.#base = addressOf(new Uint8Array(this.wasmMemory.buffer, 0, 1));
+    this.runner = openRunner(this);
     this.#provider = openProvider(this);
   }
 
@@ -54,6 +64,13 @@ export class CpuDevice implements Device {
   }
 
   alloc(byteLength: number): CpuMemory {
+    const memory = this.reserve(byteLength);
+    this.#scopes.add(memory);
+    return memory;
+  }
+
+  /** Like {@link alloc}, but no scope frees it: for providers' scratch and packed weights. */
+  reserve(byteLength: number): CpuMemory {
     const size = blockSize(byteLength);
     const offset = this.#freeBlocks.get(size)?.pop() ?? this.#extend(size);
     this.#usedBlocks.set(offset, size);
@@ -67,11 +84,11 @@ export class CpuDevice implements Device {
       byteOffset: offset,
       wasmOffset: offset,
     };
-    this.#scopes.add(memory);
     return memory;
   }
 
   free(memory: Memory): void {
+    this.#provider?.forget(memory);
     const { wasmOffset } = memory as CpuMemory;
     if (wasmOffset === undefined) return; // placed: the mapping belongs to the checkpoint
     const size = this.#usedBlocks.get(wasmOffset);
@@ -91,7 +108,7 @@ export class CpuDevice implements Device {
   place(bytes: Uint8Array): CpuMemory {
     return {
       device: this,
-      pointer: Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes as Uint8Array<ArrayBuffer>)),
+      pointer: addressOf(bytes),
       byteLength: bytes.byteLength,
       buffer: bytes.buffer,
       byteOffset: bytes.byteOffset,
@@ -130,6 +147,7 @@ export class CpuDevice implements Device {
   [Symbol.dispose](): void {
     this.#provider?.[Symbol.dispose]();
     this.#provider = undefined;
+    this.runner[Symbol.dispose]();
   }
 
   get #open(): CpuProvider {
@@ -158,6 +176,12 @@ export class CpuDevice implements Device {
     this.#top = end;
     return offset;
   }
+}
+
+/** Address of the first byte; 0 where native code may not be called, since then nobody asks. */
+function addressOf(bytes: Uint8Array): bigint {
+  if (!ffiAllowed()) return 0n;
+  return Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes as Uint8Array<ArrayBuffer>));
 }
 
 /**

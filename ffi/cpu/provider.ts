@@ -1,4 +1,4 @@
-import type { ConvPlan, DeviceProperties, MatmulPlan } from "../device.ts";
+import type { ConvPlan, DeviceProperties, MatmulPlan, Memory } from "../device.ts";
 
 /**
  * What computes matrix products and convolutions on the CPU: oneDNN where a libdnnl is found, else WebAssembly.
@@ -8,4 +8,6 @@ export interface CpuProvider extends Disposable {
   properties(): DeviceProperties;
   matmul(plan: MatmulPlan): void;
   conv(plan: ConvPlan): void;
+  /** `memory` is being freed: what was made of it (packed weights) goes too. */
+  forget(memory: Memory): void;
 }
