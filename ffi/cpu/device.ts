@@ -38,20 +38,20 @@ export class CpuDevice implements Device {
   #current = 0;
   #peak = 0;
   #provider: CpuProvider | undefined;
-  /** Runs WebAssembly kernels on all cores over this device's memory. */
-  readonly runner: WasmRunner;
+  /** Runs WebAssembly kernels on all cores over this device's memory; without it, references in TypeScript run. */
+  readonly runner: WasmRunner | undefined;
 
   /**
-   * `openRunner` gets the memory and an offset of `scratch` bytes per thread; `openProvider` chooses what computes
-   * matrix products and convolutions and gets the finished device.
+   * `openProvider` chooses what computes matrix products and convolutions; it gets the finished device, with the
+   * runner that `openRunner` made for its memory.
    */
   constructor(
-    openRunner: (device: CpuDevice) => WasmRunner,
     openProvider: (device: CpuDevice) => CpuProvider,
+    openRunner?: (device: CpuDevice) => WasmRunner,
   ) {
     this.wasmMemory = new WebAssembly.Memory({ initial: 16, maximum: MAX_PAGES, shared: true });
     this.#base = addressOf(new Uint8Array(this.wasmMemory.buffer, 0, 1));
-    this.runner = openRunner(this);
+    this.runner = openRunner?.(this);
     this.#provider = openProvider(this);
   }
 
@@ -88,7 +88,7 @@ export class CpuDevice implements Device {
   }
 
   free(memory: Memory): void {
-    this.#provider?.forget(memory);
+    this.#provider?.forget?.(memory);
     const { wasmOffset } = memory as CpuMemory;
     if (wasmOffset === undefined) return; // placed: the mapping belongs to the checkpoint
     const size = this.#usedBlocks.get(wasmOffset);
@@ -147,7 +147,7 @@ export class CpuDevice implements Device {
   [Symbol.dispose](): void {
     this.#provider?.[Symbol.dispose]();
     this.#provider = undefined;
-    this.runner[Symbol.dispose]();
+    this.runner?.[Symbol.dispose]();
   }
 
   get #open(): CpuProvider {

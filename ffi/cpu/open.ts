@@ -17,11 +17,10 @@ export async function openCpu(options: OpenCpuOptions = {}): Promise<CpuDevice> 
   const threads = options.threads ?? threadCount();
   const assembler = await loadAssembler();
   return new CpuDevice(
-    (device) =>
-      new WasmRunner(device.wasmMemory, assembler, {
-        threads,
-        scratch: device.reserve(threads * SCRATCH_BYTES).byteOffset,
-      }),
-    (device) => new WasmProvider(device, device.runner),
+    (device) => new WasmProvider(device, device.runner!),
+    (device) => {
+      const scratch = device.reserve(threads * SCRATCH_BYTES).byteOffset;
+      return new WasmRunner(device.wasmMemory, assembler, { threads, scratch });
+    },
   );
 }

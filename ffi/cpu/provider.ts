@@ -9,5 +9,5 @@ export interface CpuProvider extends Disposable {
   matmul(plan: MatmulPlan): void;
   conv(plan: ConvPlan): void;
   /** `memory` is being freed: what was made of it (packed weights) goes too. */
-  forget(memory: Memory): void;
+  forget?(memory: Memory): void;
 }
