@@ -1,0 +1,124 @@
+import { z } from "zod";
+import type { Tensor } from "../../ffi/tensor.ts";
+import type { Ops } from "./ops.ts";
+import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+
+/** What CLIP's `text_encoder/config.json` says (transformers' CLIPTextConfig), with its defaults. */
+export const clipConfigSchema = z.looseObject({
+  vocab_size: z.int().positive(),
+  hidden_size: z.int().positive(),
+  intermediate_size: z.int().positive(),
+  num_hidden_layers: z.int().positive(),
+  num_attention_heads: z.int().positive(),
+  max_position_embeddings: z.int().positive().default(77),
+  layer_norm_eps: z.number().positive().default(1e-5),
+  hidden_act: z.literal("quick_gelu", { error: "only quick_gelu is supported" }).default("quick_gelu"),
+  eos_token_id: z.int().default(49407),
+});
+
+export type ClipConfig = z.infer<typeof clipConfigSchema>;
+
+export interface ClipOutput {
+  /** `[batch, tokens, hidden]`, after the final layer norm. */
+  readonly lastHiddenState: Tensor;
+  /** `[batch, hidden]`: the last hidden state at the end-of-text token, which has seen the whole prompt. */
+  readonly pooled: Tensor;
+}
+
+/**
+ * CLIP's text encoder (Radford et al. 2021): a pre-norm transformer with a causal mask
+ * (transformers' `models/clip/modeling_clip.py`, `CLIPTextModel`).
+ *
+ * @param ids i32 `[batch, tokens]`. @param endOfText position of the end-of-text token of each sample, from
+ * {@link endOfTextPositions}.
+ */
+export function clipTextModel(
+  config: ClipConfig,
+  weights: Weights,
+  ops: Ops,
+  ids: Tensor,
+  endOfText: readonly number[],
+): ClipOutput {
+  const { device } = ids;
+  const prefix = modulePrefix((name) => weights.has(name));
+  const model = prefix === "" ? weights : under(weights, "text_model");
+  const [batch, tokens] = ids.shape;
+  return device.scope(() => {
+    const positions = model.get("embeddings.position_embedding.weight").narrow(0, 0, tokens);
+    let hiddenStates = ops.add(ops.embedding(ids, model.get("embeddings.token_embedding.weight")), positions);
+    for (let layer = 0; layer < config.num_hidden_layers; layer++) {
+      hiddenStates = encoderLayer(config, under(model, `encoder.layers.${layer}`), ops, hiddenStates);
+    }
+    const lastHiddenState = layerNorm(config, model, "final_layer_norm", ops, hiddenStates);
+    const pooled = ops.concat(
+      Array.from({ length: batch }, (_, b) => lastHiddenState.narrow(0, b, 1).narrow(1, endOfText[b], 1)),
+      0,
+    ).reshape([batch, config.hidden_size]);
+    return { lastHiddenState, pooled };
+  });
+}
+
+function encoderLayer(config: ClipConfig, weights: Weights, ops: Ops, x: Tensor): Tensor {
+  const [batch, tokens, hidden] = x.shape;
+  const heads = [batch, tokens, config.num_attention_heads, hidden / config.num_attention_heads];
+  return x.device.scope(() => {
+    const normed = layerNorm(config, weights, "layer_norm1", ops, x);
+    const [q, k, v] = ["q_proj", "k_proj", "v_proj"].map((name) =>
+      dense(ops, weights, `self_attn.${name}`, normed).reshape(heads)
+    );
+    const attended = ops.attention(q, k, v, { causal: true }).reshape(x.shape);
+    const middle = ops.add(x, dense(ops, weights, "self_attn.out_proj", attended));
+    const up = ops.quickGelu(
+      dense(ops, weights, "mlp.fc1", layerNorm(config, weights, "layer_norm2", ops, middle)),
+    );
+    return ops.add(middle, dense(ops, weights, "mlp.fc2", up));
+  });
+}
+
+function layerNorm(config: ClipConfig, weights: Weights, module: string, ops: Ops, x: Tensor): Tensor {
+  return ops.layerNorm(
+    x,
+    config.layer_norm_eps,
+    weights.get(`${module}.weight`),
+    weights.get(`${module}.bias`),
+  );
+}
+
+/**
+ * Where the pooled output is taken: the first end-of-text token. Configs from before transformers' fix say
+ * `eos_token_id: 2`, which no prompt has; for them it is the position of the largest id, which in CLIP's own
+ * vocabulary is the end of text.
+ */
+export function endOfTextPositions(config: ClipConfig, rows: readonly Int32Array[]): number[] {
+  return rows.map((ids) => {
+    const wanted = config.eos_token_id === 2 ? ids.reduce((a, b) => Math.max(a, b)) : config.eos_token_id;
+    return Math.max(ids.indexOf(wanted), 0); // transformers' argmax gives 0 as well when there is none
+  });
+}
+
+/** transformers 5 writes the weights without the `text_model.` that all published checkpoints have. */
+function modulePrefix(has: (name: string) => boolean): string {
+  return has("embeddings.token_embedding.weight") ? "" : "text_model.";
+}
+
+/** Names and shapes of the weights that {@link clipTextModel} reads; `has` tells which prefix the names have. */
+export function clipWeightShapes(config: ClipConfig, has: (name: string) => boolean): WeightShapes {
+  const { hidden_size: hidden, intermediate_size: intermediate } = config;
+  const prefix = modulePrefix(has);
+  const shapes = new WeightShapes();
+  shapes.set(`${prefix}embeddings.token_embedding.weight`, [config.vocab_size, hidden]);
+  shapes.set(`${prefix}embeddings.position_embedding.weight`, [config.max_position_embeddings, hidden]);
+  for (let layer = 0; layer < config.num_hidden_layers; layer++) {
+    const module = `${prefix}encoder.layers.${layer}`;
+    shapes.norm(`${module}.layer_norm1`, hidden).norm(`${module}.layer_norm2`, hidden);
+    for (const name of ["q_proj", "k_proj", "v_proj", "out_proj"]) {
+      shapes.linear(`${module}.self_attn.${name}`, hidden, hidden);
+    }
+    shapes.linear(`${module}.mlp.fc1`, intermediate, hidden).linear(
+      `${module}.mlp.fc2`,
+      hidden,
+      intermediate,
+    );
+  }
+  return shapes.norm(`${prefix}final_layer_norm`, hidden);
+}

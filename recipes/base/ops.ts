@@ -1,0 +1,88 @@
+import { adaLayerNorm } from "../../kernels/ada_layer_norm.ts";
+import { add } from "../../kernels/add.ts";
+import { attention } from "../../kernels/attention.ts";
+import { cast } from "../../kernels/cast.ts";
+import { concat } from "../../kernels/concat.ts";
+import { contiguous } from "../../kernels/contiguous.ts";
+import { conv2d } from "../../kernels/conv2d.ts";
+import { embedding } from "../../kernels/embedding.ts";
+import { eulerStep } from "../../kernels/euler_step.ts";
+import { gatedResidual } from "../../kernels/gated_residual.ts";
+import { geluTanh } from "../../kernels/gelu_tanh.ts";
+import { groupNorm } from "../../kernels/group_norm.ts";
+import { groupNormSilu } from "../../kernels/group_norm_silu.ts";
+import { layerNorm } from "../../kernels/layer_norm.ts";
+import { linear } from "../../kernels/linear.ts";
+import { linearGelu } from "../../kernels/linear_gelu.ts";
+import { multiply } from "../../kernels/multiply.ts";
+import { qkNormRope } from "../../kernels/qk_norm_rope.ts";
+import { quickGelu } from "../../kernels/quick_gelu.ts";
+import { rmsNorm } from "../../kernels/rms_norm.ts";
+import { scaleShift } from "../../kernels/scale_shift.ts";
+import { silu } from "../../kernels/silu.ts";
+import { timestepEmbedding } from "../../kernels/timestep_embedding.ts";
+import { toPixels } from "../../kernels/to_pixels.ts";
+import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
+
+/**
+ * The operators that the model is written in. A recipe replaces entries of this table and never a line of the model.
+ * The first group is primitive; the second is composite, with a default body of primitives, one kernel each.
+ */
+export interface Ops {
+  readonly add: typeof add;
+  readonly attention: typeof attention;
+  readonly cast: typeof cast;
+  readonly concat: typeof concat;
+  readonly contiguous: typeof contiguous;
+  readonly conv2d: typeof conv2d;
+  readonly embedding: typeof embedding;
+  readonly eulerStep: typeof eulerStep;
+  readonly geluTanh: typeof geluTanh;
+  readonly groupNorm: typeof groupNorm;
+  readonly layerNorm: typeof layerNorm;
+  readonly linear: typeof linear;
+  readonly multiply: typeof multiply;
+  readonly quickGelu: typeof quickGelu;
+  readonly rmsNorm: typeof rmsNorm;
+  readonly scaleShift: typeof scaleShift;
+  readonly silu: typeof silu;
+  readonly timestepEmbedding: typeof timestepEmbedding;
+  readonly toPixels: typeof toPixels;
+  readonly upsampleNearest: typeof upsampleNearest;
+
+  readonly adaLayerNorm: typeof adaLayerNorm;
+  readonly gatedResidual: typeof gatedResidual;
+  readonly groupNormSilu: typeof groupNormSilu;
+  readonly linearGelu: typeof linearGelu;
+  readonly qkNormRope: typeof qkNormRope;
+}
+
+/** The unoptimized table: one kernel after another, as PyTorch runs eagerly. */
+export const eagerOps: Ops = {
+  add,
+  attention,
+  cast,
+  concat,
+  contiguous,
+  conv2d,
+  embedding,
+  eulerStep,
+  geluTanh,
+  groupNorm,
+  layerNorm,
+  linear,
+  multiply,
+  quickGelu,
+  rmsNorm,
+  scaleShift,
+  silu,
+  timestepEmbedding,
+  toPixels,
+  upsampleNearest,
+
+  adaLayerNorm,
+  gatedResidual,
+  groupNormSilu,
+  linearGelu,
+  qkNormRope,
+};

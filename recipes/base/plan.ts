@@ -1,0 +1,67 @@
+import type { Device, DeviceKind } from "../../ffi/device.ts";
+import type { Tensor } from "../../ffi/tensor.ts";
+import { UsageError } from "./errors.ts";
+import { eagerOps, type Ops } from "./ops.ts";
+import type { Weights } from "./weights.ts";
+
+/** The parts of the pipeline that have weights, by their folder in diffusers' layout. */
+export type Component = "text_encoder" | "text_encoder_2" | "transformer" | "vae";
+
+/**
+ * How a part of the pipeline is run. `part` names it, `inputs` are the tensors that change from call to call, and
+ * `body` computes the outputs from them: eagerly, or recorded once for the inputs' shapes and replayed.
+ */
+export type Execute = <O>(
+  part: string,
+  inputs: readonly Tensor[],
+  body: (inputs: readonly Tensor[]) => O,
+) => O;
+
+/** What is computed, with which weights and operators, and how it is run. A value: recipes return changed copies. */
+export interface Plan {
+  readonly device: Device;
+  readonly weights: Readonly<Record<Component, Weights>>;
+  readonly ops: Ops;
+  readonly execute: Execute;
+  /** Names of the recipes applied so far, in order. */
+  readonly recipes: readonly string[];
+}
+
+/** One optimization: a pure function from plan to plan, with what a reader has to know of it. */
+export interface Recipe {
+  /** The file's name without extension, e.g. `"01_bfloat16"`. */
+  readonly name: string;
+  /** Whether the model computes the same function (up to rounding of its dtype); false: quality is traded for speed. */
+  readonly exact: boolean;
+  readonly devices: readonly DeviceKind[];
+  /** Returns the changed plan; throws {@link UsageError} when it clashes with a recipe that is there already. */
+  apply(plan: Plan): Plan;
+}
+
+/** A plan as the checkpoint has it, run one operator after another. */
+export function eagerPlan(device: Device, weights: Readonly<Record<Component, Weights>>): Plan {
+  return {
+    device,
+    weights,
+    ops: eagerOps,
+    execute: (_part, inputs, body) => device.scope(() => body(inputs)),
+    recipes: [],
+  };
+}
+
+/**
+ * Applies recipes in order.
+ *
+ * @throws UsageError when one is applied twice, does not run on the plan's device, or clashes with an earlier one.
+ */
+export function compose(plan: Plan, ...recipes: readonly Recipe[]): Plan {
+  return recipes.reduce((current, recipe) => {
+    if (current.recipes.includes(recipe.name)) throw new UsageError(`recipe ${recipe.name} is applied twice`);
+    if (!recipe.devices.includes(current.device.kind)) {
+      throw new UsageError(
+        `recipe ${recipe.name} does not run on ${current.device.name}, only on ${recipe.devices.join(", ")}`,
+      );
+    }
+    return { ...recipe.apply(current), recipes: [...current.recipes, recipe.name] };
+  }, plan);
+}

@@ -1,0 +1,150 @@
+import { z } from "zod";
+import { Tensor } from "../../ffi/tensor.ts";
+import type { Ops } from "./ops.ts";
+import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+
+/** What T5's `text_encoder_2/config.json` says (transformers' T5Config), with its defaults. */
+export const t5ConfigSchema = z.looseObject({
+  vocab_size: z.int().positive(),
+  d_model: z.int().positive(),
+  d_kv: z.int().positive(),
+  d_ff: z.int().positive(),
+  num_layers: z.int().positive(),
+  num_heads: z.int().positive(),
+  relative_attention_num_buckets: z.int().positive().default(32),
+  relative_attention_max_distance: z.int().positive().default(128),
+  layer_norm_epsilon: z.number().positive().default(1e-6),
+  feed_forward_proj: z.string().default("relu"),
+  is_gated_act: z.boolean().optional(),
+  dense_act_fn: z.string().optional(),
+}).refine(isGatedGelu, {
+  path: ["feed_forward_proj"],
+  error: "only T5 v1.1's gated GELU in its tanh form (gated-gelu) is supported",
+});
+
+export type T5Config = z.infer<typeof t5ConfigSchema>;
+
+/** Newer transformers write the parsed `is_gated_act` and `dense_act_fn`, older ones only `feed_forward_proj`. */
+function isGatedGelu(config: {
+  feed_forward_proj: string;
+  is_gated_act?: boolean | undefined;
+  dense_act_fn?: string | undefined;
+}): boolean {
+  if (config.is_gated_act === undefined) return config.feed_forward_proj === "gated-gelu";
+  return config.is_gated_act && ["gelu_new", "gelu_pytorch_tanh"].includes(config.dense_act_fn ?? "gelu_new");
+}
+
+/**
+ * The encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020 for the gated GELU): pre-norm with RMS norm, no biases, no
+ * attention scale, and a learned bias by relative position that the first layer has and all layers use
+ * (transformers' `models/t5/modeling_t5.py`, `T5EncoderModel`). FluxPipeline gives no mask: padding is seen.
+ *
+ * @param ids i32 `[batch, tokens]`. @returns `[batch, tokens, d_model]`.
+ */
+export function t5Encoder(config: T5Config, weights: Weights, ops: Ops, ids: Tensor): Tensor {
+  const { device } = ids;
+  const encoder = under(weights, "encoder");
+  return device.scope(() => {
+    const bias = positionBias(config, encoder, ops, ids.shape[1], ids);
+    let hiddenStates = ops.embedding(ids, tokenEmbedding(weights));
+    for (let layer = 0; layer < config.num_layers; layer++) {
+      const next = encoderLayer(config, under(encoder, `block.${layer}`), ops, hiddenStates, bias);
+      hiddenStates.dispose();
+      hiddenStates = next;
+    }
+    return ops.rmsNorm(hiddenStates, encoder.get("final_layer_norm.weight"), config.layer_norm_epsilon);
+  });
+}
+
+/** The table of token embeddings has two names in the files that are about. */
+function tokenEmbedding(weights: Weights): Tensor {
+  const [shared, alias] = EMBEDDING_NAMES;
+  return weights.get(weights.has(shared) ? shared : alias);
+}
+
+const EMBEDDING_NAMES = ["shared.weight", "encoder.embed_tokens.weight"] as const;
+
+function encoderLayer(config: T5Config, weights: Weights, ops: Ops, x: Tensor, bias: Tensor): Tensor {
+  const [batch, tokens] = x.shape;
+  const { num_heads: heads, d_kv: headDim, layer_norm_epsilon: eps } = config;
+  return x.device.scope(() => {
+    const attentionLayer = under(weights, "layer.0");
+    const normed = ops.rmsNorm(x, attentionLayer.get("layer_norm.weight"), eps);
+    const [q, k, v] = ["q", "k", "v"].map((name) =>
+      dense(ops, attentionLayer, `SelfAttention.${name}`, normed).reshape([batch, tokens, heads, headDim])
+    );
+    const attended = ops.attention(q, k, v, { scale: 1, bias }).reshape([batch, tokens, heads * headDim]);
+    const middle = ops.add(x, dense(ops, attentionLayer, "SelfAttention.o", attended));
+
+    const mlp = under(weights, "layer.1");
+    const mlpNormed = ops.rmsNorm(middle, mlp.get("layer_norm.weight"), eps);
+    const gate = ops.linearGelu(mlpNormed, mlp.get("DenseReluDense.wi_0.weight"));
+    const gated = ops.multiply(gate, dense(ops, mlp, "DenseReluDense.wi_1", mlpNormed));
+    return ops.add(middle, dense(ops, mlp, "DenseReluDense.wo", gated));
+  });
+}
+
+/** Bias of the attention logits by relative position, `[heads, tokens, tokens]`. */
+function positionBias(config: T5Config, encoder: Weights, ops: Ops, tokens: number, ids: Tensor): Tensor {
+  const table = encoder.get("block.0.layer.0.SelfAttention.relative_attention_bias.weight");
+  const buckets = new Int32Array(tokens * tokens);
+  for (let query = 0; query < tokens; query++) {
+    for (let key = 0; key < tokens; key++) {
+      buckets[query * tokens + key] = relativePositionBucket(
+        key - query,
+        config.relative_attention_num_buckets,
+        config.relative_attention_max_distance,
+      );
+    }
+  }
+  const bias = ops.embedding(Tensor.fromInt32(ids.device, buckets, [tokens, tokens]), table);
+  return ops.contiguous(bias.permute([2, 0, 1]));
+}
+
+/**
+ * T5's buckets: half of them for keys behind the query; of each half, the first half one distance each, the others
+ * logarithmically wider up to `maxDistance`, beyond which all distances share the last.
+ *
+ * @param relativePosition key position minus query position.
+ */
+export function relativePositionBucket(
+  relativePosition: number,
+  buckets: number,
+  maxDistance: number,
+): number {
+  const half = Math.floor(buckets / 2);
+  const side = relativePosition > 0 ? half : 0;
+  const distance = Math.abs(relativePosition);
+  const exact = Math.floor(half / 2);
+  if (distance < exact) return side + distance;
+  const { fround } = Math; // transformers computes the logarithm in f32, which decides at bucket borders
+  const ratio = fround(fround(Math.log(fround(distance / exact))) / fround(Math.log(maxDistance / exact)));
+  return side + Math.min(exact + Math.floor(fround(ratio * (half - exact))), half - 1);
+}
+
+/** Names and shapes of the weights that {@link t5Encoder} reads; `has` tells which name the embedding table has. */
+export function t5WeightShapes(config: T5Config, has: (name: string) => boolean): WeightShapes {
+  const { d_model: hidden, d_ff: intermediate } = config;
+  const inner = config.num_heads * config.d_kv;
+  const shapes = new WeightShapes();
+  const embedding = EMBEDDING_NAMES.find(has) ?? EMBEDDING_NAMES[0];
+  shapes.set(embedding, [config.vocab_size, hidden]);
+  shapes.set("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", [
+    config.relative_attention_num_buckets,
+    config.num_heads,
+  ]);
+  for (let layer = 0; layer < config.num_layers; layer++) {
+    const module = `encoder.block.${layer}`;
+    shapes.set(`${module}.layer.0.layer_norm.weight`, [hidden]);
+    for (const name of ["q", "k", "v"]) {
+      shapes.linear(`${module}.layer.0.SelfAttention.${name}`, inner, hidden, false);
+    }
+    shapes.linear(`${module}.layer.0.SelfAttention.o`, hidden, inner, false);
+    shapes.set(`${module}.layer.1.layer_norm.weight`, [hidden]);
+    for (const name of ["wi_0", "wi_1"]) {
+      shapes.linear(`${module}.layer.1.DenseReluDense.${name}`, intermediate, hidden, false);
+    }
+    shapes.linear(`${module}.layer.1.DenseReluDense.wo`, hidden, intermediate, false);
+  }
+  return shapes.set("encoder.final_layer_norm.weight", [hidden]);
+}

@@ -1,0 +1,307 @@
+import { z } from "zod";
+import type { Tensor } from "../../ffi/tensor.ts";
+import type { Ops } from "./ops.ts";
+import type { Rotary } from "./rotary.ts";
+import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+
+/** What `transformer/config.json` says (diffusers' FluxTransformer2DModel), with its defaults. */
+export const transformerConfigSchema = z.looseObject({
+  patch_size: z.literal(1, { error: "only 1 is supported: FLUX.1 packs its latents before the transformer" })
+    .default(1),
+  in_channels: z.int().positive().default(64),
+  out_channels: z.int().positive().nullish(),
+  num_layers: z.int().min(0).default(19),
+  num_single_layers: z.int().min(0).default(38),
+  attention_head_dim: z.int().positive().multipleOf(2).default(128),
+  num_attention_heads: z.int().positive().default(24),
+  joint_attention_dim: z.int().positive().default(4096),
+  pooled_projection_dim: z.int().positive().default(768),
+  guidance_embeds: z.boolean().default(false),
+  axes_dims_rope: z.array(z.int().positive().multipleOf(2)).length(3).default([16, 56, 56]),
+}).refine((config) => config.axes_dims_rope.reduce((a, b) => a + b, 0) === config.attention_head_dim, {
+  path: ["axes_dims_rope"],
+  error: "must add up to attention_head_dim",
+});
+
+export type TransformerConfig = z.infer<typeof transformerConfigSchema>;
+
+export interface TransformerInputs {
+  /** Packed noisy latents `[batch, imageTokens, in_channels]`. */
+  readonly hiddenStates: Tensor;
+  /** T5's output `[batch, textTokens, joint_attention_dim]`. */
+  readonly encoderHiddenStates: Tensor;
+  /** CLIP's pooled output `[batch, pooled_projection_dim]`. */
+  readonly pooledProjections: Tensor;
+  /** Noise level, f32 `[batch]` from 0 to 1. */
+  readonly timestep: Tensor;
+  /** Guidance scale, f32 `[batch]`; exactly for models with `guidance_embeds`. */
+  readonly guidance?: Tensor | undefined;
+  /** Rotary tables of text tokens, then image tokens. */
+  readonly rotary: Rotary;
+}
+
+const NORM_EPS = 1e-6;
+/** Width of the sinusoidal embedding of timestep and guidance. */
+const TIME_CHANNELS = 256;
+const MLP_RATIO = 4;
+
+/**
+ * FLUX.1's transformer (Black Forest Labs 2024; diffusers' `transformer_flux.py`): blocks with a stream each for text
+ * and image that attend jointly (Esser et al. 2024, MM-DiT), then blocks with one stream that run attention and MLP
+ * side by side (Dehghani et al. 2023), all modulated by timestep, guidance and pooled text (adaLN-Zero).
+ *
+ * @returns the velocity `noise - image`, `[batch, imageTokens, out_channels]`, in the weights' dtype.
+ */
+export function fluxTransformer(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  inputs: TransformerInputs,
+): Tensor {
+  const { device } = inputs.hiddenStates;
+  const { dtype } = weights.get("x_embedder.weight");
+  const textTokens = inputs.encoderHiddenStates.shape[1];
+  return device.scope(() => {
+    const temb = timeTextEmbed(config, under(weights, "time_text_embed"), ops, inputs);
+    // Each modulation applies SiLU to the embedding before its Linear; it is the same for all of them.
+    const condition = ops.silu(temb);
+    let streams: Streams = {
+      hiddenStates: dense(ops, weights, "x_embedder", ops.cast(inputs.hiddenStates, dtype)),
+      encoderHiddenStates: dense(
+        ops,
+        weights,
+        "context_embedder",
+        ops.cast(inputs.encoderHiddenStates, dtype),
+      ),
+    };
+    for (let layer = 0; layer < config.num_layers; layer++) {
+      const block = under(weights, `transformer_blocks.${layer}`);
+      const next = doubleBlock(config, block, ops, streams, condition, inputs.rotary);
+      disposeStreams(streams);
+      streams = next;
+    }
+    // Text first, as the rotary tables have it.
+    let joint = ops.concat([streams.encoderHiddenStates, streams.hiddenStates], 1);
+    disposeStreams(streams);
+    for (let layer = 0; layer < config.num_single_layers; layer++) {
+      const block = under(weights, `single_transformer_blocks.${layer}`);
+      const next = singleBlock(config, block, ops, joint, condition, inputs.rotary);
+      joint.dispose();
+      joint = next;
+    }
+    const image = joint.narrow(1, textTokens, joint.shape[1] - textTokens);
+    // norm_out keeps scale before shift, unlike the blocks.
+    const [scale, shift] = dense(ops, weights, "norm_out.linear", condition).chunk(2, 1);
+    return dense(ops, weights, "proj_out", ops.adaLayerNorm(image, scale, shift, NORM_EPS));
+  });
+}
+
+/** The two streams of the double blocks, both `[batch, tokens, hidden]`. */
+export interface Streams {
+  readonly hiddenStates: Tensor;
+  readonly encoderHiddenStates: Tensor;
+}
+
+function disposeStreams({ hiddenStates, encoderHiddenStates }: Streams): void {
+  hiddenStates.dispose();
+  encoderHiddenStates.dispose();
+}
+
+/** Embedding of timestep, guidance and pooled text: the sum of three small MLPs, `[batch, hidden]`. */
+export function timeTextEmbed(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  inputs: Pick<TransformerInputs, "timestep" | "guidance" | "pooledProjections">,
+): Tensor {
+  const { dtype } = weights.get("text_embedder.linear_1.weight");
+  const mlp = (module: string, x: Tensor) =>
+    dense(ops, weights, `${module}.linear_2`, ops.silu(dense(ops, weights, `${module}.linear_1`, x)));
+  const scalar = (module: string, value: Tensor) =>
+    mlp(module, ops.timestepEmbedding(ops.scaleShift(value, 1000, 0), TIME_CHANNELS, dtype));
+  return inputs.timestep.device.scope(() => {
+    let temb = scalar("timestep_embedder", inputs.timestep);
+    if (config.guidance_embeds) temb = ops.add(temb, scalar("guidance_embedder", inputs.guidance!));
+    return ops.add(temb, mlp("text_embedder", ops.cast(inputs.pooledProjections, dtype)));
+  });
+}
+
+/** Shift, scale and gate of attention, then of the MLP: adaLN-Zero's six `[batch, hidden]`. */
+function modulation(ops: Ops, weights: Weights, module: string, condition: Tensor) {
+  const [shiftMsa, scaleMsa, gateMsa, shiftMlp, scaleMlp, gateMlp] = dense(
+    ops,
+    weights,
+    `${module}.linear`,
+    condition,
+  )
+    .chunk(6, 1);
+  return { shiftMsa, scaleMsa, gateMsa, shiftMlp, scaleMlp, gateMlp };
+}
+
+/** One block with separate weights for image and text and joint attention (diffusers' FluxTransformerBlock). */
+export function doubleBlock(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  { hiddenStates, encoderHiddenStates }: Streams,
+  condition: Tensor,
+  rotary: Rotary,
+): Streams {
+  const { num_attention_heads: heads, attention_head_dim: headDim } = config;
+  const textTokens = encoderHiddenStates.shape[1];
+  const imageTokens = hiddenStates.shape[1];
+  const attn = under(weights, "attn");
+  const split = (x: Tensor) => x.reshape([x.shape[0], x.shape[1], heads, headDim]);
+
+  return hiddenStates.device.scope(() => {
+    const image = modulation(ops, weights, "norm1", condition);
+    const text = modulation(ops, weights, "norm1_context", condition);
+
+    const attended = hiddenStates.device.scope(() => {
+      const imageNormed = ops.adaLayerNorm(hiddenStates, image.scaleMsa, image.shiftMsa, NORM_EPS);
+      const textNormed = ops.adaLayerNorm(encoderHiddenStates, text.scaleMsa, text.shiftMsa, NORM_EPS);
+      // Rotary tables are for the joint sequence, text first.
+      const part = (table: Tensor, start: number, count: number) => table.narrow(0, start, count);
+      const rotated = (x: Tensor, norm: string, start: number) =>
+        ops.qkNormRope(
+          split(x),
+          attn.get(`${norm}.weight`),
+          part(rotary.cos, start, x.shape[1]),
+          part(rotary.sin, start, x.shape[1]),
+          NORM_EPS,
+        );
+      const q = ops.concat([
+        rotated(dense(ops, attn, "add_q_proj", textNormed), "norm_added_q", 0),
+        rotated(dense(ops, attn, "to_q", imageNormed), "norm_q", textTokens),
+      ], 1);
+      const k = ops.concat([
+        rotated(dense(ops, attn, "add_k_proj", textNormed), "norm_added_k", 0),
+        rotated(dense(ops, attn, "to_k", imageNormed), "norm_k", textTokens),
+      ], 1);
+      const v = ops.concat([
+        split(dense(ops, attn, "add_v_proj", textNormed)),
+        split(dense(ops, attn, "to_v", imageNormed)),
+      ], 1);
+      return ops.attention(q, k, v);
+    }).reshape([hiddenStates.shape[0], textTokens + imageTokens, heads * headDim]);
+
+    const feedForward = (module: string, x: Tensor, m: ReturnType<typeof modulation>) =>
+      hiddenStates.device.scope(() => {
+        const normed = ops.adaLayerNorm(x, m.scaleMlp, m.shiftMlp, NORM_EPS);
+        const up = ops.linearGelu(
+          normed,
+          weights.get(`${module}.net.0.proj.weight`),
+          weights.get(`${module}.net.0.proj.bias`),
+        );
+        return ops.gatedResidual(x, dense(ops, weights, `${module}.net.2`, up), m.gateMlp);
+      });
+
+    const imageAttended = ops.contiguous(attended.narrow(1, textTokens, imageTokens));
+    const imageMiddle = ops.gatedResidual(
+      hiddenStates,
+      dense(ops, attn, "to_out.0", imageAttended),
+      image.gateMsa,
+    );
+    const textAttended = ops.contiguous(attended.narrow(1, 0, textTokens));
+    const textMiddle = ops.gatedResidual(
+      encoderHiddenStates,
+      dense(ops, attn, "to_add_out", textAttended),
+      text.gateMsa,
+    );
+    return {
+      hiddenStates: feedForward("ff", imageMiddle, image),
+      encoderHiddenStates: feedForward("ff_context", textMiddle, text),
+    };
+  });
+}
+
+/**
+ * One block over the joint sequence, attention and MLP in parallel with one output projection
+ * (diffusers' FluxSingleTransformerBlock). `x` `[batch, tokens, hidden]`.
+ */
+export function singleBlock(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  x: Tensor,
+  condition: Tensor,
+  rotary: Rotary,
+): Tensor {
+  const { num_attention_heads: heads, attention_head_dim: headDim } = config;
+  const attn = under(weights, "attn");
+  const split = (y: Tensor) => y.reshape([y.shape[0], y.shape[1], heads, headDim]);
+  return x.device.scope(() => {
+    const [shift, scale, gate] = dense(ops, weights, "norm.linear", condition).chunk(3, 1);
+    const normed = ops.adaLayerNorm(x, scale, shift, NORM_EPS);
+    const rotated = (module: string, norm: string) =>
+      ops.qkNormRope(
+        split(dense(ops, attn, module, normed)),
+        attn.get(`${norm}.weight`),
+        rotary.cos,
+        rotary.sin,
+        NORM_EPS,
+      );
+    const attended = ops.attention(
+      rotated("to_q", "norm_q"),
+      rotated("to_k", "norm_k"),
+      split(dense(ops, attn, "to_v", normed)),
+    ).reshape(x.shape);
+    const mlp = ops.linearGelu(normed, weights.get("proj_mlp.weight"), weights.get("proj_mlp.bias"));
+    return ops.gatedResidual(x, dense(ops, weights, "proj_out", ops.concat([attended, mlp], 2)), gate);
+  });
+}
+
+/** Names and shapes of the weights that {@link fluxTransformer} reads. */
+export function transformerWeightShapes(config: TransformerConfig): WeightShapes {
+  const headDim = config.attention_head_dim;
+  const hidden = config.num_attention_heads * headDim;
+  const mlp = hidden * MLP_RATIO;
+  const shapes = new WeightShapes()
+    .linear("x_embedder", hidden, config.in_channels)
+    .linear("context_embedder", hidden, config.joint_attention_dim);
+  const embedders: [string, number][] = [["timestep_embedder", TIME_CHANNELS], [
+    "text_embedder",
+    config.pooled_projection_dim,
+  ]];
+  if (config.guidance_embeds) embedders.push(["guidance_embedder", TIME_CHANNELS]);
+  for (const [name, channels] of embedders) {
+    shapes.linear(`time_text_embed.${name}.linear_1`, hidden, channels);
+    shapes.linear(`time_text_embed.${name}.linear_2`, hidden, hidden);
+  }
+  for (let layer = 0; layer < config.num_layers; layer++) {
+    const block = `transformer_blocks.${layer}`;
+    for (const norm of ["norm1", "norm1_context"]) {
+      shapes.linear(`${block}.${norm}.linear`, 6 * hidden, hidden);
+    }
+    for (
+      const name of [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+      ]
+    ) {
+      shapes.linear(`${block}.attn.${name}`, hidden, hidden);
+    }
+    for (const norm of ["norm_q", "norm_k", "norm_added_q", "norm_added_k"]) {
+      shapes.set(`${block}.attn.${norm}.weight`, [headDim]);
+    }
+    for (const ff of ["ff", "ff_context"]) {
+      shapes.linear(`${block}.${ff}.net.0.proj`, mlp, hidden).linear(`${block}.${ff}.net.2`, hidden, mlp);
+    }
+  }
+  for (let layer = 0; layer < config.num_single_layers; layer++) {
+    const block = `single_transformer_blocks.${layer}`;
+    shapes.linear(`${block}.norm.linear`, 3 * hidden, hidden);
+    for (const name of ["to_q", "to_k", "to_v"]) shapes.linear(`${block}.attn.${name}`, hidden, hidden);
+    for (const norm of ["norm_q", "norm_k"]) shapes.set(`${block}.attn.${norm}.weight`, [headDim]);
+    shapes.linear(`${block}.proj_mlp`, mlp, hidden).linear(`${block}.proj_out`, hidden, hidden + mlp);
+  }
+  return shapes
+    .linear("norm_out.linear", 2 * hidden, hidden)
+    .linear("proj_out", config.out_channels ?? config.in_channels, hidden);
+}
