@@ -8,11 +8,15 @@
  * - JavaScript's `\s` and `toLowerCase` differ from Rust's (U+FEFF, U+0085, a final sigma): `\p{White_Space}`, and
  *   lower case character by character;
  * - SentencePiece's normalization is read from the model's table (charsmap.ts) instead of being taken for NFKC;
- * - Unigram fuses unknown characters within a word only, and treats a literal "<unk>" as any other piece.
+ * - Unigram fuses unknown characters within a word only, and treats a literal "<unk>" as any other piece;
+ * - special tokens are looked for in the text once, and not again in what normalization makes of it ("＜/s＞").
+ *
+ * Left over: the Unicode version. Deno knows Unicode 17 and the Rust tokenizers less, so CLIP's ids can differ for the
+ * 28 letters that got a lower case since, and for newer combining marks in an unusual order.
  */
 
 import { join } from "node:path";
-import { Normalizer, Tokenizer } from "@huggingface/tokenizers";
+import { Tokenizer } from "@huggingface/tokenizers";
 import { z } from "zod";
 import { Charsmap } from "./charsmap.ts";
 import { ModelError, UsageError } from "./errors.ts";
@@ -82,7 +86,7 @@ export async function loadClipTokenizer(folder: string): Promise<TextTokenizer> 
 
   const tokenizer = new Tokenizer({
     added_tokens: added,
-    normalizer: { type: "Lowercase" }, // replaced below; it must not be null, else `normalized` tokens lose it
+    normalizer: null,
     pre_tokenizer: {
       type: "Sequence",
       pretokenizers: [
@@ -107,16 +111,16 @@ export async function loadClipTokenizer(folder: string): Promise<TextTokenizer> 
     post_processor: null,
     decoder: { type: "ByteLevel" },
   }, {});
-  tokenizer.normalizer = new FunctionNormalizer((text) =>
-    lowerCase(text.normalize("NFC").replace(/\p{White_Space}+/gu, " "))
-  );
-
   return makeTokenizer({
     tokenizer,
+    added,
+    normalize: (text) => lowerCase(text.normalize("NFC").replace(/\p{White_Space}+/gu, " ")),
     special: { bos: idOf(names.bos), eos: idOf(names.eos), pad: idOf(names.pad), unk: idOf(names.unk) },
     modelMaxLength: config.modelMaxLength ?? 77,
     // transformers never cleans up spaces after BPE, whatever the config says.
-    decode: (ids) => tokenizer.decode(ids, { clean_up_tokenization_spaces: false }).trim(),
+    decode: (ids) =>
+      tokenizer.decode(ids, { clean_up_tokenization_spaces: false })
+        .replace(/^\p{White_Space}+|\p{White_Space}+$/gu, ""), // trim() would take U+FEFF along
   });
 }
 
@@ -164,10 +168,7 @@ export async function loadT5Tokenizer(folder: string): Promise<TextTokenizer> {
     decoder: { type: "Metaspace", replacement: "▁", prepend_scheme: "always" },
   }, {});
   const table = findCharsmap(file.normalizer);
-  if (table !== undefined) {
-    const charsmap = new Charsmap(table, where);
-    tokenizer.normalizer = new FunctionNormalizer((text) => charsmap.normalize(text));
-  }
+  const charsmap = table === undefined ? undefined : new Charsmap(table, where);
   const model = tokenizer.model!;
   const encodeWord = unigram(vocab, vocab[unk_id][0]);
   model.fuse_unk = false;
@@ -175,6 +176,8 @@ export async function loadT5Tokenizer(folder: string): Promise<TextTokenizer> {
 
   return makeTokenizer({
     tokenizer,
+    added,
+    normalize: (text) => charsmap?.normalize(text) ?? text,
     special: {
       bos: undefined,
       eos: idOf(config.special.eos_token?.content ?? "</s>"),
@@ -186,14 +189,21 @@ export async function loadT5Tokenizer(folder: string): Promise<TextTokenizer> {
   });
 }
 
-/** Truncation, special tokens and padding, in the order of the Rust tokenizers. */
-function makeTokenizer(parts: {
+/** The parts that differ between CLIP and T5. */
+interface Parts {
+  /** For its pre-tokenizer and model; the steps around them are below. */
   tokenizer: Tokenizer;
+  added: AddedToken[];
+  normalize: (text: string) => string;
   special: SpecialIds;
   modelMaxLength: number;
   decode: (ids: number[]) => string;
-}): TextTokenizer {
-  const { tokenizer, special, modelMaxLength, decode } = parts;
+}
+
+/** Truncation, special tokens and padding, in the order of the Rust tokenizers. */
+function makeTokenizer(parts: Parts): TextTokenizer {
+  const { special, modelMaxLength, decode } = parts;
+  const tokenize = textTokenizer(parts);
   const before = special.bos === undefined ? [] : [special.bos];
   const specials = before.length + 1;
   return {
@@ -205,7 +215,7 @@ function makeTokenizer(parts: {
           `maximum sequence length ${maxLength}: give a whole number of ${specials} or more`,
         );
       }
-      const content = tokenizer.encode(text.toWellFormed(), { add_special_tokens: false }).ids;
+      const content = tokenize(text.toWellFormed());
       const room = maxLength - specials;
       const kept = content.slice(0, room);
       const ids = new Int32Array(maxLength).fill(special.pad);
@@ -219,16 +229,43 @@ function makeTokenizer(parts: {
   };
 }
 
-/** A normalizer of the library around a function of ours. */
-class FunctionNormalizer extends Normalizer {
-  readonly #apply: (text: string) => string;
-  constructor(apply: (text: string) => string) {
-    super({ type: "NFC" }); // the base class asks for a configuration and only keeps it
-    this.#apply = apply;
+/**
+ * Ids of a text without truncation or the special tokens around it: added tokens are cut out first from the text as
+ * it is, then, those marked `normalized`, from the normalized rest; what remains goes through the model.
+ */
+function textTokenizer({ tokenizer, added, normalize, special }: Parts): (text: string) => number[] {
+  const { pre_tokenizer: preTokenizer, model } = tokenizer;
+  if (preTokenizer === null || model === null) {
+    throw new TypeError("tokenizer without pre-tokenizer or model");
   }
-  override normalize(text: string): string {
-    return this.#apply(text);
-  }
+  const splitRaw = splitter(added.filter((token) => !token.normalized));
+  const splitNormalized = splitter(
+    added.filter((token) => token.normalized).map((token) => ({
+      ...token,
+      content: normalize(token.content),
+    })),
+  );
+  const pieceId = (piece: string) => model.tokens_to_ids.get(piece) ?? special.unk;
+  return (text) =>
+    splitRaw(text).flatMap((section) =>
+      typeof section === "number"
+        ? [section]
+        : splitNormalized(normalize(section)).flatMap((part) =>
+          typeof part === "number" ? [part] : model._call(preTokenizer.pre_tokenize(part)).map(pieceId)
+        )
+    );
+}
+
+/** Cuts a text at the given tokens, the leftmost and there the longest first, into text and token ids. */
+function splitter(tokens: AddedToken[]): (text: string) => (string | number)[] {
+  if (tokens.length === 0) return (text) => [text];
+  const ids = new Map(tokens.map(({ content, id }) => [content, id]));
+  const contents = [...ids.keys()].sort((a, b) => b.length - a.length);
+  const pattern = new RegExp(`(${contents.map((content) => RegExp.escape(content)).join("|")})`, "u");
+  return (text) =>
+    text.split(pattern) // with a captured separator the odd parts are the tokens
+      .map((part, i) => i % 2 === 1 ? ids.get(part)! : part)
+      .filter((part) => part !== "");
 }
 
 /** A pre-tokenizer that keeps the matches of a regular expression. */
@@ -296,12 +333,15 @@ function unigram(vocab: [piece: string, score: number][], unk: string): (word: s
 
 // Files. Every name is a constant joined to the given folder, so nothing outside it is read.
 
+const onlyFalse = z.literal(false, { error: "only false is supported" }).default(false);
+
 const addedTokenSchema = z.object({
   id: z.int().nonnegative(),
   content: z.string().min(1),
-  lstrip: z.boolean().default(false),
-  rstrip: z.boolean().default(false),
-  single_word: z.literal(false, { error: "only false is supported" }).default(false),
+  // No FLUX tokenizer trims around its added tokens.
+  lstrip: onlyFalse,
+  rstrip: onlyFalse,
+  single_word: onlyFalse,
   normalized: z.boolean().default(false),
   special: z.boolean().default(false),
 });
@@ -352,7 +392,7 @@ const unigramFileSchema = z.object({
     type: z.literal("Unigram"),
     unk_id: z.int().nonnegative(),
     vocab: z.array(z.tuple([z.string(), z.number()])).min(1),
-    byte_fallback: z.literal(false, { error: "only false is supported" }).default(false),
+    byte_fallback: onlyFalse,
   }),
 });
 
@@ -418,11 +458,9 @@ async function readBpe(folder: string): Promise<Bpe> {
   const vocab = parse(vocabSchema, vocabJson, vocabPath);
   const text = await readText(mergesPath);
   if (text === undefined) throw missing(mergesPath);
-  // As transformers reads it: every line that begins with # counts as a comment, not only the first.
-  const lines = text.split("\n").map((line) => line.trim()).filter((line) =>
-    line !== "" && !line.startsWith("#")
-  );
-  return { vocab, merges: checkMerges(lines.map((line) => line.split(/\s+/)), vocab, mergesPath) };
+  // Only the version line is a comment: "# #</w>" is a merge.
+  const lines = text.split(/\r?\n/).filter((line) => line !== "" && !line.startsWith("#version"));
+  return { vocab, merges: checkMerges(lines.map((line) => line.split(" ")), vocab, mergesPath) };
 }
 
 /** Each merge joins two tokens of the vocabulary into a third. */
