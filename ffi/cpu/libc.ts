@@ -167,8 +167,6 @@ export function mapFile(path: string, options: { readonly expectedBytes?: number
     });
   }
   try {
-    const before = Number(symbols.lseek(fd, 0n, SEEK_END));
-    if (before !== size) throw changedSize(path, size, before);
     const pointer = symbols.mmap(null, BigInt(size), PROT_READ, MAP_PRIVATE, fd, 0n);
     if (pointer === null || Deno.UnsafePointer.value(pointer) === MAP_FAILED) {
       throw new FfiError(`${path} (${size} bytes) could not be mapped into memory`, {
@@ -176,10 +174,11 @@ export function mapFile(path: string, options: { readonly expectedBytes?: number
       });
     }
     const unmap = () => void symbols.munmap(pointer, BigInt(size));
-    const after = Number(symbols.lseek(fd, 0n, SEEK_END));
-    if (after !== size) {
+    // Asked of the open file and after mapping it, so that a change since the stat cannot slip through.
+    const actual = Number(symbols.lseek(fd, 0n, SEEK_END));
+    if (actual !== size) {
       unmap();
-      throw changedSize(path, size, after);
+      throw changedSize(path, size, actual);
     }
     return new MappedFile(path, new Uint8Array(Deno.UnsafePointerView.getArrayBuffer(pointer, size)), unmap);
   } finally {

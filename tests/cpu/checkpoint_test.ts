@@ -304,6 +304,13 @@ Deno.test("Hugging Face's cache: links into the repository's blobs are followed,
     }
     assert.deepEqual(readJson(model, "model_index.json", z.object({ x: z.number() })), { x: 1 });
 
+    // A folder that only looks like a snapshot is a model folder like any other.
+    const lookalike = join(root, "mine", "snapshots", "1");
+    Deno.mkdirSync(join(lookalike, "vae"), { recursive: true });
+    await writeSafetensors(join(root, "mine", "blob"), [ramp("a", [2])]);
+    symlink("../../../blob", join(lookalike, "vae", "model.safetensors"));
+    assert.match(modelError(() => openComponent(lookalike, "vae")).message, /leads out/);
+
     const other = join(root, "models--someone--else", "blobs");
     Deno.mkdirSync(other, { recursive: true });
     Deno.renameSync(join(repository, "blobs", "5e1f"), join(other, "5e1f"));

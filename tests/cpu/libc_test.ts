@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { mapFile } from "../../ffi/cpu/libc.ts";
 import { FfiError } from "../../ffi/errors.ts";
+import { LIBC_SONAMES, openLibrary } from "../../ffi/library.ts";
 
 /** Runs `body` with a fresh folder that is removed afterwards. */
 function inFolder(body: (folder: string) => void): void {
@@ -36,6 +37,28 @@ Deno.test("a mapping outlives the file's name, as a rename over it needs", () =>
     using file = mapFile(path);
     Deno.removeSync(path);
     assert.deepEqual([...file.bytes], [1, 2, 3]);
+  }));
+
+Deno.test("mapping keeps no file descriptor", () =>
+  inFolder((folder) => {
+    const path = join(folder, "data");
+    Deno.writeFileSync(path, new Uint8Array(10));
+    const symbols = {
+      open: { parameters: ["buffer", "i32"], result: "i32" },
+      close: { parameters: ["i32"], result: "i32" },
+    } as const;
+    using libc = openLibrary("libc", symbols, { sonames: LIBC_SONAMES, search: "system" });
+    const lowestFree = () => {
+      const fd = libc.symbols.open(new TextEncoder().encode(`${path}\0`), 0);
+      libc.symbols.close(fd);
+      return fd;
+    };
+    const before = lowestFree();
+    const files = Array.from({ length: 100 }, () => mapFile(path));
+    for (let i = 0; i < 100; i++) assert.throws(() => mapFile(path, { expectedBytes: 11 }));
+    // The runtime may open a file of its own meanwhile, but not a hundred.
+    assert(lowestFree() - before < 50);
+    for (const file of files) file[Symbol.dispose]();
   }));
 
 Deno.test("after disposal: a typed error, and views that are empty instead of dangling", () =>

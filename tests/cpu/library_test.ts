@@ -20,7 +20,7 @@ Deno.test("candidatePaths: overrides first, then the loader, toolkits, wheels, s
     ["libx.so.2", "libx.so.1"],
     env({
       FLUX_LIB_PATH: "/override/:/missing",
-      LD_LIBRARY_PATH: "/ld::relative",
+      LD_LIBRARY_PATH: "/ld::relative:/override:/ld/",
       VIRTUAL_ENV: "/venv",
       CONDA_PREFIX: "/conda",
       PATH: "/usr/bin:/opt/py/bin:/root/.pyenv/shims",

@@ -201,6 +201,18 @@ Deno.test("each broken rule is named", async (t) => {
     ],
     ["shape", "half a byte of F4", tensor('"dtype":"F4","shape":[3],"data_offsets":[0,2]', 2), "t"],
     ["shape", "6 bits of F6", tensor('"dtype":"F6_E2M3","shape":[2],"data_offsets":[0,2]', 2), "t"],
+    [
+      "shape",
+      "2^53+1 beside a 0",
+      tensor('"dtype":"U8","shape":[0,9007199254740993],"data_offsets":[0,0]', 0),
+      "t",
+    ],
+    [
+      "offsets",
+      "beyond 2^53",
+      tensor('"dtype":"U8","shape":[0],"data_offsets":[9007199254740993,9007199254740993]'),
+      "t",
+    ],
     ["offsets", "one", tensor('"dtype":"F32","shape":[2],"data_offsets":[0]'), "t"],
     ["offsets", "three", tensor('"dtype":"F32","shape":[2],"data_offsets":[0,8,8]'), "t"],
     ["offsets", "negative", tensor('"dtype":"F32","shape":[2],"data_offsets":[-8,0]'), "t"],
