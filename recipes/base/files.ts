@@ -1,0 +1,91 @@
+/** Writing a file so that its path holds either the old content or all of the new one. */
+
+import { basename, dirname, join } from "node:path";
+import { FileError } from "./errors.ts";
+
+/** Between two chunks an abort is noticed. */
+const CHUNK_BYTES = 1 << 20;
+
+/**
+ * Writes `bytes` to a temporary file beside `path`, flushes it to the disk and renames it over `path`. After any
+ * failure or abort the temporary file is gone and an existing file is as it was. A program that wants the same of
+ * Ctrl-C listens for SIGINT and aborts `signal`; a process that is killed outright can leave a temporary file
+ * (".name.xxxxxxxx.tmp"), never a half-written `path`.
+ * @throws FileError with path and reason: missing folder, no permission, full disk, not a regular file.
+ * @throws the signal's reason when it is aborted before the rename.
+ */
+export async function writeFileAtomic(
+  path: string,
+  bytes: Uint8Array,
+  options: { signal?: AbortSignal } = {},
+): Promise<void> {
+  const { signal } = options;
+  signal?.throwIfAborted();
+  const temporary = join(dirname(path), `.${basename(path)}.${crypto.randomUUID().slice(0, 8)}.tmp`);
+  let file: Deno.FsFile | undefined;
+  try {
+    await refuseSpecialFile(path);
+    file = await Deno.open(temporary, { write: true, createNew: true });
+    for (let offset = 0; offset < bytes.length;) {
+      offset += await file.write(bytes.subarray(offset, offset + CHUNK_BYTES));
+      signal?.throwIfAborted();
+    }
+    await file.sync();
+    signal?.throwIfAborted();
+    file.close();
+    // From here on synchronous: nothing can come between the rename and forgetting the temporary file.
+    Deno.renameSync(temporary, path);
+    file = undefined;
+  } catch (error) {
+    if (file !== undefined) {
+      discard(file, temporary);
+    }
+    if (error instanceof FileError || (signal?.aborted && error === signal.reason)) throw error;
+    throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
+  }
+}
+
+/** A rename would put a regular file in the place of /dev/null or a pipe. */
+async function refuseSpecialFile(path: string): Promise<void> {
+  let info: Deno.FileInfo;
+  try {
+    info = await Deno.stat(path);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return;
+    throw error;
+  }
+  if (info.isDirectory) throw new FileError(`cannot write ${path}: it is a folder; give a file name`);
+  if (!info.isFile) throw new FileError(`cannot write ${path}: it is not a regular file; give another path`);
+}
+
+function discard(file: Deno.FsFile, temporary: string): void {
+  try {
+    file.close();
+  } catch {
+    // Closed before the rename failed.
+  }
+  try {
+    Deno.removeSync(temporary);
+  } catch {
+    // The error that brought us here is the one to report.
+  }
+}
+
+function reasonOf(error: unknown, path: string): string {
+  const code = error instanceof Error && "code" in error ? error.code : undefined;
+  if (error instanceof Deno.errors.NotFound) {
+    return `the folder ${dirname(path)} does not exist; create it or give another path`;
+  }
+  if (error instanceof Deno.errors.NotADirectory) {
+    return `${dirname(path)} is not a folder; give another path`;
+  }
+  if (error instanceof Deno.errors.PermissionDenied || code === "EROFS") {
+    return `no permission to write into ${dirname(path)}; give another path`;
+  }
+  if (error instanceof Deno.errors.NotCapable) {
+    return `Deno has no permission for ${dirname(path)}; run with --allow-read and --allow-write for it`;
+  }
+  if (code === "ENOSPC" || code === "EDQUOT") return "the disk is full; free some space or give another path";
+  if (code === "ENAMETOOLONG") return "the file name is too long; give a shorter one";
+  return error instanceof Error ? error.message : String(error);
+}
