@@ -1,0 +1,17 @@
+/**
+ * 01 bfloat16: weights and activations in bfloat16, sums in float32.
+ *
+ * Idea: half the bytes to move, and matrix units that multiply bfloat16 at several times float32's rate.
+ * Changes: the weights are rounded to bfloat16 (published checkpoints have them so); activations follow their
+ * weights. Latents, timesteps, guidance and rotary tables stay in float32, where diffusers rounds them too: that
+ * rounding is most of its bfloat16 error. Exact: yes, up to bfloat16's rounding.
+ */
+import type { Plan, Recipe } from "./base/plan.ts";
+import { castPlan } from "./base/cast_plan.ts";
+
+export const bfloat16: Recipe = {
+  name: "01_bfloat16",
+  exact: true,
+  devices: ["cpu", "cuda", "hip"],
+  apply: (plan: Plan) => castPlan(plan, "bf16"),
+};

@@ -1,0 +1,390 @@
+import type { Device } from "../../ffi/device.ts";
+import { Tensor } from "../../ffi/tensor.ts";
+import { decode, spatialFactor } from "./autoencoder.ts";
+import { clipTextModel, endOfTextPositions } from "./clip.ts";
+import { FluxError, UsageError } from "./errors.ts";
+import { packLatents, positionIds, unpackLatents } from "./latents.ts";
+import type { Model } from "./model.ts";
+import type { Plan } from "./plan.ts";
+import { Generator } from "./random.ts";
+import { type Rotary, rotaryEmbedding } from "./rotary.ts";
+import { t5Encoder } from "./t5.ts";
+import type { TextTokenizer } from "./tokenizer.ts";
+import { fluxTransformer } from "./transformer.ts";
+
+/** What is drawn. Names and defaults are those of diffusers' FluxPipeline where not said otherwise. */
+export interface GenerateOptions {
+  readonly prompt: string | readonly string[];
+  /** For T5; CLIP always reads `prompt`. `prompt` when left out or empty, as in diffusers. */
+  readonly prompt2?: string | readonly string[];
+  /** In pixels; the autoencoder's `sample_size` when left out. Rounded down to a multiple of 16. */
+  readonly height?: number;
+  readonly width?: number;
+  /** 4 for models without guidance embedding (schnell), 28 for those with one (dev). */
+  readonly numInferenceSteps?: number;
+  /** Noise levels before the shift, one for each step, instead of even ones. */
+  readonly sigmas?: readonly number[];
+  /** 3.5 when left out; read by models with a guidance embedding only. */
+  readonly guidanceScale?: number;
+  /** Of the starting latents, as `torch.Generator("cpu").manual_seed(seed)`. Drawn at random when left out. */
+  readonly seed?: bigint | number;
+  readonly numImagesPerPrompt?: number;
+  /** T5 tokens; 256 for schnell, 512 for dev, never more than its tokenizer's `model_max_length` when left out. */
+  readonly maxSequenceLength?: number;
+  readonly onProgress?: (event: ProgressEvent) => void;
+  readonly onWarning?: (message: string) => void;
+  /** Stops between two steps; the promise rejects with the signal's reason. */
+  readonly signal?: AbortSignal;
+}
+
+/** Reported when the text is encoded (`step` 0) and after each denoising step. */
+export interface ProgressEvent {
+  /** Steps done, 0 to `steps`. */
+  readonly step: number;
+  readonly steps: number;
+  /** Noise level after this step. */
+  readonly sigma: number;
+  /** Latents after this step, f32 `[batch, latent_channels, height / 8, width / 8]`; gone when the callback returns. */
+  readonly latents: () => Tensor;
+}
+
+/** One picture: 8-bit RGB, row by row. */
+export interface Picture {
+  readonly width: number;
+  readonly height: number;
+  /** `[height, width, 3]`. */
+  readonly rgb: Uint8Array;
+}
+
+export interface GenerateResult {
+  /** `prompts * numImagesPerPrompt`, those of one prompt behind one another. */
+  readonly images: readonly Picture[];
+  /** What was used, all defaults filled in. */
+  readonly settings: {
+    readonly height: number;
+    readonly width: number;
+    readonly numInferenceSteps: number;
+    readonly guidanceScale: number;
+    readonly seed: bigint;
+    readonly maxSequenceLength: number;
+  };
+  /** Wall-clock milliseconds by part. */
+  readonly milliseconds: {
+    readonly text: number;
+    readonly steps: readonly number[];
+    readonly decode: number;
+  };
+}
+
+/** The text of a batch, ready for the transformer. */
+export interface PromptEmbeddings {
+  /** T5's output `[batch, tokens, joint_attention_dim]`. */
+  readonly promptEmbeds: Tensor;
+  /** CLIP's pooled output `[batch, pooled_projection_dim]`. */
+  readonly pooledPromptEmbeds: Tensor;
+}
+
+/** T5 knows no more positions in FLUX.1's training. */
+const MAX_SEQUENCE_LENGTH = 512;
+
+/** Text to image: tokenize, encode, denoise, decode (diffusers' `pipelines/flux/pipeline_flux.py`). */
+export class FluxPipeline {
+  constructor(readonly model: Model, readonly plan: Plan) {}
+
+  /**
+   * Draws pictures.
+   *
+   * @throws UsageError for values that make no sense; OutOfMemoryError; the signal's reason when it aborts.
+   */
+  async generate(options: GenerateOptions): Promise<GenerateResult> {
+    const { plan: { device, ops }, model: { configs, scheduler } } = this;
+    const settings = this.#settings(options);
+    const { height, width, numInferenceSteps: steps } = settings;
+    const { signal, onProgress } = options;
+    const prompts = listOf(options.prompt);
+    const prompts2 = listOf(options.prompt2 ?? prompts).map((prompt2, i) => prompt2 || prompts[i]);
+    if (prompts.length === 0) throw new UsageError("no prompt was given");
+    if (prompts2.length !== prompts.length) {
+      throw new UsageError(`${prompts.length} prompts, but ${prompts2.length} second prompts`);
+    }
+    const images = positiveInteger("numImagesPerPrompt", options.numImagesPerPrompt ?? 1);
+    const batch = prompts.length * images;
+    const factor = spatialFactor(configs.vae);
+    const [latentHeight, latentWidth] = [height / factor, width / factor];
+    const tokens = latentHeight / 2 * (latentWidth / 2);
+    const schedule = scheduler.sigmas(steps, {
+      imageSequenceLength: tokens,
+      ...(options.sigmas === undefined ? {} : { sigmas: options.sigmas }),
+    });
+
+    const owned: Tensor[] = []; // what lives across awaits, where no scope reaches
+    const own = <T extends Tensor | Tensor[]>(value: T): T => {
+      owned.push(...[value].flat() as Tensor[]);
+      return value;
+    };
+    const pause = () => nextTask(signal);
+    try {
+      await pause();
+      const textStart = performance.now();
+      const text = this.encodePrompts(
+        prompts,
+        prompts2,
+        images,
+        settings.maxSequenceLength,
+        options.onWarning,
+      );
+      own([text.promptEmbeds, text.pooledPromptEmbeds]);
+      const rotary = this.#rotary(settings.maxSequenceLength, latentHeight / 2, latentWidth / 2);
+      own([rotary.cos, rotary.sin]);
+      const guidance = configs.transformer.guidance_embeds
+        ? own(filled(device, batch, settings.guidanceScale))
+        : undefined;
+      let latents = own(this.prepareLatents(settings.seed, batch, latentHeight, latentWidth));
+      await device.synchronize();
+      const textTime = performance.now() - textStart;
+
+      const report = (step: number) => {
+        if (onProgress === undefined) return;
+        device.scope(() =>
+          onProgress({
+            step,
+            steps,
+            sigma: schedule.sigmas[step],
+            latents: () => unpackLatents(ops, latents, latentHeight, latentWidth),
+          })
+        );
+      };
+      report(0);
+      const stepTimes: number[] = [];
+      for (let step = 0; step < steps; step++) {
+        await pause();
+        const start = performance.now();
+        const next = device.scope(() =>
+          this.#denoise(latents, text, rotary, guidance, schedule.sigmas[step], schedule.sigmas[step + 1])
+        );
+        latents.dispose();
+        owned[owned.indexOf(latents)] = next;
+        latents = next;
+        await device.synchronize();
+        stepTimes.push(performance.now() - start);
+        report(step + 1);
+      }
+
+      await pause();
+      const decodeStart = performance.now();
+      const pixels = own(this.decodeLatents(latents, latentHeight, latentWidth));
+      const bytes = await device.download(pixels);
+      const size = height * width * 3;
+      return {
+        images: Array.from({ length: batch }, (_, i) => ({
+          width,
+          height,
+          rgb: bytes.subarray(i * size, (i + 1) * size),
+        })),
+        settings,
+        milliseconds: { text: textTime, steps: stepTimes, decode: performance.now() - decodeStart },
+      };
+    } finally {
+      for (const tensor of owned) tensor.dispose();
+    }
+  }
+
+  /**
+   * Both text encoders.
+   *
+   * @param images how often each prompt is repeated in the batch.
+   * @returns tensors that the caller frees.
+   */
+  encodePrompts(
+    prompts: readonly string[],
+    prompts2: readonly string[],
+    images: number,
+    maxSequenceLength: number,
+    onWarning?: (message: string) => void,
+  ): PromptEmbeddings {
+    const { plan: { device, ops, weights, execute }, model: { configs, clipTokenizer, t5Tokenizer } } = this;
+    const clipIds = tokenize("CLIP", clipTokenizer, prompts, clipTokenizer.modelMaxLength, onWarning);
+    const t5Ids = tokenize("T5", t5Tokenizer, prompts2, maxSequenceLength, onWarning);
+    return device.scope(() => {
+      const { pooled } = execute("text_encoder", [idTensor(device, clipIds)], ([ids]) =>
+        clipTextModel(
+          configs.text_encoder,
+          weights.text_encoder,
+          ops,
+          ids,
+          endOfTextPositions(configs.text_encoder, clipIds),
+        ));
+      const embeds = execute(
+        "text_encoder_2",
+        [idTensor(device, t5Ids)],
+        ([ids]) => t5Encoder(configs.text_encoder_2, weights.text_encoder_2, ops, ids),
+      );
+      const repeat = (x: Tensor) =>
+        ops.concat(prompts.flatMap((_, i) => new Array<Tensor>(images).fill(x.narrow(0, i, 1))), 0);
+      return { promptEmbeds: repeat(embeds), pooledPromptEmbeds: repeat(pooled) };
+    });
+  }
+
+  /**
+   * The noise that a picture starts from, drawn as diffusers draws it: from torch's CPU generator, in the model's
+   * dtype.
+   *
+   * @returns packed f32 `[batch, tokens, channels]`; the caller frees it.
+   */
+  prepareLatents(seed: bigint | number, batch: number, latentHeight: number, latentWidth: number): Tensor {
+    const { plan: { device, ops, weights }, model: { configs } } = this;
+    const shape = [batch, configs.vae.latent_channels, latentHeight, latentWidth];
+    const count = shape.reduce((a, b) => a * b);
+    const generator = new Generator(seed);
+    return device.scope(() => {
+      const noise = weights.transformer.get("x_embedder.weight").dtype === "bf16"
+        ? ops.cast(
+          Tensor.fromBytes(device, new Uint8Array(generator.randnBfloat16(count).buffer), shape, "bf16"),
+          "f32",
+        )
+        : Tensor.fromFloat32(device, generator.randn(count), shape);
+      return packLatents(ops, noise);
+    });
+  }
+
+  /** Packed latents `[batch, tokens, channels]` to u8 pixels `[batch, height, width, 3]`; the caller frees them. */
+  decodeLatents(latents: Tensor, latentHeight: number, latentWidth: number): Tensor {
+    const { plan: { device, ops, weights, execute }, model: { configs } } = this;
+    return device.scope(() =>
+      execute("vae", [latents], ([packed]) =>
+        ops.toPixels(
+          decode(configs.vae, weights.vae, ops, unpackLatents(ops, packed, latentHeight, latentWidth)),
+        ))
+    );
+  }
+
+  /** One Euler step: latents at noise level `sigma` to latents at `nextSigma`. */
+  #denoise(
+    latents: Tensor,
+    text: PromptEmbeddings,
+    rotary: Rotary,
+    guidance: Tensor | undefined,
+    sigma: number,
+    nextSigma: number,
+  ): Tensor {
+    const { plan: { device, ops, weights, execute }, model: { configs } } = this;
+    const timestep = filled(device, latents.shape[0], sigma);
+    const dt = filled(device, 1, nextSigma - sigma);
+    const inputs = [
+      latents,
+      text.promptEmbeds,
+      text.pooledPromptEmbeds,
+      timestep,
+      dt,
+      rotary.cos,
+      rotary.sin,
+    ];
+    if (guidance !== undefined) inputs.push(guidance);
+    return execute(
+      "transformer",
+      inputs,
+      ([hiddenStates, encoderHiddenStates, pooledProjections, time, step, cos, sin, scale]) => {
+        const velocity = fluxTransformer(configs.transformer, weights.transformer, ops, {
+          hiddenStates,
+          encoderHiddenStates,
+          pooledProjections,
+          timestep: time,
+          guidance: scale,
+          rotary: { cos, sin },
+        });
+        return ops.eulerStep(hiddenStates, velocity, step);
+      },
+    );
+  }
+
+  #rotary(textTokens: number, height: number, width: number): Rotary {
+    const { axes_dims_rope: axes } = this.model.configs.transformer;
+    return rotaryEmbedding(this.plan.device, positionIds(textTokens, height, width), axes);
+  }
+
+  /** Fills in the defaults and checks the values. */
+  #settings(options: GenerateOptions): GenerateResult["settings"] {
+    const { configs, t5Tokenizer } = this.model;
+    const guided = configs.transformer.guidance_embeds;
+    const multiple = 2 * spatialFactor(configs.vae);
+    const side = (name: "height" | "width") => {
+      const asked = positiveInteger(name, options[name] ?? configs.vae.sample_size);
+      const size = asked - asked % multiple;
+      if (size === 0) throw new UsageError(`${name} is ${asked}: give ${multiple} or more`);
+      if (size !== asked) {
+        options.onWarning?.(`${name} ${asked} is no multiple of ${multiple}: using ${size}`);
+      }
+      return size;
+    };
+    const maxSequenceLength = positiveInteger(
+      "maxSequenceLength",
+      options.maxSequenceLength ?? Math.min(guided ? MAX_SEQUENCE_LENGTH : 256, t5Tokenizer.modelMaxLength),
+    );
+    if (maxSequenceLength > MAX_SEQUENCE_LENGTH) {
+      throw new UsageError(`maxSequenceLength is ${maxSequenceLength}: give ${MAX_SEQUENCE_LENGTH} or less`);
+    }
+    const guidanceScale = options.guidanceScale ?? 3.5;
+    if (!Number.isFinite(guidanceScale)) {
+      throw new UsageError(`guidanceScale is ${guidanceScale}: give a number`);
+    }
+    if (!guided && options.guidanceScale !== undefined && options.guidanceScale !== 0) {
+      options.onWarning?.(
+        `${this.model.name} has no guidance embedding: guidance scale ${guidanceScale} has no effect`,
+      );
+    }
+    return {
+      height: side("height"),
+      width: side("width"),
+      numInferenceSteps: positiveInteger(
+        "numInferenceSteps",
+        options.numInferenceSteps ?? options.sigmas?.length ?? (guided ? 28 : 4),
+      ),
+      guidanceScale: guided ? guidanceScale : 0,
+      seed: BigInt(options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]),
+      maxSequenceLength,
+    };
+  }
+}
+
+function listOf(value: string | readonly string[]): readonly string[] {
+  return typeof value === "string" ? [value] : value;
+}
+
+function positiveInteger(name: string, value: number): number {
+  if (!Number.isSafeInteger(value) || value < 1) {
+    throw new UsageError(`${name} is ${value}: give a whole number of 1 or more`);
+  }
+  return value;
+}
+
+function filled(device: Device, count: number, value: number): Tensor {
+  return Tensor.fromFloat32(device, new Float32Array(count).fill(value), [count]);
+}
+
+function tokenize(
+  encoder: string,
+  tokenizer: TextTokenizer,
+  prompts: readonly string[],
+  maxLength: number,
+  onWarning?: (message: string) => void,
+): Int32Array[] {
+  return prompts.map((prompt) => {
+    const { ids, truncated } = tokenizer.encode(prompt, maxLength);
+    if (truncated !== undefined) {
+      onWarning?.(
+        `${encoder} reads at most ${maxLength} tokens; this part was cut off: ${JSON.stringify(truncated)}`,
+      );
+    }
+    return ids;
+  });
+}
+
+function idTensor(device: Device, rows: readonly Int32Array[]): Tensor {
+  return Tensor.fromInt32(device, rows.flatMap((row) => [...row]), [rows.length, rows[0].length]);
+}
+
+/** Lets timers and signals in between two long computations, and stops when the signal says so. */
+async function nextTask(signal: AbortSignal | undefined): Promise<void> {
+  await new Promise((resolve) => setTimeout(resolve, 0));
+  if (signal?.aborted) throw signal.reason ?? new FluxError("stopped");
+}
