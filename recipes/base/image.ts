@@ -6,7 +6,6 @@
  */
 
 import { crc32 } from "node:zlib";
-import { Image } from "imagescript";
 import { FileError, UsageError } from "./errors.ts";
 
 const SIGNATURE = Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a);
@@ -34,6 +33,8 @@ export async function encodePng(
   }
   const text = Object.entries(metadata).map(([keyword, value]) => textChunk(keyword, value));
 
+  // Imported here because the package opens a native library (of its other codecs) on import.
+  const { Image } = await import("imagescript");
   const image = new Image(width, height);
   const { bitmap } = image;
   for (let from = 0, to = 0; from < rgb.length; from += 3, to += 4) {
