@@ -281,48 +281,4 @@
         (br_if $columns (i32.lt_s (local.get $j) (local.get $jEnd))))
       (local.set $k0 (i32.add (local.get $k0) (i32.const 256)))
       (br_if $slices (i32.lt_s (local.get $k0) (local.get $k)))))
-
-  ;; Rounds row $job of a dense f32 matrix to bf16, to nearest, ties to even; a NaN stays one.
-  (func (export "round") (param $job i32) (param $from i32) (param $to i32) (param $cols i32) (param $toRow i32)
-    (local $bits i32)
-    (local.set $from (i32.add (local.get $from) (i32.shl (i32.mul (local.get $job) (local.get $cols)) (i32.const 2))))
-    (local.set $to (i32.add (local.get $to) (i32.mul (local.get $job) (local.get $toRow))))
-    (loop $each
-      (local.set $bits (i32.load (local.get $from)))
-      (i32.store16 (local.get $to)
-        (if (result i32) (i32.gt_u (i32.and (local.get $bits) (i32.const 0x7fffffff)) (i32.const 0x7f800000))
-          (then (i32.or (i32.shr_u (local.get $bits) (i32.const 16)) (i32.const 0x40)))
-          (else
-            (i32.shr_u
-              (i32.add (local.get $bits)
-                (i32.add (i32.const 0x7fff) (i32.and (i32.shr_u (local.get $bits) (i32.const 16)) (i32.const 1))))
-              (i32.const 16)))))
-      (local.set $from (i32.add (local.get $from) (i32.const 4)))
-      (local.set $to (i32.add (local.get $to) (i32.const 2)))
-      (br_if $each (local.tee $cols (i32.sub (local.get $cols) (i32.const 1))))))
-
-  ;; Widens $perJob bf16 values (fewer at the end of $count) to f32.
-  (func (export "widen") (param $job i32) (param $from i32) (param $to i32) (param $count i32) (param $perJob i32)
-    (local $start i32)
-    (local.set $start (i32.mul (local.get $job) (local.get $perJob)))
-    (local.set $count (i32.sub (local.get $count) (local.get $start)))
-    (if (i32.gt_s (local.get $count) (local.get $perJob)) (then (local.set $count (local.get $perJob))))
-    (local.set $from (i32.add (local.get $from) (i32.shl (local.get $start) (i32.const 1))))
-    (local.set $to (i32.add (local.get $to) (i32.shl (local.get $start) (i32.const 2))))
-    (block $done
-      (loop $fours
-        (br_if $done (i32.lt_s (local.get $count) (i32.const 4)))
-        (v128.store (local.get $to) (call $four (local.get $from) (i32.const 1)))
-        (local.set $from (i32.add (local.get $from) (i32.const 8)))
-        (local.set $to (i32.add (local.get $to) (i32.const 16)))
-        (local.set $count (i32.sub (local.get $count) (i32.const 4)))
-        (br $fours)))
-    (block $done
-      (loop $each
-        (br_if $done (i32.eqz (local.get $count)))
-        (f32.store (local.get $to) (call $one (local.get $from) (i32.const 1)))
-        (local.set $from (i32.add (local.get $from) (i32.const 2)))
-        (local.set $to (i32.add (local.get $to) (i32.const 4)))
-        (local.set $count (i32.sub (local.get $count) (i32.const 1)))
-        (br $each))))
 )

@@ -1,6 +1,9 @@
+import { FfiError } from "../errors.ts";
 import { loadAssembler } from "./assembler.ts";
 import { threadCount } from "./describe.ts";
 import { CpuDevice } from "./device.ts";
+import { OneDnnProvider } from "./onednn_provider.ts";
+import type { CpuProvider } from "./provider.ts";
 import { SCRATCH_BYTES, WasmRunner } from "./runner.ts";
 import { WasmProvider } from "./wasm.ts";
 
@@ -8,19 +11,42 @@ import { WasmProvider } from "./wasm.ts";
 export type CpuProviderName = "auto" | "onednn" | "wasm";
 
 export interface OpenCpuOptions {
+  /** Default "auto". */
   readonly provider?: CpuProviderName;
-  /** Default: `FLUX_CPU_THREADS`, else one per core. */
+  /** Default: `FLUX_CPU_THREADS` where it may be read, else one per core. */
   readonly threads?: number;
 }
 
+/**
+ * Opens the CPU as a device. `properties().providers` says what does the work and, where oneDNN was looked for and not
+ * taken, why.
+ *
+ * @throws {FfiError} with provider "onednn" when no oneDNN 2.x opens
+ */
 export async function openCpu(options: OpenCpuOptions = {}): Promise<CpuDevice> {
-  const threads = options.threads ?? threadCount();
+  const { provider = "auto", threads = threadCount() } = options;
   const assembler = await loadAssembler();
   return new CpuDevice(
-    (device) => new WasmProvider(device, device.runner!),
+    (device) => openProvider(device, device.runner!, provider, threads),
     (device) => {
       const scratch = device.reserve(threads * SCRATCH_BYTES).byteOffset;
       return new WasmRunner(device.wasmMemory, assembler, { threads, scratch });
     },
   );
+}
+
+function openProvider(
+  device: CpuDevice,
+  runner: WasmRunner,
+  provider: CpuProviderName,
+  threads: number,
+): CpuProvider {
+  if (provider === "wasm") return new WasmProvider(device, runner);
+  try {
+    return new OneDnnProvider(device, runner, threads);
+  } catch (error) {
+    if (provider === "onednn" || !(error instanceof FfiError)) throw error;
+    const hint = error.hint === undefined ? "" : `; ${error.hint}`;
+    return new WasmProvider(device, runner, `${error.message}${hint}`);
+  }
 }

@@ -3,6 +3,7 @@ import { dtypeBytes } from "../dtype.ts";
 import { FfiError, ShapeError } from "../errors.ts";
 import type { Tensor } from "../tensor.ts";
 import CONV_WAT from "./conv.wat" with { type: "text" };
+import { type Allocate, Converter, copyRange, wasmAddress } from "./convert.ts";
 import { describeCpu } from "./describe.ts";
 import type { CpuDevice, CpuMemory } from "./device.ts";
 import MATMUL_WAT from "./matmul.wat" with { type: "text" };
@@ -60,8 +61,7 @@ interface Addend {
 export class WasmProvider implements CpuProvider {
   readonly #pack: Kernel;
   readonly #multiply: Kernel;
-  readonly #round: Kernel;
-  readonly #widen: Kernel;
+  readonly #convert: Converter;
   readonly #patches: Kernel;
   readonly #packed: PackedCache<CpuMemory>;
   /** 64 zero bytes: the addend where there is no bias. */
@@ -73,12 +73,11 @@ export class WasmProvider implements CpuProvider {
     private readonly runner: WasmRunner,
     private readonly note: string | undefined = undefined,
   ) {
-    const { pack, multiply, round, widen } = runner.module("matmul.wat", MATMUL_WAT);
+    const { pack, multiply } = runner.module("matmul.wat", MATMUL_WAT);
     const { patches } = runner.module("conv.wat", CONV_WAT);
     this.#pack = pack;
     this.#multiply = multiply;
-    this.#round = round;
-    this.#widen = widen;
+    this.#convert = new Converter(device, runner);
     this.#patches = patches;
     this.#packed = new PackedCache(PACKED_BYTES, (memory) => device.free(memory));
     this.#zeros = device.reserve(64);
@@ -157,12 +156,13 @@ export class WasmProvider implements CpuProvider {
       top + left + bottom + right === 0;
 
     this.#withScratch((scratch) => {
-      const picture = this.#asFloat32(scratch, x);
+      const picture = wasmAddress(this.#convert.float32(x, scratch))!;
       const table = pointwise ? 0 : this.#tapTable(scratch, x, order.taps);
       const addend = this.#addend(scratch, bias, planar ? "rows" : "columns", outChannels);
       const panelWidth = planar ? TILE_COLS : TILE_ROWS;
       const chunk = Math.max(24, Math.floor(PATCH_BYTES / (k * 4) / 24) * 24);
-      const patches = scratch(Math.ceil(Math.min(chunk, pixels) / panelWidth) * panelWidth * k * 4);
+      const patches =
+        scratch(Math.ceil(Math.min(chunk, pixels) / panelWidth) * panelWidth * k * 4).byteOffset;
       this.#eachChunk(scratch, kernel, k, planar ? TILE_ROWS : TILE_COLS, (kernels, firstChannel) => {
         for (let image = 0; image < images; image++) {
           const from = picture + image * x.strides[0] * 4;
@@ -225,13 +225,13 @@ export class WasmProvider implements CpuProvider {
   }
 
   /** Runs `body` with an allocator whose memory is given back afterwards. */
-  #withScratch(body: (scratch: (bytes: number) => number) => void): void {
+  #withScratch(body: (scratch: Allocate) => void): void {
     const taken: CpuMemory[] = [];
     try {
       body((bytes) => {
         const memory = this.device.reserve(bytes);
         taken.push(memory);
-        return memory.byteOffset;
+        return memory;
       });
     } finally {
       for (const memory of taken) this.device.free(memory);
@@ -240,26 +240,25 @@ export class WasmProvider implements CpuProvider {
 
   /** Where a product is stored: `out` itself, or f32 scratch that `finish` rounds into it. */
   #target(
-    scratch: (bytes: number) => number,
+    scratch: Allocate,
     out: Tensor,
     rows: number,
     cols: number,
     outRow: number,
   ): { target: Target; finish: () => void } {
-    const address = addressOf(out);
+    const address = wasmAddress(out);
     if (address === undefined) throw new FfiError(`cpu: ${out} lies in memory that cannot be written`);
     if (out.dtype === "f32") return { target: { address, rowBytes: outRow * 4 }, finish: () => {} };
-    const wide = scratch(rows * cols * 4);
+    const wide = scratch(rows * cols * 4).byteOffset;
     return {
       target: { address: wide, rowBytes: cols * 4 },
-      finish: () =>
-        this.runner.run(this.#round, rows, [wide, address, cols, outRow * 2], rows * cols < 20_000),
+      finish: () => this.#convert.store(wide, rows, cols, out, outRow, 1),
     };
   }
 
   /** Lays the bias out so that the tile kernel finds it under `along` rows or columns. */
   #addend(
-    scratch: (bytes: number) => number,
+    scratch: Allocate,
     bias: Tensor | undefined,
     along: "rows" | "columns",
     length = bias?.size ?? 0,
@@ -267,7 +266,7 @@ export class WasmProvider implements CpuProvider {
     if (bias === undefined) return { address: this.#zeros.byteOffset, row: 0, panel: 0 };
     const values = readVector(bias);
     const panels = along === "columns" ? Math.ceil(length / TILE_COLS) : length;
-    const address = scratch(panels * TILE_COLS * 4);
+    const address = scratch(panels * TILE_COLS * 4).byteOffset;
     const laid = new Float32Array(this.device.wasmMemory.buffer, address, panels * TILE_COLS);
     if (along === "columns") {
       laid.set(values);
@@ -279,7 +278,7 @@ export class WasmProvider implements CpuProvider {
 
   /** Hands `use` the operand's panels: all at once from the cache if it is constant, else chunk by chunk. */
   #eachChunk(
-    scratch: (bytes: number) => number,
+    scratch: Allocate,
     operand: Operand,
     k: number,
     width: number,
@@ -296,7 +295,7 @@ export class WasmProvider implements CpuProvider {
       if (packed !== undefined) return use({ address: packed.byteOffset, rows }, 0);
     }
     const chunk = Math.max(1, Math.floor(CHUNK_BYTES / (k * 4 * width))) * width;
-    const address = scratch(Math.min(bytes, chunk * k * 4));
+    const address = scratch(Math.min(bytes, chunk * k * 4)).byteOffset;
     for (let first = 0; first < rows; first += chunk) {
       const count = Math.min(chunk, rows - first);
       this.#packRows(address, operand, first, count, k, width);
@@ -309,7 +308,7 @@ export class WasmProvider implements CpuProvider {
     const { tensor, rowStride, kStride } = operand;
     const size = dtypeBytes(tensor.dtype);
     const bf16 = tensor.dtype === "bf16" ? 1 : 0;
-    const address = addressOf(tensor);
+    const address = wasmAddress(tensor);
     if (address !== undefined) {
       const from = address + first * rowStride * size;
       const jobs = Math.ceil(count / width);
@@ -325,14 +324,11 @@ export class WasmProvider implements CpuProvider {
     this.#withScratch((scratch) => {
       const rowBytes = Math.max(rowStride, 1) * size;
       const piece = Math.max(1, Math.floor(CHUNK_BYTES / 4 / rowBytes / width)) * width;
-      const extent = (rows: number) => ((rows - 1) * rowStride + (k - 1) * kStride + 1) * size;
-      const copy = scratch(extent(Math.min(piece, count)));
-      const { buffer, byteOffset } = tensor.memory as CpuMemory;
+      const extent = (rows: number) => (rows - 1) * rowStride + (k - 1) * kStride + 1;
+      const copy = scratch(extent(Math.min(piece, count)) * size).byteOffset;
       for (let done = 0; done < count; done += piece) {
         const rows = Math.min(piece, count - done);
-        const start = byteOffset + (tensor.offset + (first + done) * rowStride) * size;
-        new Uint8Array(this.device.wasmMemory.buffer, copy, extent(rows))
-          .set(new Uint8Array(buffer, start, extent(rows)));
+        copyRange(tensor, (first + done) * rowStride, extent(rows), copy, this.device.wasmMemory);
         const jobs = Math.ceil(rows / width);
         const panel = to + done * k * 4;
         this.runner.run(
@@ -369,29 +365,9 @@ export class WasmProvider implements CpuProvider {
     );
   }
 
-  /** Address of `x`'s first element as f32 with `x`'s own strides: itself, or a copy that is widened or in reach. */
-  #asFloat32(scratch: (bytes: number) => number, x: Tensor): number {
-    const address = addressOf(x);
-    if (x.dtype === "f32" && address !== undefined) return address;
-    const extent = x.shape.reduce((last, size, dim) => last + (size - 1) * x.strides[dim], 1);
-    const size = dtypeBytes(x.dtype);
-    let from = address;
-    if (from === undefined) {
-      from = scratch(extent * size);
-      const { buffer, byteOffset } = x.memory as CpuMemory;
-      new Uint8Array(this.device.wasmMemory.buffer, from, extent * size)
-        .set(new Uint8Array(buffer, byteOffset + x.offset * size, extent * size));
-      if (x.dtype === "f32") return from;
-    }
-    const wide = scratch(extent * 4);
-    const perJob = 16384;
-    this.runner.run(this.#widen, Math.ceil(extent / perJob), [from, wide, extent, perJob]);
-    return wide;
-  }
-
   /** The kernel's taps, one per k, as conv.wat reads them: dy, dx and the element's offset in bytes. */
-  #tapTable(scratch: (bytes: number) => number, x: Tensor, taps: readonly Tap[]): number {
-    const address = scratch(taps.length * 12);
+  #tapTable(scratch: Allocate, x: Tensor, taps: readonly Tap[]): number {
+    const address = scratch(taps.length * 12).byteOffset;
     const table = new Int32Array(this.device.wasmMemory.buffer, address, taps.length * 3);
     const [, channel, row, pixel] = x.strides;
     let at = 0;
@@ -454,12 +430,6 @@ function narrowImage(pictures: Tensor, index: number): Tensor {
 function operand(tensor: Tensor, constant: boolean): Operand {
   const [rows] = tensor.shape;
   return { tensor, rows, rowStride: tensor.strides[0], kStride: tensor.strides[1], constant };
-}
-
-/** Where a tensor starts in WebAssembly memory; undefined for one that lies elsewhere. */
-function addressOf(tensor: Tensor): number | undefined {
-  const { wasmOffset } = tensor.memory as CpuMemory;
-  return wasmOffset === undefined ? undefined : wasmOffset + tensor.offset * dtypeBytes(tensor.dtype);
 }
 
 function requireFloat(op: string, ...tensors: (Tensor | undefined)[]): void {
