@@ -7,6 +7,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import fc from "fast-check";
+import { Charsmap } from "../../recipes/base/charsmap.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "../../recipes/base/tokenizer.ts";
 import { ModelError, UsageError } from "../../recipes/base/errors.ts";
 
@@ -122,6 +123,42 @@ Deno.test("encode: special tokens in the text, lone surrogates, limits", async (
     }
   }
   assert.deepEqual([clip.modelMaxLength, t5.modelMaxLength], [77, 512]);
+});
+
+Deno.test("T5: ties, unknown characters and the character table, as the Rust tokenizers have them", async () => {
+  const folder = await Deno.makeTempDir();
+  const vocab = [
+    ...[["<unk>", 0], ["</s>", 0], ["<pad>", 0], ["▁", -1], ["a", -1], ["b", -1]],
+    ...[["ab", -2], ["x", 9.5], ["xy", -3], ["p", 10.5], ["pq", -3]],
+  ];
+  const encode = async (text: string, file: object) => {
+    await Deno.writeTextFile(join(folder, "tokenizer.json"), JSON.stringify(file));
+    const { ids, length } = (await loadT5Tokenizer(folder)).encode(text);
+    return [...ids.subarray(0, length - 1)];
+  };
+  const file = { normalizer: null, model: { type: "Unigram", unk_id: 0, vocab } };
+  try {
+    // Expected: tokenizers 0.23.3, models.Unigram(vocab, 0).tokenize(word).
+    assert.deepEqual(await encode("ab", file), [3, 6]); // a + b has the same score
+    assert.deepEqual(await encode("xy", file), [3, 8]); // unknown is 10 below the lowest score, -3
+    assert.deepEqual(await encode("pq", file), [3, 9, 0]);
+    assert.deepEqual(await encode("a☃☃b☃ ☃", file), [3, 4, 0, 5, 0, 3, 0]); // fused inside a word only
+    assert.deepEqual(await encode("a▁b", file), [3, 4, 3, 5]);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+
+  // Expected: tokenizers' normalizers.Precompiled on the golden model's table, which has the ligature and e + acute.
+  const path = join(OWN, "tokenizer_2", "tokenizer.json");
+  const { normalizer } = JSON.parse(await Deno.readTextFile(path)) as {
+    normalizer: { normalizers: { precompiled_charsmap?: string }[] };
+  };
+  const table = normalizer.normalizers.find((one) => one.precompiled_charsmap !== undefined);
+  const charsmap = new Charsmap(table!.precompiled_charsmap!, path);
+  assert.equal(charsmap.normalize("\ufb01\u0301"), "fi"); // 5 bytes: the whole grapheme by its first character
+  assert.equal(charsmap.normalize("\ufb01\u0301\u0302"), "fi\u0301\u0302"); // 7 bytes: character by character
+  assert.equal(charsmap.normalize("e\u0301\u0302"), "\xe9"); // the shortest entry, and the rest is lost
+  assert.equal(charsmap.normalize("a\u0301\0\xbd"), "a\u0301\x001\u20442");
 });
 
 Deno.test("load: a missing or damaged file is a ModelError that names it", async () => {
