@@ -1,0 +1,148 @@
+import assert from "node:assert/strict";
+import fc from "fast-check";
+import type { CpuDevice } from "../../ffi/cpu/device.ts";
+import { Tensor } from "../../ffi/tensor.ts";
+import {
+  assertAccurate,
+  noise,
+  type Placement,
+  poisoned,
+  PROVIDERS,
+  readBack,
+  sample,
+} from "../support/providers.ts";
+
+interface Case {
+  m: number;
+  n: number;
+  k: number;
+  dtypes: { a: "f32" | "bf16"; b: "f32" | "bf16"; bias: "f32" | "bf16" | "none"; out: "f32" | "bf16" };
+  a: Placement;
+  b: Placement;
+  out: Placement;
+  alpha: number;
+  constant: boolean;
+  seed: number;
+}
+
+const size = fc.oneof(fc.constant(1), fc.integer({ min: 1, max: 40 }), fc.integer({ min: 1, max: 120 }));
+const float = fc.constantFrom<"f32" | "bf16">("f32", "bf16");
+const matrix = (where: fc.Arbitrary<"device" | "placed">): fc.Arbitrary<Placement> =>
+  fc.record({
+    order: fc.constantFrom<readonly number[]>([0, 1], [1, 0]),
+    gap: fc.oneof(fc.constant(0), fc.integer({ min: 1, max: 9 })),
+    where,
+  });
+const cases: fc.Arbitrary<Case> = fc.record({
+  m: size,
+  n: size,
+  // More than one slice of 256 now and then.
+  k: fc.oneof(size, size, fc.integer({ min: 250, max: 600 })),
+  dtypes: fc.oneof(
+    fc.constant({ a: "f32", b: "f32", bias: "f32", out: "f32" } as const),
+    fc.constant({ a: "bf16", b: "bf16", bias: "bf16", out: "bf16" } as const),
+    fc.record({ a: float, b: float, bias: fc.oneof(float, fc.constant("none" as const)), out: float }),
+  ),
+  a: matrix(fc.constantFrom("device")),
+  b: matrix(fc.constantFrom("device", "placed")),
+  out: matrix(fc.constantFrom("device")),
+  alpha: fc.constantFrom(1, 1, 0.125, -3),
+  constant: fc.boolean(),
+  seed: fc.nat(),
+});
+
+function check(device: CpuDevice, { m, n, k, dtypes, a, b, out, alpha, constant, seed }: Case): void {
+  const before = device.memoryUse().current;
+  const x = sample(device, [m, k], dtypes.a, a, noise(seed));
+  const y = sample(device, [n, k], dtypes.b, b, noise(seed + 1));
+  const flat: Placement = { order: [0], gap: seed % 2, where: b.where };
+  const z = dtypes.bias === "none" ? undefined : sample(device, [n], dtypes.bias, flat, noise(seed + 2));
+  const expected = new Float64Array(m * n);
+  const magnitude = new Float64Array(m * n);
+  for (let i = 0; i < m; i++) {
+    for (let j = 0; j < n; j++) {
+      for (let l = 0; l < k; l++) {
+        const product = x.values[i * k + l] * y.values[j * k + l];
+        expected[i * n + j] += product;
+        magnitude[i * n + j] += Math.abs(product);
+      }
+      const shift = z?.values[j] ?? 0;
+      expected[i * n + j] = alpha * expected[i * n + j] + shift;
+      magnitude[i * n + j] = Math.abs(alpha) * magnitude[i * n + j] + Math.abs(shift);
+    }
+  }
+  // Twice: the second time a constant operand comes out of the cache.
+  for (let round = 0; round < 2; round++) {
+    const result = poisoned(device, [m, n], dtypes.out, out);
+    device.matmul({ a: x.tensor, b: y.tensor, bias: z?.tensor, out: result, alpha, constant });
+    assertAccurate(readBack(result), expected, magnitude, dtypes.out);
+    result.dispose();
+  }
+  for (const tensor of [x.tensor, y.tensor, ...(z ? [z.tensor] : [])]) tensor.dispose();
+  assert.equal(device.memoryUse().current, before, "memory was not given back");
+}
+
+for (const { name, skip, open } of PROVIDERS) {
+  const test = (title: string, body: (device: CpuDevice) => void) =>
+    Deno.test({
+      name: `matmul, ${name}: ${title}${skip === undefined ? "" : ` (skipped: ${skip})`}`,
+      ignore: skip !== undefined,
+      fn: async () => {
+        using device = await open();
+        body(device);
+      },
+    });
+
+  test("agrees with float64 at any shape, layout and dtype", (device) => {
+    fc.assert(fc.property(cases, (drawn) => check(device, drawn)), { numRuns: 150 });
+  });
+
+  test("shapes at the edges of tiles, slices and blocks", (device) => {
+    const plain: Placement = { order: [0, 1], gap: 0, where: "device" };
+    const dtypes = { a: "f32", b: "f32", bias: "f32", out: "f32" } as const;
+    for (const m of [1, 5, 6, 7, 193]) {
+      for (const n of [1, 7, 8, 9, 65]) {
+        for (const k of [1, 255, 256, 257, 513]) {
+          check(device, {
+            m,
+            n,
+            k,
+            dtypes,
+            a: plain,
+            b: plain,
+            out: plain,
+            alpha: 1,
+            constant: true,
+            seed: m * n,
+          });
+        }
+      }
+    }
+  });
+
+  test("a freed weight's packing does not serve the tensor that comes to lie at its address", (device) => {
+    const x = Tensor.fromFloat32(device, Float32Array.from({ length: 64 }, () => 1), [8, 8]);
+    const out = Tensor.empty(device, [8, 8], "f32");
+    const first = Tensor.fromFloat32(device, Float32Array.from({ length: 64 }, () => 1), [8, 8]);
+    device.matmul({ a: x, b: first, out, constant: true });
+    assert.equal(readBack(out)[0], 8);
+    const { pointer } = first;
+    first.dispose();
+    const second = Tensor.fromFloat32(device, Float32Array.from({ length: 64 }, () => 2), [8, 8]);
+    assert.equal(second.pointer, pointer, "the test needs the same address");
+    device.matmul({ a: x, b: second, out, constant: true });
+    assert.equal(readBack(out)[0], 16);
+  });
+
+  test("a dtype that it does not take is refused by name", (device) => {
+    const x = Tensor.fromInt32(device, [1], [1, 1]);
+    const out = Tensor.empty(device, [1, 1], "f32");
+    assert.throws(() => device.matmul({ a: x, b: x, out }), { name: "ShapeError", message: /matmul: .*i32/ });
+  });
+
+  test("a closed device says so", (device) => {
+    const x = Tensor.empty(device, [1, 1], "f32");
+    device[Symbol.dispose]();
+    assert.throws(() => device.matmul({ a: x, b: x, out: x }), { name: "FfiError", message: /closed/ });
+  });
+}
