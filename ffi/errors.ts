@@ -25,3 +25,6 @@ export class ShapeError extends FluxError {}
 
 /** Device memory ran out: says how much was asked for, used and available. */
 export class OutOfMemoryError extends FfiError {}
+
+/** A file that could not be read or written; the message names the path and the reason. */
+export class FileError extends FluxError {}

@@ -1,4 +1,4 @@
-import { openCpu } from "./cpu/open.ts";
+import { openCpu, type OpenCpuOptions } from "./cpu/open.ts";
 import type { Device } from "./device.ts";
 import { FfiError } from "./errors.ts";
 
@@ -10,8 +10,11 @@ export const DEVICE_NAMES: readonly string[] = ["cpu", "cuda", "cuda:N", "hip", 
  *
  * @throws {FfiError} for a device that this build lacks, and for an unknown name (the message lists the known ones)
  */
-export async function openDevice(name: string): Promise<Device> {
-  if (name === "cpu") return await openCpu();
+export async function openDevice(
+  name: string,
+  options: Pick<OpenCpuOptions, "cacheDir" | "onWarning"> = {},
+): Promise<Device> {
+  if (name === "cpu") return await openCpu(options);
   const gpu = /^(cuda|hip)(:\d+)?$/.exec(name);
   if (gpu !== null) {
     throw new FfiError(`device "${name}": this build runs on the CPU only; ${gpu[1]} is not available yet`, {

@@ -1,3 +1,4 @@
+import type { DiskCache } from "../cache.ts";
 import { FfiError } from "../errors.ts";
 
 /** Turns WebAssembly text into a binary module; see {@link loadAssembler}. */
@@ -9,15 +10,25 @@ export interface Assembler {
 }
 
 /**
- * Loads the assembler (npm's wabt, ~50 ms) on first call and keeps it. It asks for no permission.
+ * Loads the assembler (npm's wabt, ~50 ms) on first call and keeps it. It asks for no permission itself. With a
+ * cache, modules that were assembled before are read from there.
  *
  * Kernels are written with `f32x4.relaxed_madd`, always with a plain `local.get` as its last operand (the addend).
  * Where the engine lacks relaxed SIMD that pair of instructions becomes `f32x4.mul`, `local.get`, `f32x4.add`.
  */
-export function loadAssembler(): Promise<Assembler> {
+export async function loadAssembler(cache?: DiskCache): Promise<Assembler> {
   loaded ??= load(supportsRelaxedSimd());
-  return loaded;
+  const { relaxed, assemble } = await loaded;
+  if (cache === undefined) return { relaxed, assemble };
+  return {
+    relaxed,
+    assemble: (name, text) =>
+      cache.get(["wasm", WABT_VERSION, String(relaxed), text], () => assemble(name, text)),
+  };
 }
+
+/** Part of the cache's keys: another version may assemble other bytes. Keep it that of deno.json. */
+const WABT_VERSION = "1.0.39";
 
 let loaded: Promise<Assembler> | undefined;
 

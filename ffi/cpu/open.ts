@@ -1,3 +1,4 @@
+import { DiskCache } from "../cache.ts";
 import { FfiError } from "../errors.ts";
 import { loadAssembler } from "./assembler.ts";
 import { threadCount } from "./describe.ts";
@@ -15,6 +16,10 @@ export interface OpenCpuOptions {
   readonly provider?: CpuProviderName;
   /** Default: `FLUX_CPU_THREADS` where it may be read, else one per core. */
   readonly threads?: number;
+  /** Folder that keeps assembled kernels from run to run; nothing is kept when left out. */
+  readonly cacheDir?: string;
+  /** Gets a line about a cache that cannot be used. */
+  readonly onWarning?: (message: string) => void;
 }
 
 /**
@@ -25,7 +30,10 @@ export interface OpenCpuOptions {
  */
 export async function openCpu(options: OpenCpuOptions = {}): Promise<CpuDevice> {
   const { provider = "auto", threads = threadCount() } = options;
-  const assembler = await loadAssembler();
+  const cache = options.cacheDir === undefined
+    ? undefined
+    : new DiskCache(options.cacheDir, options.onWarning);
+  const assembler = await loadAssembler(cache);
   return new CpuDevice(
     (device) => openProvider(device, device.runner!, provider, threads),
     (device) => {

@@ -1,6 +1,6 @@
-import { FluxError } from "../../ffi/errors.ts";
+import { FileError, FluxError } from "../../ffi/errors.ts";
 
-export { FluxError };
+export { FileError, FluxError };
 
 /** A wrong flag, argument or option value: the caller has to change the call. Exit code 2. */
 export class UsageError extends FluxError {
@@ -9,6 +9,3 @@ export class UsageError extends FluxError {
 
 /** A model folder (config, tokenizer, weights) that is missing, damaged or not supported. */
 export class ModelError extends FluxError {}
-
-/** A file that could not be read or written; the message names the path and the reason. */
-export class FileError extends FluxError {}

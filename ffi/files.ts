@@ -21,7 +21,7 @@ export async function writeFileAtomic(
 ): Promise<void> {
   const { signal } = options;
   signal?.throwIfAborted();
-  const temporary = join(dirname(path), `.${basename(path)}.${crypto.randomUUID().slice(0, 8)}.tmp`);
+  const temporary = temporaryBeside(path);
   let file: Deno.FsFile | undefined;
   try {
     await refuseSpecialFile(path);
@@ -43,6 +43,43 @@ export async function writeFileAtomic(
     if (error instanceof FileError || (signal?.aborted && error === signal.reason)) throw error;
     throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
   }
+}
+
+/** As {@link writeFileAtomic}, at once: for small files such as cache entries. */
+export function writeFileAtomicSync(path: string, bytes: Uint8Array): void {
+  const temporary = temporaryBeside(path);
+  let file: Deno.FsFile | undefined;
+  try {
+    file = Deno.openSync(temporary, { write: true, createNew: true });
+    for (let offset = 0; offset < bytes.length;) offset += file.writeSync(bytes.subarray(offset));
+    file.syncSync();
+    file.close();
+    Deno.renameSync(temporary, path);
+  } catch (error) {
+    if (file !== undefined) discard(file, temporary);
+    throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
+  }
+}
+
+/**
+ * Finds out before long work whether {@link writeFileAtomic} will be able to write `path`, by making and removing a
+ * temporary file beside it.
+ * @throws FileError with path and reason.
+ */
+export async function checkWritable(path: string): Promise<void> {
+  const probe = temporaryBeside(path);
+  try {
+    await refuseSpecialFile(path);
+    (await Deno.open(probe, { write: true, createNew: true })).close();
+    await Deno.remove(probe);
+  } catch (error) {
+    if (error instanceof FileError) throw error;
+    throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
+  }
+}
+
+function temporaryBeside(path: string): string {
+  return join(dirname(path), `.${basename(path)}.${crypto.randomUUID().slice(0, 8)}.tmp`);
 }
 
 /** A rename would put a regular file in the place of /dev/null or a pipe. */

@@ -1,0 +1,74 @@
+import { createHash } from "node:crypto";
+import { join } from "node:path";
+import { FluxError } from "./errors.ts";
+import { writeFileAtomicSync } from "./files.ts";
+
+/** Length of the SHA-256 that an entry begins with. */
+const DIGEST_BYTES = 32;
+
+/**
+ * Compiled kernels on the disk, one file an entry: the SHA-256 of the content, then the content. A file's name is the
+ * hash of everything that it depends on, so that nothing stale is ever found; a damaged entry is rebuilt.
+ */
+export class DiskCache {
+  /** @param folder made at the first write. @param onWarning one line about an entry or folder that cannot be used. */
+  constructor(readonly folder: string, private readonly onWarning: (message: string) => void = () => {}) {}
+
+  /**
+   * The entry of `parts` (source text, options, architecture, compiler version, ...), made by `build` when there is
+   * none. Never fails because of the disk: a cache that cannot be read or written costs time only.
+   */
+  get(parts: readonly string[], build: () => Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
+    const path = join(this.folder, nameOf(parts));
+    const known = this.#read(path);
+    if (known !== undefined) return known;
+    const content = build();
+    try {
+      Deno.mkdirSync(this.folder, { recursive: true });
+      writeFileAtomicSync(path, concatenated(digestOf(content), content));
+    } catch (error) {
+      this.onWarning(`the cache in ${this.folder} cannot be written: ${reasonOf(error)}`);
+    }
+    return content;
+  }
+
+  #read(path: string): Uint8Array<ArrayBuffer> | undefined {
+    let bytes: Uint8Array<ArrayBuffer>;
+    try {
+      bytes = Deno.readFileSync(path);
+    } catch (error) {
+      if (!(error instanceof Deno.errors.NotFound)) {
+        this.onWarning(`${path} cannot be read: ${reasonOf(error)}`);
+      }
+      return undefined;
+    }
+    const content = bytes.subarray(DIGEST_BYTES);
+    const digest = digestOf(content);
+    if (bytes.length >= DIGEST_BYTES && digest.every((byte, i) => byte === bytes[i])) return content;
+    this.onWarning(`${path} is damaged and is made again`);
+    return undefined;
+  }
+}
+
+/** Each part is hashed with its length, so that ("ab", "c") and ("a", "bc") differ. */
+function nameOf(parts: readonly string[]): string {
+  const hash = createHash("sha256");
+  for (const part of parts) hash.update(`${part.length}:${part}`);
+  return hash.digest("hex");
+}
+
+function digestOf(bytes: Uint8Array): Uint8Array {
+  return createHash("sha256").update(bytes).digest();
+}
+
+function concatenated(head: Uint8Array, tail: Uint8Array): Uint8Array {
+  const all = new Uint8Array(head.length + tail.length);
+  all.set(head);
+  all.set(tail, head.length);
+  return all;
+}
+
+function reasonOf(error: unknown): string {
+  if (error instanceof FluxError) return error.message;
+  return error instanceof Error ? error.message : String(error);
+}

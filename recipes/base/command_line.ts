@@ -1,0 +1,172 @@
+/**
+ * What the programs share: flux-fast's flags with its spelling and defaults, checked values, and an end in one line
+ * and an exit code instead of a stack trace.
+ */
+import { Command, CommanderError, InvalidArgumentError } from "@commander-js/extra-typings";
+import { SingleBar } from "cli-progress";
+import process from "node:process";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { FluxError, UsageError } from "./errors.ts";
+
+/** The model that the repository carries. */
+export const EMBEDDED_MODEL = fileURLToPath(new URL("../../models/tiny", import.meta.url));
+
+/** flux-fast's switches whose recipes are not written yet, with the recipe that each belongs to. */
+const LATER_FLAGS: Readonly<Record<string, string>> = {
+  "--compile_export_mode": "02_compile and 08_export",
+  "--disable_fused_projections": "03_fuse_qkv",
+  "--disable_channels_last": "04_channels_last",
+  "--disable_fa3": "05_flash_attention",
+  "--disable_quant": "06_float8",
+  "--disable_inductor_tuning_flags": "07_tuning",
+  "--use-cached-model": "08_export",
+  "--disable_cache_dit": "09_first_block_cache",
+  "--trace-file": "run_benchmark",
+};
+
+/** A parser of option values for commander: whole numbers from `least` to `most`. */
+export function wholeNumber(least: number, most = Number.MAX_SAFE_INTEGER): (text: string) => number {
+  return (text) => {
+    const value = Number(text);
+    if (!/^[+-]?\d+$/.test(text) || value < least || value > most) {
+      const range = most === Number.MAX_SAFE_INTEGER ? `of ${least} or more` : `from ${least} to ${most}`;
+      throw new InvalidArgumentError(`Give a whole number ${range}.`);
+    }
+    return value;
+  };
+}
+
+function finiteNumber(text: string): number {
+  const value = Number(text);
+  if (text.trim() === "" || !Number.isFinite(value)) throw new InvalidArgumentError("Give a number.");
+  return value;
+}
+
+/** A seed as torch takes it: -2^63 to 2^64 - 1. */
+function seedNumber(text: string): bigint {
+  if (!/^[+-]?\d+$/.test(text)) throw new InvalidArgumentError("Give a whole number.");
+  const value = BigInt(text.replace(/^\+/, ""));
+  if (value < -(2n ** 63n) || value >= 2n ** 64n) {
+    throw new InvalidArgumentError("Give one from -2^63 to 2^64 - 1.");
+  }
+  return value;
+}
+
+function pngPath(text: string): string {
+  if (!/\.png$/i.test(text)) {
+    throw new InvalidArgumentError("Pictures are written as PNG: name it something.png.");
+  }
+  return text;
+}
+
+function deviceName(text: string): string {
+  if (!/^(cpu|(cuda|hip)(:\d+)?)$/.test(text)) {
+    throw new InvalidArgumentError("Known devices are cpu, cuda, cuda:N, hip and hip:N.");
+  }
+  return text;
+}
+
+/** Default of `--cache-dir`, below the home folder where there is one. */
+function defaultCacheDir(): string {
+  const home = Deno.env.get("XDG_CACHE_HOME") ??
+    (Deno.env.has("HOME") ? join(Deno.env.get("HOME")!, ".cache") : ".cache");
+  return join(home, "flux-recipes");
+}
+
+/** The flags that all programs have. */
+export function createParser(name: string, description: string) {
+  return new Command(name)
+    .description(description)
+    .option(
+      "--ckpt <folder>",
+      "model folder in diffusers' layout; without it the small model of this repository",
+    )
+    .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
+    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints")
+    .option("--cache-dir <folder>", "where compiled kernels are kept", defaultCacheDir())
+    .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
+    .option(
+      "--num_inference_steps <n>",
+      "denoising steps; default 4, and 28 for models with guidance (dev)",
+      wholeNumber(1),
+    )
+    .option("--output-file <file>", "the PNG to write", pngPath, "output.png")
+    .option("--seed <n>", "random seed; the same as in diffusers gives the same picture", seedNumber, 42n)
+    .option(
+      "--height <pixels>",
+      "default: what the model was made for (1024 for FLUX.1)",
+      wholeNumber(1, 8192),
+    )
+    .option(
+      "--width <pixels>",
+      "default: what the model was made for (1024 for FLUX.1)",
+      wholeNumber(1, 8192),
+    )
+    .option("--guidance_scale <x>", "for models with guidance (dev); default 3.5", finiteNumber)
+    .option(
+      "--max_sequence_length <n>",
+      "T5 tokens; default 256, and 512 for models with guidance",
+      wholeNumber(1, 512),
+    )
+    .option("--disable_bf16", "compute in float32 instead of bfloat16")
+    .option("--json", "print one JSON object instead of a line")
+    .option("--verbose", "say what runs where, and how long each part took")
+    .configureOutput({ outputError: (text, write) => write(text) })
+    .showHelpAfterError("(--help lists all flags with examples)")
+    .exitOverride();
+}
+
+/** Throws a {@link UsageError} for flags of flux-fast that this version does not have yet. */
+export function refuseLaterFlags(args: readonly string[]): void {
+  for (const arg of args) {
+    if (arg === "--") return;
+    const flag = arg.split("=")[0];
+    if (Object.hasOwn(LATER_FLAGS, flag)) {
+      throw new UsageError(`${flag} is not available yet: it comes with recipe ${LATER_FLAGS[flag]}`);
+    }
+  }
+}
+
+/**
+ * Runs a program and returns its exit code: 0, 2 for a wrong call, 1 for any other failure that has a
+ * {@link FluxError}. Anything else is a bug and keeps its stack trace.
+ */
+export async function runProgram(name: string, program: () => Promise<void>): Promise<number> {
+  try {
+    await program();
+    return 0;
+  } catch (error) {
+    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2; // commander has printed already
+    if (!(error instanceof FluxError)) throw error;
+    console.error(`${name}: ${error.message}`);
+    if (error.hint !== undefined) console.error(`  ${error.hint}`);
+    return error.exitCode;
+  }
+}
+
+/** A progress bar on stderr, or nothing where stderr is no terminal. `unit` stands behind the numbers. */
+export class Progress {
+  readonly #bar: SingleBar | undefined;
+
+  constructor(label: string, total: number, unit: string) {
+    if (!Deno.stderr.isTerminal()) return;
+    this.#bar = new SingleBar({
+      stream: process.stderr,
+      format: `${label} {bar} {value}/{total} ${unit} {duration_formatted}`,
+      barCompleteChar: "█",
+      barIncompleteChar: "░",
+      hideCursor: false, // a killed program must not leave the terminal without one
+      barsize: 30,
+    });
+    this.#bar.start(total, 0);
+  }
+
+  update(done: number): void {
+    this.#bar?.update(done);
+  }
+
+  stop(): void {
+    this.#bar?.stop();
+  }
+}
