@@ -161,30 +161,27 @@ export class Tensor {
 
 /** Strides of `tensor` under `shape`, or undefined where a merged dimension is not dense. */
 function restride(tensor: Tensor, shape: readonly number[]): number[] | undefined {
-  // Walk both shapes from the front, matching groups of dimensions of equal product.
+  // Dimensions of size 1 are never walked, so their strides say nothing.
+  const source = tensor.shape.map((size, dim) => ({ size, stride: tensor.strides[dim] })).filter(({ size }) =>
+    size > 1
+  );
   const strides = new Array<number>(shape.length).fill(1);
-  let from = 0;
-  let to = 0;
-  while (from < tensor.rank || to < shape.length) {
-    const fromStart = from;
-    const toStart = to;
-    let fromSize = from < tensor.rank ? tensor.shape[from++] : 1;
-    let toSize = to < shape.length ? shape[to++] : 1;
-    while (fromSize !== toSize) {
-      if (fromSize < toSize) fromSize *= tensor.shape[from++];
-      else toSize *= shape[to++];
-    }
-    for (let dim = fromStart; dim + 1 < from; dim++) {
-      if (
-        tensor.shape[dim] !== 1 && tensor.strides[dim] !== tensor.strides[dim + 1] * tensor.shape[dim + 1]
-      ) {
-        return undefined;
+  // Both shapes are walked from the back in groups of dimensions of equal product; within a group of the source each
+  // stride must be the next one times its size.
+  let dim = shape.length - 1;
+  for (let from = source.length - 1; from >= 0; from--) {
+    const { stride: step } = source[from];
+    let product = source[from].size;
+    let covered = 1;
+    while (covered !== product) {
+      if (dim >= 0 && covered < product) {
+        strides[dim] = step * covered;
+        covered *= shape[dim--];
+      } else {
+        const outer = source[--from];
+        if (outer === undefined || outer.stride !== step * product) return undefined;
+        product *= outer.size;
       }
-    }
-    let step = from > fromStart ? tensor.strides[from - 1] : 1;
-    for (let dim = to - 1; dim >= toStart; dim--) {
-      strides[dim] = step;
-      step *= shape[dim];
     }
   }
   return strides;
