@@ -1,8 +1,11 @@
 import { viewOf } from "../ffi/cpu/device.ts";
+import type { DType } from "../ffi/dtype.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { cast } from "./cast.ts";
 import { expect, expectShape } from "./check.ts";
 import { readFloat32 } from "./cpu.ts";
+import SOFTMAX_WAT from "./softmax.wat" with { type: "text" };
+import { address, elementSize, share, wasmKernels } from "./wasm.ts";
 
 export interface AttentionOptions {
   /** Factor on `q · k`; 1 / sqrt(head dim) when left out. T5 uses 1. */
@@ -36,7 +39,6 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   const { device } = q;
   const out = Tensor.empty(device, q.shape, q.dtype);
   const scale = options.scale ?? headDim ** -0.5;
-  const bias = options.bias === undefined ? undefined : readFloat32(options.bias);
   // A block of rows at a time, so that the logits stay in the cache and never take queries * keys of memory.
   const rows = Math.min(queries, Math.max(64, Math.floor(2 ** 20 / keys)));
   for (let b = 0; b < batch; b++) {
@@ -48,14 +50,9 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
         device.scope(() => {
           const logits = Tensor.empty(device, [count, keys], "f32");
           device.matmul({ a: qHead.narrow(0, start, count), b: kHead, out: logits, alpha: scale });
-          softmaxRows(
-            viewOf(logits, "f32", logits.size),
-            keys,
-            bias?.subarray((head * queries + start) * keys, (head * queries + start + count) * keys),
-            options.causal ? start : undefined,
-          );
+          const bias = options.bias?.narrow(0, head, 1).reshape([queries, keys]).narrow(0, start, count);
           device.matmul({
-            a: cast(logits, q.dtype),
+            a: softmax(logits, q.dtype, bias, options.causal ? start : undefined),
             b: vHead.permute([1, 0]),
             out: outHead.narrow(0, start, count),
           });
@@ -63,6 +60,41 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
       }
     }
   }
+  return out;
+}
+
+/** {@link softmaxRows} of f32 `logits` `[rows, keys]`, which are overwritten; the result in `dtype`. */
+function softmax(
+  logits: Tensor,
+  dtype: DType,
+  bias: Tensor | undefined,
+  causalStart: number | undefined,
+): Tensor {
+  const [rows, keys] = logits.shape;
+  const out = dtype === "f32" ? logits : Tensor.empty(logits.device, logits.shape, dtype);
+  const wasm = bias === undefined || bias.dtype === "f32"
+    ? wasmKernels("softmax.wat", SOFTMAX_WAT, out, bias === undefined ? [] : [bias])
+    : undefined;
+  if (wasm === undefined) {
+    const values = bias === undefined ? undefined : readFloat32(bias);
+    softmaxRows(viewOf(logits, "f32", logits.size), keys, values, causalStart);
+    return cast(logits, dtype);
+  }
+  const { perJob, jobs } = share(rows, keys);
+  wasm.runner.run(
+    wasm.kernels.softmax,
+    jobs,
+    [
+      address(logits),
+      address(out),
+      rows,
+      keys,
+      perJob,
+      bias === undefined ? 0 : address(bias),
+      causalStart ?? -1,
+      elementSize(out),
+    ],
+  );
   return out;
 }
 

@@ -1,15 +1,17 @@
-import { Tensor } from "../ffi/tensor.ts";
-import { onCpu } from "./cpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import { activate } from "./activation.ts";
+
+const SQRT_2_PI = Math.sqrt(2 / Math.PI);
 
 /** GELU in its tanh form (Hendrycks & Gimpel 2016), PyTorch's `approximate="tanh"`. Any shape; `x`'s dtype, computed in f32. */
 export function geluTanh(x: Tensor): Tensor {
-  return onCpu(Tensor.empty(x.device, x.shape, x.dtype), [x], geluTanhReference);
+  return activate(x, 2 * SQRT_2_PI, 2 * SQRT_2_PI * 0.044715, geluTanhReference); // 1 + tanh u = 2 sigmoid(2u)
 }
 
 /** Element by element. */
 export function geluTanhReference(out: Float32Array, x: Float32Array): void {
   for (let i = 0; i < x.length; i++) {
     const v = x[i];
-    out[i] = 0.5 * v * (1 + Math.tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))); // sqrt(2 / pi)
+    out[i] = 0.5 * v * (1 + Math.tanh(SQRT_2_PI * (v + 0.044715 * v * v * v)));
   }
 }

@@ -1,6 +1,8 @@
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
 import { onCpu } from "./cpu.ts";
+import GROUP_NORM_WAT from "./group_norm.wat" with { type: "text" };
+import { address, elementSize, vectorAddress, wasmKernels } from "./wasm.ts";
 
 /**
  * Group norm (Wu & He 2018): mean and variance over each group of channels and the whole picture.
@@ -15,7 +17,31 @@ export function groupNorm(x: Tensor, groups: number, weight: Tensor, bias: Tenso
   expectShape("groupNorm", "weight", weight, [channels]);
   expectShape("groupNorm", "bias", bias, [channels]);
   const out = Tensor.empty(x.device, x.shape, x.dtype);
-  return onCpu(out, [x, weight, bias], (o, xs, w, b) => groupNormReference(o, xs, w, b, batch, groups, eps));
+  const wasm = wasmKernels("group_norm.wat", GROUP_NORM_WAT, out, [x]);
+  if (wasm === undefined || x.size === 0) {
+    return onCpu(
+      out,
+      [x, weight, bias],
+      (o, xs, w, b) => groupNormReference(o, xs, w, b, batch, groups, eps),
+    );
+  }
+  wasm.device.scope(() => {
+    const [scale, shift] = [weight, bias].map(vectorAddress);
+    const pixels = x.size / (batch * channels);
+    const args = [
+      address(x),
+      address(out),
+      scale,
+      shift,
+      channels,
+      channels / groups,
+      pixels,
+      eps,
+      elementSize(x),
+    ];
+    wasm.runner.run(wasm.kernels.normalize, batch * groups, args);
+  });
+  return out;
 }
 
 /** `x` dense `[batch, channels, pixels]`. */

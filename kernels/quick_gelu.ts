@@ -1,9 +1,9 @@
-import { Tensor } from "../ffi/tensor.ts";
-import { onCpu } from "./cpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import { activate } from "./activation.ts";
 
 /** The sigmoid approximation of GELU that CLIP was trained with: `x / (1 + exp(-1.702 x))`. Any shape; `x`'s dtype, computed in f32. */
 export function quickGelu(x: Tensor): Tensor {
-  return onCpu(Tensor.empty(x.device, x.shape, x.dtype), [x], quickGeluReference);
+  return activate(x, 1.702, 0, quickGeluReference);
 }
 
 /** Element by element. */

@@ -1,9 +1,9 @@
-import { Tensor } from "../ffi/tensor.ts";
-import { onCpu } from "./cpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import { activate } from "./activation.ts";
 
 /** SiLU (Elfwing et al. 2017): `x / (1 + exp(-x))`. Any shape; `x`'s dtype, computed in f32. */
 export function silu(x: Tensor): Tensor {
-  return onCpu(Tensor.empty(x.device, x.shape, x.dtype), [x], siluReference);
+  return activate(x, 1, 0, siluReference);
 }
 
 /** Element by element. */

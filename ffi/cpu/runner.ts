@@ -59,12 +59,12 @@ export class WasmRunner implements Disposable {
 
   /**
    * Assembles `text` once and returns its kernels by export name. `name` is for messages and must be unique to the
-   * text. Throws {@link FfiError} for text that does not assemble or whose module does not fit this engine.
+   * text (a function gives it when it is needed). Throws {@link FfiError} for text that does not assemble or whose module does not fit this engine.
    */
-  module(name: string, text: string): Readonly<Record<string, Kernel>> {
+  module(name: string, text: string | (() => string)): Readonly<Record<string, Kernel>> {
     const known = this.#modules.get(name);
     if (known !== undefined) return known;
-    const bytes = this.assembler.assemble(name, text);
+    const bytes = this.assembler.assemble(name, typeof text === "string" ? text : text());
     const kernels: Record<string, Kernel> = {};
     try {
       const module = new WebAssembly.Module(bytes);

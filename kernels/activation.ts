@@ -1,0 +1,27 @@
+import ACTIVATION_WAT from "./activation.wat" with { type: "text" };
+import { onCpu } from "./cpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { address, elementSize, share, wasmKernels } from "./wasm.ts";
+
+/**
+ * `x * sigmoid(c1 x + c3 x^3)` element by element, which SiLU and both GELUs are; `reference` computes the same.
+ *
+ * @returns `x`'s shape (dense) and dtype, computed in f32.
+ */
+export function activate(
+  x: Tensor,
+  c1: number,
+  c3: number,
+  reference: (out: Float32Array, x: Float32Array) => void,
+): Tensor {
+  const out = Tensor.empty(x.device, x.shape, x.dtype);
+  const wasm = wasmKernels("activation.wat", ACTIVATION_WAT, out, [x]);
+  if (wasm === undefined) return onCpu(out, [x], reference);
+  const { perJob, jobs } = share(x.size, 1);
+  wasm.runner.run(
+    wasm.kernels.activate,
+    jobs,
+    [address(x), address(out), x.size, perJob, elementSize(x), c1, c3],
+  );
+  return out;
+}
