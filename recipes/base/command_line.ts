@@ -2,7 +2,7 @@
  * What the programs share: flux-fast's flags with its spelling and defaults, checked values, and an end in one line
  * and an exit code instead of a stack trace.
  */
-import { Command, CommanderError, InvalidArgumentError } from "@commander-js/extra-typings";
+import { Command, CommanderError, InvalidArgumentError, Option } from "@commander-js/extra-typings";
 import { SingleBar } from "cli-progress";
 import process from "node:process";
 import { join } from "node:path";
@@ -92,7 +92,11 @@ export function createParser(name: string, description: string) {
       wholeNumber(1),
     )
     .option("--output-file <file>", "the PNG to write", pngPath, "output.png")
-    .option("--seed <n>", "random seed; the same as in diffusers gives the same picture", seedNumber, 42n)
+    .addOption(
+      new Option("--seed <n>", "random seed; the one that diffusers was given draws the same picture")
+        .argParser(seedNumber)
+        .default(42n, "42"), // a bigint has no JSON for the help to show
+    )
     .option(
       "--height <pixels>",
       "default: what the model was made for (1024 for FLUX.1)",

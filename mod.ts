@@ -1,0 +1,35 @@
+/**
+ * FLUX.1 text-to-image in TypeScript on Deno: the public names.
+ *
+ * ```ts
+ * import { bfloat16, compose, eagerPlan, FluxPipeline, Model, openDevice } from "./mod.ts";
+ *
+ * using device = await openDevice("cpu");
+ * using model = await Model.load("models/tiny", device);
+ * const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), bfloat16));
+ * const { images } = await pipeline.generate({ prompt: "a red apple", seed: 42 });
+ * ```
+ *
+ * @module
+ */
+export type { Device, DeviceKind, DeviceProperties } from "./ffi/device.ts";
+export type { DType } from "./ffi/dtype.ts";
+export { FfiError, FluxError, OutOfMemoryError, ShapeError } from "./ffi/errors.ts";
+export { DEVICE_NAMES, openDevice } from "./ffi/open.ts";
+export { Tensor } from "./ffi/tensor.ts";
+export { baselineFp32 } from "./recipes/00_baseline_fp32.ts";
+export { bfloat16 } from "./recipes/01_bfloat16.ts";
+export { ModelError, UsageError } from "./recipes/base/errors.ts";
+export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";
+export { type LoadOptions, Model } from "./recipes/base/model.ts";
+export { eagerOps, type Ops } from "./recipes/base/ops.ts";
+export {
+  FluxPipeline,
+  type GenerateOptions,
+  type GenerateResult,
+  type Picture,
+  type ProgressEvent,
+} from "./recipes/base/pipeline.ts";
+export { compose, eagerPlan, type Plan, type Recipe } from "./recipes/base/plan.ts";
+export { Generator } from "./recipes/base/random.ts";
+export { SafetensorsError, SafetensorsFile, writeSafetensors } from "./recipes/base/safetensors.ts";

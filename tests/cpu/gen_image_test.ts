@@ -1,0 +1,244 @@
+/** The program as a user runs it: a process of its own, with the permissions that the task gives it. */
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { readPngText } from "../../recipes/base/image.ts";
+import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
+import { goldenPath } from "../support/golden.ts";
+
+const ROOT = fileURLToPath(new URL("../..", import.meta.url));
+const MODEL = goldenPath("schnell-like");
+
+/** The command line of the task `generate`, so that its permissions are what is tested. */
+const TASK: string = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks.generate.command;
+
+function command(args: readonly string[]): Deno.Command {
+  const [program, ...flags] = TASK.split(" ");
+  return new Deno.Command(program, {
+    args: [...flags, ...args],
+    cwd: ROOT,
+    stdout: "piped",
+    stderr: "piped",
+  });
+}
+
+async function run(...args: string[]) {
+  const { code, stdout, stderr } = await command(args).output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  return { code, stdout: text(stdout), stderr: text(stderr) };
+}
+
+/** Size, from the PNG's header chunk. */
+function sizeOf(png: Uint8Array): [number, number] {
+  const view = new DataView(png.buffer, png.byteOffset);
+  assert.equal(view.getUint32(0), 0x89504e47, "no PNG");
+  return [view.getUint32(16), view.getUint32(20)];
+}
+
+Deno.test("gen_image writes a PNG with its settings and prints path, seed and time", async () => {
+  const folder = await Deno.makeTempDir();
+  const output = join(folder, "picture.png");
+  const args = [
+    "--ckpt",
+    MODEL,
+    "--output-file",
+    output,
+    "--cache-dir",
+    join(folder, "cache"),
+    "--height",
+    "48",
+  ];
+  const prompt = "a red apple, très joli 🍎";
+  const result = await run(...args, "--width", "80", "--seed", "7", "--prompt", prompt);
+  assert.equal(result.code, 0, result.stderr);
+  assert.match(result.stdout, new RegExp(`^${output}  seed 7  \\d+\\.\\d s\n$`));
+  assert.equal(result.stderr, "", "no progress bar where stderr is no terminal");
+  const png = await Deno.readFile(output);
+  assert.deepEqual(sizeOf(png), [80, 48]);
+  const { parameters } = readPngText(png);
+  assert.ok(parameters.startsWith(`${prompt}\n`), parameters);
+  for (const part of ["Steps: 4", "Seed: 7", "Size: 80x48", "Model: schnell-like", "01_bfloat16"]) {
+    assert.ok(parameters.includes(part), `${part} is not in ${parameters}`);
+  }
+
+  // Again, in JSON and float32, over the file that is there.
+  const json = await run(
+    ...args,
+    "--width=80",
+    "--seed=7",
+    "--disable_bf16",
+    "--json",
+    "--num_inference_steps",
+    "2",
+  );
+  assert.equal(json.code, 0, json.stderr);
+  const report = JSON.parse(json.stdout);
+  assert.equal(report.path, output);
+  assert.equal(report.seed, "7");
+  assert.equal(report.numInferenceSteps, 2);
+  assert.deepEqual(report.recipes, ["00_baseline_fp32"]);
+  assert.equal(report.milliseconds.steps.length, 2);
+  assert.ok(readPngText(await Deno.readFile(output)).parameters.includes("00_baseline_fp32"));
+  assert.deepEqual([...Deno.readDirSync(folder)].map(({ name }) => name).sort(), ["cache", "picture.png"]);
+});
+
+Deno.test("gen_image draws the same bytes for the same seed, and others for another", async () => {
+  const folder = await Deno.makeTempDir();
+  const draw = async (name: string, seed: string) => {
+    const output = join(folder, name);
+    const args = [
+      "--ckpt",
+      MODEL,
+      "--output-file",
+      output,
+      "--height",
+      "32",
+      "--width",
+      "32",
+      "--seed",
+      seed,
+    ];
+    assert.equal((await run(...args, "--cache-dir", folder)).code, 0);
+    return await Deno.readFile(output);
+  };
+  const first = await draw("a.png", "-3");
+  assert.deepEqual(await draw("b.png", "-3"), first);
+  assert.notDeepEqual(await draw("c.png", "18446744073709551615"), first);
+});
+
+Deno.test("gen_image keeps compiled kernels in --cache-dir and makes damaged ones again", async () => {
+  const folder = await Deno.makeTempDir();
+  const cache = join(folder, "cache");
+  const args = ["--ckpt", MODEL, "--output-file", join(folder, "a.png"), "--height", "32", "--width", "32"];
+  assert.equal((await run(...args, "--cache-dir", cache)).code, 0);
+  const entries = [...Deno.readDirSync(cache)].map(({ name }) => join(cache, name));
+  assert.ok(entries.length > 0, "nothing was kept");
+  await Deno.writeFile(entries[0], new Uint8Array(100));
+  const again = await run(...args, "--cache-dir", cache);
+  assert.equal(again.code, 0);
+  assert.match(again.stderr, /^gen_image: .* is damaged and is made again\n$/);
+  assert.equal((await run(...args, "--cache-dir", cache)).stderr, "");
+});
+
+Deno.test("gen_image says in --verbose what runs where", async () => {
+  const folder = await Deno.makeTempDir();
+  const args = [
+    "--ckpt",
+    MODEL,
+    "--output-file",
+    join(folder, "a.png"),
+    "--cache-dir",
+    folder,
+    "--height",
+    "32",
+  ];
+  const { code, stderr } = await run(...args, "--width", "32", "--verbose");
+  assert.equal(code, 0);
+  assert.match(stderr, /schnell-like on cpu .*01_bfloat16/);
+  assert.match(stderr, /matmul: (oneDNN|WebAssembly)/);
+  assert.match(stderr, /steps \d+ \d+ \d+ \d+ ms/);
+});
+
+Deno.test("gen_image ends wrong calls with one clear line and an exit code", async (test) => {
+  const folder = await Deno.makeTempDir();
+  const file = join(folder, "file");
+  const empty = join(folder, "empty");
+  await Deno.writeTextFile(file, "text");
+  await Deno.mkdir(empty);
+  const cases: [string[], number, RegExp][] = [
+    [["--frobnicate"], 2, /unknown option '--frobnicate'/],
+    [["--promt", "x"], 2, /Did you mean --prompt/],
+    [["surplus"], 2, /too many arguments/],
+    [["--height", "tall"], 2, /--height.*'tall'.*whole number/],
+    [["--height", "0"], 2, /--height.*'0'/],
+    [["--height", "15"], 2, /height is 15: give 16 or more/],
+    [["--width", "12.5"], 2, /--width/],
+    [["--num_inference_steps", "0"], 2, /--num_inference_steps/],
+    [["--max_sequence_length", "513"], 2, /--max_sequence_length.*1 to 512/],
+    [["--guidance_scale", "much"], 2, /--guidance_scale.*number/],
+    [["--seed", "1e3"], 2, /--seed/],
+    [["--seed", "18446744073709551616"], 2, /--seed/],
+    [["--seed"], 2, /argument missing/],
+    [["--device", "tpu"], 2, /--device.*'tpu'.*cpu/],
+    [["--device", "cuda"], 1, /cuda/],
+    [["--disable_quant"], 2, /--disable_quant.*06_float8/],
+    [["--compile_export_mode=compile"], 2, /--compile_export_mode.*02_compile/],
+    [["--image", "photo.png"], 2, /Kontext/],
+    [["--output-file", "picture.jpg"], 2, /PNG/],
+    [["--output-file", join(folder, "missing", "a.png")], 1, /missing does not exist/],
+    [["--output-file", join(file, "a.png")], 1, /is not a folder/],
+    [["--output-file", join(folder, "folder.png")], 1, /is a folder/],
+    [["--ckpt", join(folder, "nowhere")], 1, /nowhere.*no such model folder/],
+    [["--ckpt", empty], 1, /empty.*no model/],
+    [["--ckpt", file], 1, /is a file/],
+  ];
+  await Deno.mkdir(join(folder, "folder.png"));
+  for (const [args, code, message] of cases) {
+    await test.step(args.join(" ").replaceAll(folder, "..."), async () => {
+      const output = args.includes("--output-file") ? [] : ["--output-file", join(folder, "never.png")];
+      const model = args.includes("--ckpt") ? [] : ["--ckpt", MODEL];
+      const result = await run(...model, ...output, "--cache-dir", join(folder, "cache"), ...args);
+      assert.equal(result.code, code, result.stderr);
+      assert.match(result.stderr, message);
+      assert.equal(result.stdout, "");
+      assert.ok(!/^\s+at /m.test(result.stderr), `a stack trace:\n${result.stderr}`);
+      assert.ok(result.stderr.trim().split("\n").length <= 3, result.stderr);
+    });
+  }
+  assert.deepEqual(
+    [...Deno.readDirSync(folder)].map(({ name }) => name).filter((name) => /never|tmp/.test(name)),
+    [],
+  );
+});
+
+Deno.test("gen_image --help shows every flag, and examples that work", async () => {
+  const { code, stdout } = await run("--help");
+  assert.equal(code, 0);
+  for (
+    const flag of [
+      "ckpt",
+      "prompt",
+      "image",
+      "cache-dir",
+      "device",
+      "num_inference_steps",
+      "output-file",
+      "seed",
+    ]
+  ) {
+    assert.ok(stdout.includes(`--${flag} `), flag);
+  }
+  assert.match(stdout, /Examples:\n\s+deno task generate/);
+});
+
+Deno.test("gen_image leaves nothing behind on Ctrl-C", async () => {
+  const folder = await Deno.makeTempDir();
+  const output = join(folder, "a.png");
+  await Deno.writeTextFile(output, "the old picture");
+  const child = command([
+    ...["--ckpt", MODEL, "--output-file", output, "--cache-dir", folder],
+    ...["--num_inference_steps", "100000", "--height", "128", "--width", "128", "--verbose"],
+  ]).spawn();
+  const reader = child.stderr.getReader();
+  await reader.read(); // the device is open and the model loaded
+  child.kill("SIGINT");
+  while (!(await reader.read()).done);
+  await child.stdout.cancel();
+  const status = await child.status;
+  assert.ok(!status.success);
+  assert.equal(await Deno.readTextFile(output), "the old picture");
+  assert.deepEqual([...Deno.readDirSync(folder)].filter(({ name }) => name.includes("tmp")), []);
+});
+
+Deno.test("gen_image draws with the embedded model when no checkpoint is given", async () => {
+  const folder = await Deno.makeTempDir();
+  const output = join(folder, "a.png");
+  const started = performance.now();
+  const { code, stdout, stderr } = await run("--output-file", output, "--cache-dir", folder, "--json");
+  assert.equal(code, 0, stderr);
+  assert.ok(performance.now() - started < 20_000, "the first picture takes over 20 s");
+  const report = JSON.parse(stdout);
+  assert.equal(report.prompt, "A cat playing with a ball of yarn");
+  const { sample_size } = JSON.parse(await Deno.readTextFile(join(EMBEDDED_MODEL, "vae/config.json")));
+  assert.deepEqual(sizeOf(await Deno.readFile(output)), [sample_size, sample_size]);
+});
