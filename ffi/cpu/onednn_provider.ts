@@ -5,7 +5,14 @@ import { Tensor } from "../tensor.ts";
 import { type Allocate, Converter, copyRange, extentOf, wasmAddress } from "./convert.ts";
 import { describeCpu } from "./describe.ts";
 import type { CpuDevice, CpuMemory } from "./device.ts";
-import { type ConvLayouts, type Layout, type MemoryDesc, OneDnn, type Primitive } from "./onednn.ts";
+import {
+  type ConvLayouts,
+  type Layout,
+  type MatmulLayouts,
+  type MemoryDesc,
+  OneDnn,
+  type Primitive,
+} from "./onednn.ts";
 import { PackedCache } from "./packed_cache.ts";
 import type { CpuProvider } from "./provider.ts";
 import type { WasmRunner } from "./runner.ts";
@@ -72,20 +79,7 @@ export class OneDnnProvider implements CpuProvider {
         bias: bias && { dtype: "f32", shape: [1, n], strides: [n, 1] } as const,
         alpha,
       };
-      // oneDNN multiplies [m, k] by [k, n]: b's transpose.
-      const transposed = b.permute([1, 0]);
-      let primitive: Primitive | undefined;
-      let weights: bigint | undefined;
-      if (constant) {
-        primitive = this.#dnnl.matmul({ ...layouts, weights: { dtype: compute, shape: [k, n] } });
-        weights = this.#packedPointer(b, transposed, compute, primitive);
-      }
-      if (primitive === undefined || weights === undefined) {
-        const y = this.#operand(transposed, compute, scratch);
-        const plain = matrixLayout(y.dtype, k, n, y.strides[0], y.strides[1]);
-        primitive = this.#dnnl.matmul({ ...layouts, weights: plain });
-        weights = y.pointer;
-      }
+      const { primitive, weights } = this.#matmulWeights(layouts, b, constant, compute, scratch);
       const pointers = [x.pointer, weights, result.pointer];
       if (bias !== undefined) pointers.push(this.#bias(bias, scratch, alpha));
       this.#dnnl.execute(primitive, pointers);
@@ -115,7 +109,7 @@ export class OneDnnProvider implements CpuProvider {
         padding,
       };
       const primitive = this.#convPrimitive(plain);
-      const weights = this.#packedPointer(weight, weight, compute, primitive) ??
+      const weights = this.#packedPointer(weight, weight, compute, primitive.weights!) ??
         this.#reordered(
           layoutOf(weight),
           primitive.weights!,
@@ -146,6 +140,39 @@ export class OneDnnProvider implements CpuProvider {
   [Symbol.dispose](): void {
     this.#packed.clear();
     this.#dnnl[Symbol.dispose]();
+  }
+
+  /**
+   * The primitive of a product and the address of `b` for it, which oneDNN takes as [k, n]: b's transpose.
+   *
+   * A constant `b` is reordered where oneDNN has a kernel that reads blocks ("brgemm"). Its other kernel ("gemm") asks
+   * for rows of [k, n], which is slower than `b` as it lies: rows of a power of two collide in the cache.
+   */
+  #matmulWeights(
+    layouts: Omit<MatmulLayouts, "weights">,
+    b: Tensor,
+    constant: boolean,
+    compute: DType,
+    scratch: Allocate,
+  ): { primitive: Primitive; weights: bigint } {
+    const transposed = b.permute([1, 0]);
+    const [k, n] = transposed.shape;
+    if (constant) {
+      const primitive = this.#dnnl.matmul({ ...layouts, weights: { dtype: compute, shape: [k, n] } });
+      if (primitive.implementation.startsWith("brg")) {
+        const weights = this.#packedPointer(b, transposed, compute, primitive.weights!);
+        if (weights !== undefined) return { primitive, weights };
+      } else if (b.dtype !== compute) {
+        const plain = { dtype: compute, shape: [k, n], strides: [1, k] };
+        const weights = this.#packedPointer(b, transposed, compute, this.#dnnl.describe(plain));
+        if (weights !== undefined) {
+          return { primitive: this.#dnnl.matmul({ ...layouts, weights: plain }), weights };
+        }
+      }
+    }
+    const y = this.#operand(transposed, compute, scratch);
+    const plain = matrixLayout(y.dtype, k, n, y.strides[0], y.strides[1]);
+    return { primitive: this.#dnnl.matmul({ ...layouts, weights: plain }), weights: y.pointer };
   }
 
   /** A convolution over the tensors as they lie where oneDNN has a fast kernel for that, else over its own layouts. */
@@ -197,9 +224,8 @@ export class OneDnnProvider implements CpuProvider {
     return memory.pointer;
   }
 
-  /** Address of `weight` in the layout that `primitive` wants, kept for the next time; undefined over the budget. */
-  #packedPointer(weight: Tensor, view: Tensor, compute: DType, primitive: Primitive): bigint | undefined {
-    const layout = primitive.weights!;
+  /** Address of `view` of `weight` in another layout, kept for the next time; undefined over the budget. */
+  #packedPointer(weight: Tensor, view: Tensor, compute: DType, layout: MemoryDesc): bigint | undefined {
     let index = this.#packedLayouts.findIndex((known) => this.#dnnl.same(known, layout));
     if (index < 0) index = this.#packedLayouts.push(layout) - 1;
     const byteLength = this.#dnnl.byteLength(layout);
