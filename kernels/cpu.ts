@@ -1,4 +1,5 @@
-import { isAligned, viewOf } from "../ffi/cpu/device.ts";
+import { wasmAddress } from "../ffi/cpu/convert.ts";
+import { CpuDevice, isAligned, viewOf } from "../ffi/cpu/device.ts";
 import { dtypeBytes } from "../ffi/dtype.ts";
 import { ShapeError } from "../ffi/errors.ts";
 import { Tensor } from "../ffi/tensor.ts";
@@ -14,18 +15,34 @@ export function onCpu(
   inputs: readonly (Tensor | undefined)[],
   reference: (out: Float32Array, ...inputs: Float32Array[]) => void,
 ): Tensor {
-  const values = inputs.map((input) => input === undefined ? EMPTY : readFloat32(input));
-  if (out.dtype === "f32") {
-    reference(viewOf(out, "f32", out.size), ...values);
-  } else {
-    const result = new Float32Array(out.size);
-    reference(result, ...values);
-    writeFloat32(out, result);
-  }
+  const { device } = out;
+  device.scope(() => {
+    const values = inputs.map((input) => input === undefined ? EMPTY : readBriefly(input));
+    if (out.dtype === "f32") {
+      reference(viewOf(out, "f32", out.size), ...values);
+    } else if (out.dtype === "bf16" && device instanceof CpuDevice && device.converter !== undefined) {
+      const wide = Tensor.empty(device, [out.size], "f32");
+      reference(viewOf(wide, "f32", out.size), ...values);
+      device.converter.store(wasmAddress(wide)!, 1, out.size, out, out.size, 1);
+    } else {
+      const result = new Float32Array(out.size);
+      reference(result, ...values);
+      writeFloat32(out, result);
+    }
+  });
   return out;
 }
 
 const EMPTY = new Float32Array(0);
+
+/** As {@link readFloat32}, faster for bf16; a copy lasts until the end of the innermost scope only. */
+function readBriefly(tensor: Tensor): Float32Array {
+  const { device } = tensor;
+  if (tensor.dtype !== "bf16" || !tensor.isContiguous || tensor.size < 1024) return readFloat32(tensor);
+  if (!(device instanceof CpuDevice) || device.converter === undefined) return readFloat32(tensor);
+  const wide = device.converter.float32(tensor, (byteLength) => device.alloc(byteLength));
+  return viewOf(wide, "f32", tensor.size);
+}
 
 /** A CPU tensor's elements in row-major order as f32: a view where it is dense f32 already, else a converted copy. */
 export function readFloat32(tensor: Tensor): Float32Array {

@@ -84,6 +84,15 @@ export class Converter {
     const to = wasmAddress(out);
     if (to === undefined) throw new FfiError(`cpu: ${out} lies in memory that cannot be written`);
     const size = dtypeBytes(out.dtype);
+    if (rows === 1 && colStride === 1 && cols > SHARE) {
+      // One long row: as many shorter ones, so that all threads take part, and what is left.
+      const whole = Math.floor(cols / SHARE);
+      this.store(from, whole, SHARE, out, SHARE, 1);
+      const rest = cols - whole * SHARE;
+      const last = new Tensor(out.memory, out.dtype, [rest], [1], out.offset + whole * SHARE);
+      if (rest > 0) this.store(from + whole * SHARE * 4, 1, rest, last, rest, 1);
+      return;
+    }
     const perJob = Math.max(1, Math.floor(SHARE / cols));
     this.runner.run(
       this.#store,

@@ -4,6 +4,7 @@ import { FfiError, OutOfMemoryError } from "../errors.ts";
 import { MemoryScopes } from "../scope.ts";
 import type { Tensor } from "../tensor.ts";
 import { ffiAllowed } from "../library.ts";
+import { Converter } from "./convert.ts";
 import type { CpuProvider } from "./provider.ts";
 import type { WasmRunner } from "./runner.ts";
 
@@ -40,6 +41,8 @@ export class CpuDevice implements Device {
   #provider: CpuProvider | undefined;
   /** Runs WebAssembly kernels on all cores over this device's memory; without it, references in TypeScript run. */
   readonly runner: WasmRunner | undefined;
+  /** Conversions between f32 and bf16 by that runner. */
+  readonly converter: Converter | undefined;
 
   /**
    * `openProvider` chooses what computes matrix products and convolutions; it gets the finished device, with the
@@ -52,6 +55,7 @@ export class CpuDevice implements Device {
     this.wasmMemory = new WebAssembly.Memory({ initial: 16, maximum: MAX_PAGES, shared: true });
     this.#base = addressOf(new Uint8Array(this.wasmMemory.buffer, 0, 1));
     this.runner = openRunner?.(this);
+    this.converter = this.runner && new Converter(this, this.runner);
     this.#provider = openProvider(this);
   }
 
