@@ -1,4 +1,6 @@
-/** The CPU's model and cores, e.g. `"AMD EPYC 9R14, 2 cores"`; what /proc/cpuinfo says where it may be read. */
+import { cpus } from "node:os";
+
+/** The CPU's model and cores, e.g. `"AMD EPYC 9R14, 2 cores"`; the model only with --allow-sys=cpus. */
 export function describeCpu(): string {
   const cores = coreCount();
   return `${modelName() ?? `${Deno.build.arch} CPU`}, ${cores === 1 ? "1 core" : `${cores} cores`}`;
@@ -18,13 +20,6 @@ export function threadCount(): number {
 }
 
 function modelName(): string | undefined {
-  const path = "/proc/cpuinfo";
-  if (Deno.build.os !== "linux" || Deno.permissions.querySync({ name: "read", path }).state !== "granted") {
-    return undefined;
-  }
-  try {
-    return /^model name\s*:\s*(.+)$/m.exec(Deno.readTextFileSync(path))?.[1].trim();
-  } catch {
-    return undefined;
-  }
+  if (Deno.permissions.querySync({ name: "sys", kind: "cpus" }).state !== "granted") return undefined;
+  return cpus().at(0)?.model.trim() || undefined;
 }

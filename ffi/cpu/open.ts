@@ -54,7 +54,8 @@ function openProvider(
     return new OneDnnProvider(device, runner, threads);
   } catch (error) {
     if (provider === "onednn" || !(error instanceof FfiError)) throw error;
+    const [reason] = error.message.split(". Searched:"); // one line for --verbose: without the list of places
     const hint = error.hint === undefined ? "" : `; ${error.hint}`;
-    return new WasmProvider(device, runner, `${error.message}${hint}`);
+    return new WasmProvider(device, runner, `${reason}${hint}`);
   }
 }

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import type { CpuDevice } from "../../ffi/cpu/device.ts";
 import { openCpu } from "../../ffi/cpu/open.ts";
-import { Tensor } from "../../ffi/tensor.ts";
+import type { Tensor } from "../../ffi/tensor.ts";
 import { attention } from "../../kernels/attention.ts";
 import { geluTanh } from "../../kernels/gelu_tanh.ts";
 import { groupNorm } from "../../kernels/group_norm.ts";
