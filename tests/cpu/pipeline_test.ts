@@ -1,6 +1,6 @@
 /** Whole images against diffusers' FluxPipeline on small random models: the same prompt, seed, steps and pixels. */
 import assert from "node:assert/strict";
-import { openCpu } from "../../ffi/cpu/open.ts";
+import { type CpuProviderName, openCpu } from "../../ffi/cpu/open.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
@@ -47,8 +47,13 @@ interface Trace {
 }
 
 /** Runs a model with one recipe. */
-async function generate(model: string, recipe: Recipe, options: GenerateOptions): Promise<Trace> {
-  using device = await openCpu();
+async function generate(
+  model: string,
+  recipe: Recipe,
+  options: GenerateOptions,
+  provider: CpuProviderName = "auto",
+): Promise<Trace> {
+  using device = await openCpu({ provider });
   using loaded = await Model.load(goldenPath(model), device);
   const pipeline = new FluxPipeline(loaded, compose(eagerPlan(device, loaded.weights), recipe));
   const latents: Promise<Float32Array>[] = [];
@@ -66,11 +71,17 @@ function pixelsOf(result: GenerateResult): Uint8Array {
   return Uint8Array.from(result.images.flatMap((image) => [...image.rgb]));
 }
 
-for (const [name, run] of Object.entries(RUNS)) {
-  Deno.test(`pipeline ${name} equals diffusers' in float32, step by step`, async () => {
+/** "auto" is oneDNN where it is installed; WebAssembly has to be right everywhere. */
+const PROVIDERS: readonly CpuProviderName[] = ["auto", "wasm"];
+const CASES = PROVIDERS.flatMap((provider) =>
+  Object.entries(RUNS).map(([name, run]) => ({ provider, name, run }))
+);
+
+for (const { provider, name, run } of CASES) {
+  Deno.test(`pipeline ${name} equals diffusers' in float32, step by step (${provider})`, async () => {
     using device = await openCpu();
     using golden = new Golden(`pipelines/${name}.fp32.safetensors`, device);
-    const { result, latents } = await generate(run.model, baselineFp32, optionsOf(run));
+    const { result, latents } = await generate(run.model, baselineFp32, optionsOf(run), provider);
     assert.deepEqual(latents[0], golden.values("initial"), "starting latents differ in their bits");
     for (let step = 0; step < run.num_inference_steps; step++) {
       assertClose(latents[step + 1], golden.values(`step${step}`), 1e-4, `latents after step ${step}`);
@@ -84,11 +95,11 @@ for (const [name, run] of Object.entries(RUNS)) {
     assert.ok(new Set(pixels).size > 20, "the golden picture is flat");
   });
 
-  Deno.test(`pipeline ${name} in bfloat16 is no farther from float32 than diffusers' bfloat16`, async () => {
+  Deno.test(`pipeline ${name} in bfloat16 is no farther from float32 than diffusers' bfloat16 (${provider})`, async () => {
     using device = await openCpu();
     using exact = new Golden(`pipelines/${name}.fp32.safetensors`, device);
     using theirs = new Golden(`pipelines/${name}.bf16.safetensors`, device);
-    const { latents } = await generate(run.model, bfloat16, optionsOf(run));
+    const { latents } = await generate(run.model, bfloat16, optionsOf(run), provider);
     assert.deepEqual(latents[0], theirs.values("initial"), "starting latents differ in their bits");
     // bfloat16 noise is the rounded float32 noise, so that the two runs draw the same picture.
     const last = `step${run.num_inference_steps - 1}`;
