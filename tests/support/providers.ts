@@ -1,6 +1,5 @@
 import { load } from "../../ffi/cpu/assembler.ts";
-import type { CpuDevice, CpuMemory } from "../../ffi/cpu/device.ts";
-import { CpuDevice as Device } from "../../ffi/cpu/device.ts";
+import { CpuDevice, type CpuMemory } from "../../ffi/cpu/device.ts";
 import { OneDnn } from "../../ffi/cpu/onednn.ts";
 import { openCpu } from "../../ffi/cpu/open.ts";
 import { SCRATCH_BYTES, WasmRunner } from "../../ffi/cpu/runner.ts";
@@ -40,7 +39,7 @@ async function openWarm(): Promise<CpuDevice> {
 
 async function openPlainSimd(): Promise<CpuDevice> {
   const assembler = await load(false);
-  return new Device(
+  return new CpuDevice(
     (device) => new WasmProvider(device, device.runner!),
     (device) => {
       const scratch = device.reserve(SCRATCH_BYTES).byteOffset;
