@@ -124,7 +124,7 @@ async function multiplyElsewhere(
     device.matmul({ a, b: a, out, constant: true });
     const value = new Float32Array((await device.download(out)).buffer)[89999];
     console.log(JSON.stringify({ value, matmul: device.properties().providers.matmul }));`;
-  const command = new Deno.Command(Deno.execPath(), {
+  const command = new Deno.Command("deno", {
     args: ["run", "--no-prompt", "--no-check", "--ext", "js", ...permissions, "-"],
     cwd: ROOT,
     env: { ...env, NO_COLOR: "1" },
