@@ -37,7 +37,7 @@ export class Tensor {
     return new Tensor(device.alloc(elementCount(shape) * dtypeBytes(dtype)), dtype, shape);
   }
 
-  /** Dense f32 tensor with the given values, rounded to `dtype` f32 only; use the cast op for others. */
+  /** Dense f32 tensor with the given values; the cast operator makes other dtypes of it. */
   static fromFloat32(
     device: Device,
     values: Float32Array | readonly number[],
