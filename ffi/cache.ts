@@ -14,20 +14,25 @@ export class DiskCache {
   /** @param folder made at the first write. @param onWarning one line about an entry or folder that cannot be used. */
   constructor(readonly folder: string, private readonly onWarning: (message: string) => void = () => {}) {}
 
+  /** Set at the first failure of the disk: one line is enough, and trying again for each entry helps nobody. */
+  #unusable = false;
+
   /**
    * The entry of `parts` (source text, options, architecture, compiler version, ...), made by `build` when there is
    * none. Never fails because of the disk: a cache that cannot be read or written costs time only.
    */
   get(parts: readonly string[], build: () => Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
+    if (this.#unusable) return build();
     const path = join(this.folder, nameOf(parts));
     const known = this.#read(path);
     if (known !== undefined) return known;
     const content = build();
+    if (this.#unusable) return content;
     try {
       Deno.mkdirSync(this.folder, { recursive: true });
       writeFileAtomicSync(path, concatenated(digestOf(content), content));
     } catch (error) {
-      this.onWarning(`the cache in ${this.folder} cannot be written: ${reasonOf(error)}`);
+      this.#giveUp("written", error);
     }
     return content;
   }
@@ -37,9 +42,7 @@ export class DiskCache {
     try {
       bytes = Deno.readFileSync(path);
     } catch (error) {
-      if (!(error instanceof Deno.errors.NotFound)) {
-        this.onWarning(`${path} cannot be read: ${reasonOf(error)}`);
-      }
+      if (!(error instanceof Deno.errors.NotFound)) this.#giveUp("read", error);
       return undefined;
     }
     const content = bytes.subarray(DIGEST_BYTES);
@@ -47,6 +50,11 @@ export class DiskCache {
     if (bytes.length >= DIGEST_BYTES && digest.every((byte, i) => byte === bytes[i])) return content;
     this.onWarning(`${path} is damaged and is made again`);
     return undefined;
+  }
+
+  #giveUp(verb: string, error: unknown): void {
+    this.#unusable = true;
+    this.onWarning(`the cache in ${this.folder} cannot be ${verb}, going on without it: ${reasonOf(error)}`);
   }
 }
 

@@ -7,8 +7,9 @@ import { FileError } from "./errors.ts";
 const CHUNK_BYTES = 1 << 20;
 
 /**
- * Writes `bytes` to a temporary file beside `path`, flushes it to the disk and renames it over `path`. After any
- * failure or abort the temporary file is gone and an existing file is as it was. A program that wants the same of
+ * Writes `bytes` to a temporary file beside `path`, flushes it to the disk and renames it over `path`, with an existing
+ * file's mode; a symbolic link stays and its target is replaced. After any failure or abort the temporary file is gone
+ * and an existing file is as it was. A program that wants the same of
  * Ctrl-C listens for SIGINT and aborts `signal`; a process that is killed outright can leave a temporary file
  * (".name.xxxxxxxx.tmp"), never a half-written `path`.
  * @throws FileError with path and reason: missing folder, no permission, full disk, not a regular file.
@@ -21,11 +22,13 @@ export async function writeFileAtomic(
 ): Promise<void> {
   const { signal } = options;
   signal?.throwIfAborted();
-  const temporary = temporaryBeside(path);
+  let temporary = "";
   let file: Deno.FsFile | undefined;
   try {
-    await refuseSpecialFile(path);
+    const target = await targetOf(path);
+    temporary = temporaryBeside(target.path);
     file = await Deno.open(temporary, { write: true, createNew: true });
+    if (target.mode !== undefined) await Deno.chmod(temporary, target.mode);
     for (let offset = 0; offset < bytes.length;) {
       offset += await file.write(bytes.subarray(offset, offset + CHUNK_BYTES));
       signal?.throwIfAborted();
@@ -34,7 +37,7 @@ export async function writeFileAtomic(
     signal?.throwIfAborted();
     file.close();
     // From here on synchronous: nothing can come between the rename and forgetting the temporary file.
-    Deno.renameSync(temporary, path);
+    Deno.renameSync(temporary, target.path);
     file = undefined;
   } catch (error) {
     if (file !== undefined) {
@@ -67,9 +70,8 @@ export function writeFileAtomicSync(path: string, bytes: Uint8Array): void {
  * @throws FileError with path and reason.
  */
 export async function checkWritable(path: string): Promise<void> {
-  const probe = temporaryBeside(path);
   try {
-    await refuseSpecialFile(path);
+    const probe = temporaryBeside((await targetOf(path)).path);
     (await Deno.open(probe, { write: true, createNew: true })).close();
     await Deno.remove(probe);
   } catch (error) {
@@ -82,17 +84,21 @@ function temporaryBeside(path: string): string {
   return join(dirname(path), `.${basename(path)}.${crypto.randomUUID().slice(0, 8)}.tmp`);
 }
 
-/** A rename would put a regular file in the place of /dev/null or a pipe. */
-async function refuseSpecialFile(path: string): Promise<void> {
+/**
+ * The file that a write to `path` replaces, behind any symbolic link, and its mode; no mode where there is none yet.
+ * Anything but a regular file is refused: a rename would put a regular file in the place of /dev/null or a pipe.
+ */
+async function targetOf(path: string): Promise<{ path: string; mode: number | undefined }> {
   let info: Deno.FileInfo;
   try {
     info = await Deno.stat(path);
   } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return;
+    if (error instanceof Deno.errors.NotFound) return { path, mode: undefined };
     throw error;
   }
   if (info.isDirectory) throw new FileError(`cannot write ${path}: it is a folder; give a file name`);
   if (!info.isFile) throw new FileError(`cannot write ${path}: it is not a regular file; give another path`);
+  return { path: await Deno.realPath(path), mode: info.mode === null ? undefined : info.mode & 0o777 };
 }
 
 function discard(file: Deno.FsFile, temporary: string): void {

@@ -1,12 +1,19 @@
 /**
  * Draws one picture: `deno task generate --prompt "..."`. The flags are flux-fast's.
  */
+import { checkWritable, writeFileAtomic } from "../ffi/files.ts";
 import { openDevice } from "../ffi/open.ts";
 import { baselineFp32 } from "./00_baseline_fp32.ts";
 import { bfloat16 } from "./01_bfloat16.ts";
-import { createParser, EMBEDDED_MODEL, Progress, refuseLaterFlags, runProgram } from "./base/command_line.ts";
+import {
+  createParser,
+  EMBEDDED_MODEL,
+  printLine,
+  Progress,
+  refuseLaterFlags,
+  runProgram,
+} from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { checkWritable, writeFileAtomic } from "../ffi/files.ts";
 import { encodePng, parametersText } from "./base/image.ts";
 import { Model } from "./base/model.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
@@ -39,7 +46,10 @@ async function generateImage(args: string[]): Promise<void> {
   const started = performance.now();
   const note = (message: string) => console.error(`${NAME}: ${message}`);
 
-  using device = await openDevice(flags.device, { cacheDir: flags.cacheDir, onWarning: note });
+  using device = await openDevice(flags.device, {
+    ...definedOnly({ cacheDir: flags.cacheDir }),
+    onWarning: note,
+  });
   const loading = new Progress("loading", 1, "");
   using model = await Model.load(flags.ckpt ?? EMBEDDED_MODEL, device, {
     onProgress: ({ loadedBytes, totalBytes }) => loading.update(loadedBytes / totalBytes),
@@ -93,7 +103,7 @@ async function generateImage(args: string[]): Promise<void> {
     );
   }
   if (flags.json) {
-    console.log(JSON.stringify({
+    printLine(JSON.stringify({
       path: output,
       prompt: flags.prompt,
       model: model.name,
@@ -105,7 +115,7 @@ async function generateImage(args: string[]): Promise<void> {
       milliseconds,
     }));
   } else {
-    console.log(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
+    printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
   }
 }
 

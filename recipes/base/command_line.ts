@@ -5,12 +5,15 @@
 import { Command, CommanderError, InvalidArgumentError, Option } from "@commander-js/extra-typings";
 import { SingleBar } from "cli-progress";
 import process from "node:process";
-import { join } from "node:path";
+import { isAbsolute, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
-import { FluxError, UsageError } from "./errors.ts";
+import { FileError, FluxError, UsageError } from "./errors.ts";
+
+/** The repository's folder. */
+const ROOT = fileURLToPath(new URL("../..", import.meta.url)).replace(/\/$/, "");
 
 /** The model that the repository carries. */
-export const EMBEDDED_MODEL = fileURLToPath(new URL("../../models/tiny", import.meta.url));
+export const EMBEDDED_MODEL = join(ROOT, "models/tiny");
 
 /** flux-fast's switches whose recipes are not written yet, with the recipe that each belongs to. */
 const LATER_FLAGS: Readonly<Record<string, string>> = {
@@ -53,11 +56,21 @@ function seedNumber(text: string): bigint {
   return value;
 }
 
+/**
+ * A path as the user means it: from the folder where the command was typed. `deno task` changes to the folder of
+ * deno.json first and keeps the user's in INIT_CWD.
+ */
+export function userPath(text: string): string {
+  if (text === "") throw new InvalidArgumentError("Give a path.");
+  const atRoot = Deno.cwd() === ROOT;
+  return resolve(atRoot ? Deno.env.get("INIT_CWD") ?? ROOT : Deno.cwd(), text);
+}
+
 function pngPath(text: string): string {
   if (!/\.png$/i.test(text)) {
     throw new InvalidArgumentError("Pictures are written as PNG: name it something.png.");
   }
-  return text;
+  return userPath(text);
 }
 
 function deviceName(text: string): string {
@@ -67,11 +80,18 @@ function deviceName(text: string): string {
   return text;
 }
 
-/** Default of `--cache-dir`, below the home folder where there is one. */
-function defaultCacheDir(): string {
-  const home = Deno.env.get("XDG_CACHE_HOME") ??
-    (Deno.env.has("HOME") ? join(Deno.env.get("HOME")!, ".cache") : ".cache");
-  return join(home, "flux-recipes");
+/**
+ * Default of `--cache-dir`: `$XDG_CACHE_HOME/flux-recipes` or `~/.cache/flux-recipes` (XDG Base Directory
+ * Specification: an empty or relative variable counts as unset), or none where there is no home folder.
+ */
+function defaultCacheDir(): string | undefined {
+  const absolute = (name: string) => {
+    const folder = Deno.env.get(name) ?? "";
+    return isAbsolute(folder) ? folder : undefined;
+  };
+  const home = absolute("HOME");
+  const cache = absolute("XDG_CACHE_HOME") ?? (home === undefined ? undefined : join(home, ".cache"));
+  return cache === undefined ? undefined : join(cache, "flux-recipes");
 }
 
 /** The flags that all programs have. */
@@ -81,17 +101,18 @@ export function createParser(name: string, description: string) {
     .option(
       "--ckpt <folder>",
       "model folder in diffusers' layout; without it the small model of this repository",
+      userPath,
     )
     .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
-    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints")
-    .option("--cache-dir <folder>", "where compiled kernels are kept", defaultCacheDir())
+    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
+    .option("--cache-dir <folder>", "where compiled kernels are kept", userPath, defaultCacheDir())
     .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
     .option(
       "--num_inference_steps <n>",
       "denoising steps; default 4, and 28 for models with guidance (dev)",
-      wholeNumber(1),
+      wholeNumber(1, 1000),
     )
-    .option("--output-file <file>", "the PNG to write", pngPath, "output.png")
+    .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .addOption(
       new Option("--seed <n>", "random seed; the one that diffusers was given draws the same picture")
         .argParser(seedNumber)
@@ -149,6 +170,19 @@ export async function runProgram(name: string, program: () => Promise<void>): Pr
   }
 }
 
+/** Prints a result. Throws {@link FileError} when stdout takes no more (a full disk behind `> file`). */
+export function printLine(text: string): void {
+  try {
+    const bytes = new TextEncoder().encode(`${text}\n`);
+    for (let written = 0; written < bytes.length;) written += Deno.stdout.writeSync(bytes.subarray(written));
+  } catch (cause) {
+    if (cause instanceof Deno.errors.BrokenPipe) return; // the reader has left; the work is done
+    throw new FileError(`the result cannot be printed: ${cause instanceof Error ? cause.message : cause}`, {
+      cause,
+    });
+  }
+}
+
 /** A progress bar on stderr, or nothing where stderr is no terminal. `unit` stands behind the numbers. */
 export class Progress {
   readonly #bar: SingleBar | undefined;
@@ -160,7 +194,9 @@ export class Progress {
       format: `${label} {bar} {value}/{total} ${unit} {duration_formatted}`,
       barCompleteChar: "█",
       barIncompleteChar: "░",
-      hideCursor: false, // a killed program must not leave the terminal without one
+      // A killed program must leave the terminal as it was: the cursor shown, long lines wrapped.
+      hideCursor: false,
+      linewrap: true,
       barsize: 30,
     });
     this.#bar.start(total, 0);

@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { writeFileAtomic } from "../../ffi/files.ts";
+import { symlink } from "../support/symlink.ts";
 import { FileError } from "../../recipes/base/errors.ts";
 
 async function inFolder(body: (folder: string) => Promise<void>): Promise<void> {
@@ -81,4 +82,16 @@ Deno.test("writeFileAtomic: a folder without permission", async () => {
     writeFileAtomic("/proc/flux-recipes.png", new Uint8Array([1])),
     /permission|does not exist/,
   );
+});
+
+Deno.test("writeFileAtomic: an existing file keeps its mode, a symbolic link stays a link", async () => {
+  const folder = await Deno.makeTempDir();
+  const [file, link] = [join(folder, "file"), join(folder, "link")];
+  await Deno.writeTextFile(file, "old", { mode: 0o600 });
+  assert.equal(Deno.lstatSync(file).mode! & 0o777, 0o600);
+  symlink(file, link);
+  await writeFileAtomic(link, new TextEncoder().encode("new"));
+  assert.ok(Deno.lstatSync(link).isSymlink);
+  assert.equal(Deno.readTextFileSync(file), "new");
+  assert.equal(Deno.lstatSync(file).mode! & 0o777, 0o600);
 });

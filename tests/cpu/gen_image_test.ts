@@ -168,6 +168,8 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     [["--output-file", join(folder, "missing", "a.png")], 1, /missing does not exist/],
     [["--output-file", join(file, "a.png")], 1, /is not a folder/],
     [["--output-file", join(folder, "folder.png")], 1, /is a folder/],
+    [["--num_inference_steps", "1001"], 2, /--num_inference_steps.*1 to 1000/],
+    [["--ckpt", ""], 2, /--ckpt.*path/],
     [["--ckpt", join(folder, "nowhere")], 1, /nowhere.*no such model folder/],
     [["--ckpt", empty], 1, /empty.*no model/],
     [["--ckpt", file], 1, /is a file/],
@@ -189,6 +191,28 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     [...Deno.readDirSync(folder)].map(({ name }) => name).filter((name) => /never|tmp/.test(name)),
     [],
   );
+});
+
+Deno.test("gen_image takes paths from the folder where the user is", async () => {
+  const folder = await Deno.realPath(await Deno.makeTempDir());
+  const { code, stdout, stderr } = await new Deno.Command("deno", {
+    args: [
+      "task",
+      "--quiet",
+      "--config",
+      join(ROOT, "deno.json"),
+      "generate",
+      "--height",
+      "32",
+      "--width",
+      "32",
+    ]
+      .concat("--ckpt", MODEL, "--output-file", "below.png", "--cache-dir", "cache", "--json"),
+    cwd: folder,
+  }).output();
+  assert.equal(code, 0, new TextDecoder().decode(stderr));
+  assert.equal(JSON.parse(new TextDecoder().decode(stdout)).path, join(folder, "below.png"));
+  assert.deepEqual([...Deno.readDirSync(folder)].map(({ name }) => name).sort(), ["below.png", "cache"]);
 });
 
 Deno.test("gen_image --help shows every flag, and examples that work", async () => {
@@ -217,7 +241,7 @@ Deno.test("gen_image leaves nothing behind on Ctrl-C", async () => {
   await Deno.writeTextFile(output, "the old picture");
   const child = command([
     ...["--ckpt", MODEL, "--output-file", output, "--cache-dir", folder],
-    ...["--num_inference_steps", "100000", "--height", "128", "--width", "128", "--verbose"],
+    ...["--num_inference_steps", "1000", "--height", "128", "--width", "128", "--verbose"],
   ]).spawn();
   const reader = child.stderr.getReader();
   await reader.read(); // the device is open and the model loaded
