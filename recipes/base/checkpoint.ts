@@ -8,13 +8,13 @@ import { z } from "zod";
 import { FluxError, ModelError } from "./errors.ts";
 import { alignedBytes, type FileDType, fileDTypeBits, printable, SafetensorsFile } from "./safetensors.ts";
 
-/** One error for all that is wrong with a component's weights. */
+/** One error for all that is wrong with the weights of a component, or of several. */
 export class CheckpointError extends ModelError {
   constructor(
-    /** The component's folder. */
+    /** The component's folder; the model's where several components are at fault. */
     readonly folder: string,
     what: string,
-    /** Every single problem, one line each. The message shows the first {@link SHOWN} and counts the others. */
+    /** Every single problem; of several components, all that is wrong with one. The message shows {@link SHOWN}. */
     readonly problems: readonly string[],
     hint: string,
   ) {
@@ -55,41 +55,84 @@ export function resolveModelFolder(path: string): string {
 }
 
 /**
+ * The text of `<folder>/<file>`, UTF-8, without a byte order mark.
+ *
+ * @param file path inside the folder, e.g. "tokenizer/merges.txt"
+ * @throws {ModelError} when it is missing, lies outside the model folder, or is no regular file or not UTF-8
+ */
+export function readText(folder: string, file: string): string {
+  const path = insideModelFolder(folder, file);
+  const refuse = (reason: string, cause?: unknown) =>
+    new ModelError(`${path} cannot be read: ${reason}`, {
+      cause,
+      hint: "is the model folder complete? Download it again",
+    });
+  try {
+    // Reading from a pipe would wait for its writer for ever.
+    if (!Deno.statSync(path).isFile) throw refuse("it is no regular file");
+    return new TextDecoder("utf-8", { fatal: true }).decode(Deno.readFileSync(path));
+  } catch (cause) {
+    if (cause instanceof ModelError) throw cause;
+    throw refuse(cause instanceof TypeError ? "it is no UTF-8 text" : reasonOf(cause), cause);
+  }
+}
+
+/**
  * Reads `<folder>/<file>` and checks it.
  *
  * @param file path inside the folder, e.g. "transformer/config.json"
- * @throws {ModelError} that names the file, and every field that does not fit the schema
+ * @throws {ModelError} that names the file, and the fields that do not fit the schema
  */
 export function readJson<S extends z.ZodType>(folder: string, file: string, schema: S): z.output<S> {
-  const path = insideModelFolder(folder, file);
-  let text: string;
+  const path = join(folder, file);
+  const text = readText(folder, file);
+  let value: unknown;
   try {
-    text = Deno.readTextFileSync(path);
+    value = JSON.parse(text);
+  } catch { // not its cause: V8's message quotes the file
+    throw new ModelError(`${path} is not valid JSON`, { hint: "the file is damaged: download it again" });
+  }
+  const result = schema.safeParse(value);
+  if (result.success) return result.data;
+  const { issues } = result.error;
+  const problems = issues.slice(0, SHOWN_FIELDS).map((issue) =>
+    `${issue.path.map(fieldName).join(".") || "the file"}: ${issue.message}`
+  );
+  const rest = issues.length > SHOWN_FIELDS ? `; and ${issues.length - SHOWN_FIELDS} more` : "";
+  throw new ModelError(`${path}: ${problems.join("; ")}${rest}`, {
+    cause: result.error,
+    hint: "is this a FLUX.1 model? Its files must have these fields",
+  });
+}
+
+/** A damaged vocabulary has one problem in each of its entries. */
+const SHOWN_FIELDS = 20;
+
+/** A key of a JSON file for messages. */
+function fieldName(key: PropertyKey): string {
+  const name = String(key);
+  return /^\w{1,100}$/.test(name) ? name : printable(name);
+}
+
+/**
+ * Names of the files in `<folder>/<component>`, sorted.
+ *
+ * @throws {ModelError} when there is no such folder, or it lies outside the model folder
+ */
+export function listComponent(folder: string, component: string): string[] {
+  try {
+    return listNames(insideModelFolder(folder, component));
   } catch (cause) {
-    throw new ModelError(`${join(folder, file)} cannot be read: ${reasonOf(cause)}`, {
+    if (cause instanceof ModelError) throw cause;
+    throw new ModelError(`${join(folder, component)} cannot be opened: ${reasonOf(cause)}`, {
       cause,
       hint: "is the model folder complete? Download it again",
     });
   }
-  let value: unknown;
-  try {
-    value = JSON.parse(text);
-  } catch (cause) {
-    throw new ModelError(`${join(folder, file)} is not valid JSON: ${reasonOf(cause)}`, {
-      cause,
-      hint: "the file is damaged: download it again",
-    });
-  }
-  const result = schema.safeParse(value);
-  if (result.success) return result.data;
-  const problems = result.error.issues.map((issue) =>
-    `${issue.path.length > 0 ? issue.path.map(String).join(".") : "the file"}: ${issue.message}`
-  );
-  throw new ModelError(`${join(folder, file)}: ${problems.join("; ")}`, {
-    cause: result.error,
-    hint: "is this a FLUX.1 model? Its configs must have these fields",
-  });
 }
+
+/** The most layers that a config may ask for, far above any model's: a damaged number must not fill the memory. */
+export const MAX_LAYERS = 1000;
 
 /** A weight as the model sees it. */
 export interface Weight {
@@ -196,11 +239,6 @@ export class ComponentWeights implements Disposable {
     return { unused: this.names().filter((name) => !expected.has(name)) };
   }
 
-  /** Starts reading the weights from the disk in the background. */
-  prefetch(): void {
-    for (const shard of this.#shards) shard.advise("willneed");
-  }
-
   /** Closes all shards. */
   [Symbol.dispose](): void {
     for (const shard of this.#shards) shard[Symbol.dispose]();
@@ -251,7 +289,7 @@ export function openComponent(
       hint: "the model_index.json or the call names a component by a path: use a plain folder name",
     });
   }
-  const entries = existingNames(folder);
+  const entries = listComponent(modelFolder, component);
   const baseNames: WeightsBaseName[] = options.baseName
     ? [options.baseName]
     : ["diffusion_pytorch_model", "model"];
@@ -277,7 +315,7 @@ function openShards(modelFolder: string, component: string, index: string): Comp
     throw new CheckpointError(folder, `${index} lists no weights`, [], WRONG_MODEL);
   }
 
-  const entries = listNames(folder);
+  const entries = listComponent(modelFolder, component);
   const unsafe = shardNames.filter((shard) => !isPlainName(shard) || !shard.endsWith(".safetensors"));
   if (unsafe.length > 0) {
     const hint = "do not use this model: an index has to name files of its own folder, with plain names";
@@ -378,17 +416,6 @@ function isPlainName(name: string): boolean {
 
 function listNames(folder: string): string[] {
   return Array.from(Deno.readDirSync(folder), (entry) => entry.name).sort();
-}
-
-function existingNames(folder: string): string[] {
-  try {
-    return listNames(folder);
-  } catch (cause) {
-    throw new ModelError(`${folder} cannot be opened: ${reasonOf(cause)}`, {
-      cause,
-      hint: "is the model folder complete? Download it again",
-    });
-  }
 }
 
 /** A few names for a message. */

@@ -1,12 +1,18 @@
-import { join } from "node:path";
 import { z } from "zod";
 import type { Device } from "../../ffi/device.ts";
 import { type AutoencoderConfig, autoencoderConfigSchema, autoencoderWeightShapes } from "./autoencoder.ts";
-import { type ComponentWeights, openComponent, readJson, resolveModelFolder } from "./checkpoint.ts";
+import {
+  CheckpointError,
+  type ComponentWeights,
+  openComponent,
+  readJson,
+  resolveModelFolder,
+} from "./checkpoint.ts";
 import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
-import { ModelError } from "./errors.ts";
+import { FluxError, ModelError, UsageError } from "./errors.ts";
 import type { Component } from "./plan.ts";
-import { FlowMatchEulerScheduler } from "./scheduler.ts";
+import { printable } from "./safetensors.ts";
+import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
 import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "./tokenizer.ts";
 import { type TransformerConfig, transformerConfigSchema, transformerWeightShapes } from "./transformer.ts";
@@ -33,7 +39,7 @@ export interface LoadOptions {
 const modelIndexSchema = z.looseObject({
   _class_name: z.literal(["FluxPipeline", "FluxKontextPipeline"], {
     error: (issue) =>
-      `${JSON.stringify(issue.input)} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
+      `${printable(String(issue.input))} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
   }),
   transformer: z.tuple([z.unknown(), z.literal("FluxTransformer2DModel")]),
   vae: z.tuple([z.unknown(), z.literal("AutoencoderKL")]),
@@ -61,7 +67,8 @@ export class Model implements Disposable {
   /**
    * Opens a model folder.
    *
-   * @throws ModelError, CheckpointError or SafetensorsError that names the file and what is wrong with it.
+   * @throws ModelError, CheckpointError or SafetensorsError that names the file and what is wrong with it; one
+   * CheckpointError with all that is wrong where several parts' weights are.
    */
   static async load(path: string, device: Device, options: LoadOptions = {}): Promise<Model> {
     const folder = resolveModelFolder(path);
@@ -72,15 +79,12 @@ export class Model implements Disposable {
       transformer: readJson(folder, "transformer/config.json", transformerConfigSchema),
       vae: readJson(folder, "vae/config.json", autoencoderConfigSchema),
     };
-    checkFit(folder, configs);
     const scheduler = new FlowMatchEulerScheduler(
-      readJson(folder, "scheduler/scheduler_config.json", z.looseObject({})),
-      join(folder, "scheduler/scheduler_config.json"),
+      readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema),
     );
-    const [clipTokenizer, t5Tokenizer] = await Promise.all([
-      loadClipTokenizer(join(folder, "tokenizer")),
-      loadT5Tokenizer(join(folder, "tokenizer_2")),
-    ]);
+    const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
+    const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
+    checkFit(folder, configs, clipTokenizer, t5Tokenizer);
 
     const shapesOf: Record<Component, (has: (name: string) => boolean) => WeightShapes> = {
       text_encoder: (has) => clipWeightShapes(configs.text_encoder, has),
@@ -91,31 +95,48 @@ export class Model implements Disposable {
     const checkpoints: ComponentWeights[] = [];
     try {
       // All files are checked before the first byte is placed: a missing shard shows at once.
-      const opened = (Object.keys(shapesOf) as Component[]).map((component) => {
-        const checkpoint = openComponent(folder, component);
-        checkpoints.push(checkpoint);
-        const shapes = shapesOf[component]((name) => checkpoint.has(name));
-        const { unused } = checkpoint.checkShapes(shapes);
-        const strangers = unused.filter((name) => !EXPECTED_LEFTOVERS.test(name));
-        if (strangers.length > 0) {
-          options.onWarning?.(
-            `${checkpoint.folder} has ${strangers.length} weights that the model does not read, e.g. ${
-              strangers[0]
-            }`,
-          );
+      const errors: FluxError[] = [];
+      const opened = (Object.keys(shapesOf) as Component[]).flatMap((component) => {
+        try {
+          const checkpoint = openComponent(folder, component);
+          checkpoints.push(checkpoint);
+          const shapes = shapesOf[component]((name) => checkpoint.has(name));
+          const { unused } = checkpoint.checkShapes(shapes);
+          const strangers = unused.filter((name) => !EXPECTED_LEFTOVERS.test(name));
+          if (strangers.length > 0) {
+            options.onWarning?.(
+              `${checkpoint.folder} has ${strangers.length} weights that the model does not read, e.g. ${
+                printable(strangers[0])
+              }`,
+            );
+          }
+          if (!checkpoint.mapped) {
+            options.onWarning?.(
+              `${checkpoint.folder}: files were read into memory, as they could not be mapped`,
+            );
+          }
+          return [{ component, checkpoint, shapes }];
+        } catch (error) {
+          if (!(error instanceof FluxError)) throw error;
+          errors.push(error);
+          return [];
         }
-        if (!checkpoint.mapped) {
-          options.onWarning?.(
-            `${checkpoint.folder}: files were read into memory, as they could not be mapped`,
-          );
-        }
-        return { component, checkpoint, shapes };
       });
+      if (errors.length === 1) throw errors[0];
+      if (errors.length > 1) {
+        throw new CheckpointError(
+          folder,
+          `the weights of ${errors.length} parts cannot be loaded`,
+          errors.map(({ message }) => message.replaceAll("\n", "\n  ")),
+          errors[0].hint!,
+        );
+      }
       const totalBytes = opened.reduce((sum, { checkpoint }) => sum + checkpoint.byteLength, 0);
       let loadedBytes = 0;
       const weights: Partial<Record<Component, Weights>> = {};
       for (const { component, checkpoint, shapes } of opened) {
         weights[component] = placeWeights(device, checkpoint, shapes.keys());
+        await device.synchronize();
         loadedBytes += checkpoint.byteLength;
         options.onProgress?.({ component, loadedBytes, totalBytes });
       }
@@ -134,8 +155,18 @@ export class Model implements Disposable {
     }
   }
 
+  #closed = false;
+
+  /** Throws {@link UsageError} after the model was disposed. */
+  checkOpen(): void {
+    if (this.#closed) {
+      throw new UsageError(`${this.name} was disposed: keep a model for as long as its pipelines draw`);
+    }
+  }
+
   /** Closes the files. No plan made of this model may run afterwards. */
   [Symbol.dispose](): void {
+    this.#closed = true;
     for (const checkpoint of this.checkpoints) checkpoint[Symbol.dispose]();
   }
 }
@@ -149,11 +180,15 @@ function basenameOf(folder: string): string {
   return repository ? `${repository[1]}/${repository[2]}` : folder.split("/").at(-1) ?? folder;
 }
 
-/** The four configs must be of one model. */
-function checkFit(folder: string, { text_encoder, text_encoder_2, transformer, vae }: ModelConfigs): void {
+/** The configs and the tokenizers must be of one model. */
+function checkFit(folder: string, configs: ModelConfigs, clip: TextTokenizer, t5: TextTokenizer): void {
+  const { text_encoder, text_encoder_2, transformer, vae } = configs;
   const problems: string[] = [];
   const expect = (what: string, found: number, wanted: number) => {
     if (found !== wanted) problems.push(`${what} is ${found}, expected ${wanted}`);
+  };
+  const expectAtMost = (what: string, found: number, limit: number, limitedBy: string) => {
+    if (found > limit) problems.push(`${what} is ${found}, expected at most ${limit} (${limitedBy})`);
   };
   expect("transformer joint_attention_dim", transformer.joint_attention_dim, text_encoder_2.d_model);
   expect("transformer pooled_projection_dim", transformer.pooled_projection_dim, text_encoder.hidden_size);
@@ -163,9 +198,22 @@ function checkFit(folder: string, { text_encoder, text_encoder_2, transformer, v
     transformer.out_channels ?? transformer.in_channels,
     transformer.in_channels,
   );
+  expectAtMost(
+    "tokenizer model_max_length",
+    clip.modelMaxLength,
+    text_encoder.max_position_embeddings,
+    "text_encoder max_position_embeddings",
+  );
+  const vocabularies = [
+    ["tokenizer", clip, "text_encoder", text_encoder],
+    ["tokenizer_2", t5, "text_encoder_2", text_encoder_2],
+  ] as const;
+  for (const [name, tokenizer, encoder, { vocab_size }] of vocabularies) {
+    expectAtMost(`${name}'s largest id`, tokenizer.maxId, vocab_size - 1, `${encoder} vocab_size - 1`);
+  }
   if (problems.length > 0) {
     throw new ModelError(`${folder}: the parts do not fit together: ${problems.join("; ")}`, {
-      hint: "all configs must be of the same model: download it again",
+      hint: "all parts must be of the same model: download it again",
     });
   }
 }

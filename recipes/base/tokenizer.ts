@@ -19,7 +19,9 @@ import { join } from "node:path";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { z } from "zod";
 import { Charsmap } from "./charsmap.ts";
+import { listComponent, readJson, readText } from "./checkpoint.ts";
 import { ModelError, UsageError } from "./errors.ts";
+import { printable } from "./safetensors.ts";
 
 /** One tokenized prompt. */
 export interface Encoding {
@@ -44,6 +46,8 @@ export interface TextTokenizer {
   /** tokenizer_config.json's `model_max_length`: 77 for CLIP, 512 for T5. */
   readonly modelMaxLength: number;
   readonly special: SpecialIds;
+  /** The largest id that it gives: the text encoder's table of embeddings must have a row for it. */
+  readonly maxId: number;
   /**
    * Ids of one prompt, cut and padded to `maxLength` (default `modelMaxLength`). Lone surrogates count as U+FFFD.
    * @throws UsageError if `maxLength` leaves no room for the special tokens.
@@ -54,19 +58,20 @@ export interface TextTokenizer {
 /**
  * CLIP's byte-level BPE from a folder with `vocab.json` and `merges.txt` (FLUX's `tokenizer/`), or else the same
  * two out of a `tokenizer.json`; special tokens from `tokenizer_config.json` or `special_tokens_map.json`.
+ * @param folder the tokenizer's, inside the model's folder, out of which nothing is read.
  * @throws ModelError naming the file that is missing, unreadable or wrong.
  */
-export async function loadClipTokenizer(folder: string): Promise<TextTokenizer> {
-  const config = await readConfig(folder);
-  const { vocab, merges } = await readBpe(folder);
-  const where = join(folder, "vocab.json");
+export function loadClipTokenizer(modelFolder: string, folder: string): TextTokenizer {
+  const config = readConfig(modelFolder, folder);
+  const { vocab, merges } = readBpe(modelFolder, folder);
+  const where = join(modelFolder, folder);
 
   const special = config.special;
   const idOf = (content: string) => {
     const id = config.added.find((token) => token.content === content)?.id ?? vocab[content];
     if (id === undefined) {
       throw new ModelError(
-        `${where}: the special token ${content} is missing; get the tokenizer folder again`,
+        `${where}: the special token ${printable(content)} is missing; get the tokenizer folder again`,
       );
     }
     return id;
@@ -128,12 +133,13 @@ export async function loadClipTokenizer(folder: string): Promise<TextTokenizer> 
  * T5's Unigram from a folder with `tokenizer.json` (FLUX's `tokenizer_2/`). Of its pipeline only vocabulary, added
  * tokens and character table are used, as by transformers 5, which splits at white space and starts every piece of
  * text with "▁" (older releases ran the file's own pipeline, which differs after special tokens in the text).
+ * @param folder the tokenizer's, inside the model's folder, out of which nothing is read.
  * @throws ModelError naming the file that is missing, unreadable or wrong.
  */
-export async function loadT5Tokenizer(folder: string): Promise<TextTokenizer> {
-  const config = await readConfig(folder);
-  const where = join(folder, "tokenizer.json");
-  const file = parse(unigramFileSchema, await readJson(where), where);
+export function loadT5Tokenizer(modelFolder: string, folder: string): TextTokenizer {
+  const config = readConfig(modelFolder, folder);
+  const where = join(modelFolder, folder, "tokenizer.json");
+  const file = readJson(modelFolder, join(folder, "tokenizer.json"), unigramFileSchema);
   const { vocab, unk_id } = file.model;
   if (unk_id >= vocab.length) {
     throw new ModelError(`${where}: unk_id ${unk_id} is outside the vocabulary; get the file again`);
@@ -146,7 +152,9 @@ export async function loadT5Tokenizer(folder: string): Promise<TextTokenizer> {
   const idOf = (content: string) => {
     const id = added.find((token) => token.content === content)?.id ?? ids.get(content);
     if (id === undefined) {
-      throw new ModelError(`${where}: the special token ${content} is missing; get the file again`);
+      throw new ModelError(
+        `${where}: the special token ${printable(content)} is missing; get the file again`,
+      );
     }
     return id;
   };
@@ -209,6 +217,8 @@ function makeTokenizer(parts: Parts): TextTokenizer {
   return {
     modelMaxLength,
     special,
+    maxId: [...parts.tokenizer.model!.tokens_to_ids.values(), ...parts.added.map(({ id }) => id)]
+      .reduce((a, b) => Math.max(a, b)),
     encode(text, maxLength = modelMaxLength) {
       if (!Number.isSafeInteger(maxLength) || maxLength < specials) {
         throw new UsageError(
@@ -331,7 +341,7 @@ function unigram(vocab: [piece: string, score: number][], unk: string): (word: s
   };
 }
 
-// Files. Every name is a constant joined to the given folder, so nothing outside it is read.
+// Files
 
 const onlyFalse = z.literal(false, { error: "only false is supported" }).default(false);
 
@@ -371,7 +381,7 @@ const specialTokensSchema = z.object({
 const configSchema = specialTokensSchema.extend({
   added_tokens_decoder: z.record(z.string().regex(/^\d+$/), addedTokenSchema.omit({ id: true })).default({}),
   // transformers writes 1e30 for "no limit".
-  model_max_length: z.number().positive().nullish(),
+  model_max_length: z.number().min(2).nullish(),
   clean_up_tokenization_spaces: z.boolean().nullish(),
 });
 
@@ -416,12 +426,22 @@ interface Config {
   cleanUp: boolean;
 }
 
+/** The schema's own defaults, where there is no such file. */
+function readOptional<S extends z.ZodType>(
+  modelFolder: string,
+  folder: string,
+  file: string,
+  schema: S,
+): z.output<S> {
+  return listComponent(modelFolder, folder).includes(file)
+    ? readJson(modelFolder, join(folder, file), schema)
+    : schema.parse({});
+}
+
 /** tokenizer_config.json, with special_tokens_map.json for what it does not say. Both may be missing. */
-async function readConfig(folder: string): Promise<Config> {
-  const configPath = join(folder, "tokenizer_config.json");
-  const mapPath = join(folder, "special_tokens_map.json");
-  const config = parse(configSchema, await readJson(configPath, {}), configPath);
-  const map = parse(specialTokensSchema, await readJson(mapPath, {}), mapPath);
+function readConfig(modelFolder: string, folder: string): Config {
+  const config = readOptional(modelFolder, folder, "tokenizer_config.json", configSchema);
+  const map = readOptional(modelFolder, folder, "special_tokens_map.json", specialTokensSchema);
   const limit = config.model_max_length;
   return {
     special: {
@@ -442,81 +462,37 @@ interface Bpe {
   merges: [string, string][];
 }
 
-async function readBpe(folder: string): Promise<Bpe> {
-  const vocabPath = join(folder, "vocab.json");
-  const mergesPath = join(folder, "merges.txt");
-  const filePath = join(folder, "tokenizer.json");
-  const vocabJson = await readJson(vocabPath, null);
-  const fileJson = vocabJson === null ? await readJson(filePath, null) : null;
-  if (fileJson !== null) {
-    const { model } = parse(bpeFileSchema, fileJson, filePath);
-    const pairs = model.merges.map((merge) => typeof merge === "string" ? merge.split(" ") : merge);
-    return { vocab: model.vocab, merges: checkMerges(pairs, model.vocab, filePath) };
+function readBpe(modelFolder: string, folder: string): Bpe {
+  const names = listComponent(modelFolder, folder);
+  const file = (name: string) => join(folder, name);
+  if (!names.includes("vocab.json") && names.includes("tokenizer.json")) {
+    const { vocab, merges } = readJson(modelFolder, file("tokenizer.json"), bpeFileSchema).model;
+    const pairs = merges.map((merge) => typeof merge === "string" ? merge.split(" ") : merge);
+    return { vocab, merges: checkMerges(pairs, vocab, join(modelFolder, file("tokenizer.json"))) };
   }
-  if (vocabJson === null) throw missing(vocabPath);
-
-  const vocab = parse(vocabSchema, vocabJson, vocabPath);
-  const text = await readText(mergesPath);
-  if (text === undefined) throw missing(mergesPath);
+  const vocab = readJson(modelFolder, file("vocab.json"), vocabSchema);
   // Only the version line is a comment: "# #</w>" is a merge.
-  const lines = text.split(/\r?\n/).filter((line) => line !== "" && !line.startsWith("#version"));
-  return { vocab, merges: checkMerges(lines.map((line) => line.split(" ")), vocab, mergesPath) };
+  const lines = readText(modelFolder, file("merges.txt")).split(/\r?\n/)
+    .filter((line) => line !== "" && !line.startsWith("#version"));
+  const merges = checkMerges(
+    lines.map((line) => line.split(" ")),
+    vocab,
+    join(modelFolder, file("merges.txt")),
+  );
+  return { vocab, merges };
 }
 
 /** Each merge joins two tokens of the vocabulary into a third. */
 function checkMerges(merges: string[][], vocab: Record<string, number>, where: string): [string, string][] {
-  return merges.map((merge) => {
+  return merges.map((merge, i) => {
     const [left, right] = merge;
     const known = merge.length === 2 &&
       [left, right, left + right].every((token) => Object.hasOwn(vocab, token));
     if (!known) {
       throw new ModelError(
-        `${where}: merge "${
-          merge.join(" ")
-        }" does not join two tokens of the vocabulary; get both files again`,
+        `${where}: merge ${i + 1} does not join two tokens of the vocabulary; get both files again`,
       );
     }
     return [left, right];
   });
-}
-
-function missing(path: string): ModelError {
-  return new ModelError(
-    `${path} is missing: a tokenizer cannot be loaded without it; get the model folder again`,
-  );
-}
-
-/** The file's text, or undefined when there is no such file. */
-async function readText(path: string): Promise<string | undefined> {
-  try {
-    return await Deno.readTextFile(path);
-  } catch (cause) {
-    if (cause instanceof Deno.errors.NotFound) return undefined;
-    const reason = cause instanceof Error ? cause.message : String(cause);
-    throw new ModelError(`${path} cannot be read: ${reason}`, { cause });
-  }
-}
-
-/** The file's JSON; `otherwise` when there is no such file, or a ModelError without it. */
-async function readJson(path: string, otherwise?: unknown): Promise<unknown> {
-  const text = await readText(path);
-  if (text === undefined) {
-    if (otherwise === undefined) throw missing(path);
-    return otherwise;
-  }
-  try {
-    return JSON.parse(text);
-  } catch (cause) {
-    const reason = cause instanceof Error ? cause.message : String(cause);
-    throw new ModelError(`${path} is not JSON (${reason}); get the file again`, { cause });
-  }
-}
-
-function parse<T extends z.ZodType>(schema: T, json: unknown, where: string): z.output<T> {
-  const parsed = schema.safeParse(json);
-  if (parsed.success) return parsed.data;
-  const { issues } = parsed.error;
-  const first = issues.slice(0, 3).map(({ path, message }) => `${path.join(".") || "top level"}: ${message}`);
-  const more = issues.length > 3 ? ` and ${issues.length - 3} more` : "";
-  throw new ModelError(`${where}: ${first.join("; ")}${more}; get the file again`);
 }

@@ -2,7 +2,6 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
-import { LIBC_SONAMES, openLibrary } from "../../ffi/library.ts";
 import {
   CheckpointError,
   type ComponentWeights,
@@ -17,17 +16,7 @@ import {
   type TensorToWrite,
   writeSafetensors,
 } from "../../recipes/base/safetensors.ts";
-
-/** Runs `body` with a fresh folder that is removed afterwards. */
-async function inFolder(body: (folder: string) => Promise<void>): Promise<void> {
-  // The real path: where the temporary folder is itself behind a link, paths in messages would differ.
-  const folder = Deno.realPathSync(Deno.makeTempDirSync({ prefix: "flux-checkpoint-" }));
-  try {
-    await body(folder);
-  } finally {
-    Deno.removeSync(folder, { recursive: true });
-  }
-}
+import { inFolder, mkfifo, symlink } from "../support/folders.ts";
 
 function ramp(name: string, shape: number[]): TensorToWrite {
   const length = shape.reduce((product, size) => product * size, 1);
@@ -65,14 +54,6 @@ function floats(weights: ComponentWeights, name: string): number[] {
   return [...new Float32Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 4)];
 }
 
-/** A symbolic link, through libc: Deno makes none under --allow-write=<folder>, and the tests ask for no more. */
-function symlink(target: string, path: string): void {
-  const symbols = { symlink: { parameters: ["buffer", "buffer"], result: "i32" } } as const;
-  using libc = openLibrary("libc", symbols, { sonames: LIBC_SONAMES, search: "system" });
-  const text = (value: string) => new TextEncoder().encode(`${value}\0`);
-  assert.equal(libc.symbols.symlink(text(target), text(path)), 0);
-}
-
 /** Runs `call` and returns the ModelError that it must throw. */
 function modelError(call: () => unknown): ModelError {
   try {
@@ -95,7 +76,6 @@ Deno.test("weights over several shards read as one", () =>
     assert.equal(weights.has("toString"), false);
     assert.equal(weights.byteLength, 4 * (6 + 4 + 1));
     assert.equal(weights.mapped, true);
-    weights.prefetch();
     assert.deepEqual(weights.info("a").shape, [2, 3]);
     assert.equal(weights.get("c").dtype, "f32");
     assert.deepEqual(floats(weights, "b"), [0, 1, 2, 3]);
@@ -364,6 +344,31 @@ Deno.test("readJson names the file and every field", () =>
     await Deno.writeTextFile(join(root, "config.json"), '{"layers":19,"axes":[16,56,56]}');
     assert.equal(readJson(root, "config.json", schema).layers, 19);
     assert.match(modelError(() => readJson(root, "none.json", schema)).message, /it does not exist/);
+    // Keys that a terminal would act on, and more problems than anybody reads.
+    const many = Object.fromEntries(Array.from({ length: 30 }, (_, i) => [`\x1b[${i}m`, "x"]));
+    Deno.writeTextFileSync(join(root, "config.json"), JSON.stringify(many));
+    const bad = modelError(() => readJson(root, "config.json", z.record(z.string(), z.number())));
+    assert.match(bad.message, /"\\u\{1b\}\[0m": .*; and 10 more$/);
+  }));
+
+Deno.test("readJson: a byte order mark is no error; pipes, other encodings and broken JSON are, unquoted", () =>
+  inFolder((root) => {
+    const path = join(root, "config.json");
+    const read = () => readJson(root, "config.json", z.object({ x: z.number() }));
+    Deno.writeTextFileSync(path, '\ufeff{"x":1}');
+    assert.deepEqual(read(), { x: 1 });
+    Deno.writeFileSync(path, Uint8Array.from([...'{"x":1,"'].map((c) => c.charCodeAt(0)).concat(0xff)));
+    assert.match(modelError(read).message, /it is no UTF-8 text/);
+    Deno.writeTextFileSync(path, "secret:x:0:0");
+    const error = modelError(read);
+    assert.match(error.message, /config\.json is not valid JSON$/);
+    assert.doesNotMatch(Deno.inspect(error), /secret/);
+    Deno.removeSync(path);
+    mkfifo(path);
+    assert.match(modelError(read).message, /no regular file/);
+    Deno.removeSync(path);
+    Deno.mkdirSync(path);
+    assert.match(modelError(read).message, /no regular file/);
   }));
 
 // ---- the real index of FLUX.1-schnell ----

@@ -10,6 +10,7 @@ import fc from "fast-check";
 import { Charsmap } from "../../recipes/base/charsmap.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "../../recipes/base/tokenizer.ts";
 import { ModelError, UsageError } from "../../recipes/base/errors.ts";
+import { copyFolder, inFolder, symlink } from "../support/folders.ts";
 
 const GOLDEN = fileURLToPath(new URL("../golden/", import.meta.url));
 const DATA = Deno.env.get("FLUX_TEST_DATA") ??
@@ -67,16 +68,15 @@ for (const [which, folder, needed] of [["own", OWN, "golden models"], ["real", R
     Deno.test({
       name: `${kind} tokenizer, ${which} vocabulary: transformers' ids for 500 strings${note}`,
       ignore: missing.length > 0,
-      fn: async () => compare(await load(join(folder, subfolder)), `${which}.${kind}`),
+      fn: () => compare(load(folder, subfolder), `${which}.${kind}`),
     });
   }
 }
 
-const ownTokenizers = () =>
-  Promise.all([loadClipTokenizer(join(OWN, "tokenizer")), loadT5Tokenizer(join(OWN, "tokenizer_2"))]);
+const ownTokenizers = () => [loadClipTokenizer(OWN, "tokenizer"), loadT5Tokenizer(OWN, "tokenizer_2")];
 
-Deno.test("encode: always full length, special tokens in place, the rest padding", async () => {
-  const tokenizers = await ownTokenizers();
+Deno.test("encode: always full length, special tokens in place, the rest padding", () => {
+  const tokenizers = ownTokenizers();
   const text = fc.string({ unit: "binary", maxLength: 60 });
   fc.assert(fc.property(text, fc.integer({ min: 2, max: 90 }), (value, maxLength) => {
     for (const { encode, special } of tokenizers) {
@@ -94,8 +94,8 @@ Deno.test("encode: always full length, special tokens in place, the rest padding
   }));
 });
 
-Deno.test("encode: names the text that was cut off", async () => {
-  for (const tokenizer of await ownTokenizers()) {
+Deno.test("encode: names the text that was cut off", () => {
+  for (const tokenizer of ownTokenizers()) {
     const words = Array.from({ length: 40 }, () => "a cat").join(" ");
     const whole = tokenizer.encode(words, 500);
     assert.equal(whole.truncated, undefined);
@@ -105,8 +105,8 @@ Deno.test("encode: names the text that was cut off", async () => {
   }
 });
 
-Deno.test("encode: special tokens in the text, lone surrogates, limits", async () => {
-  const [clip, t5] = await ownTokenizers();
+Deno.test("encode: special tokens in the text, lone surrogates, limits", () => {
+  const [clip, t5] = ownTokenizers();
   const inside = (tokenizer: TextTokenizer, text: string) => {
     const { ids, length } = tokenizer.encode(text, 100);
     return [...ids.subarray(tokenizer.special.bos === undefined ? 0 : 1, length - 1)];
@@ -126,31 +126,31 @@ Deno.test("encode: special tokens in the text, lone surrogates, limits", async (
 });
 
 Deno.test("T5: ties, unknown characters and the character table, as the Rust tokenizers have them", async () => {
-  const folder = await Deno.makeTempDir();
   const vocab = [
     ...[["<unk>", 0], ["</s>", 0], ["<pad>", 0], ["▁", -1], ["a", -1], ["b", -1]],
     ...[["ab", -2], ["x", 9.5], ["xy", -3], ["p", 10.5], ["pq", -3]],
   ];
-  const encode = async (text: string, file: object) => {
-    await Deno.writeTextFile(join(folder, "tokenizer.json"), JSON.stringify(file));
-    const { ids, length } = (await loadT5Tokenizer(folder)).encode(text);
-    return [...ids.subarray(0, length - 1)];
-  };
   const file = { normalizer: null, model: { type: "Unigram", unk_id: 0, vocab } };
-  try {
+  await inFolder((model) => {
+    Deno.mkdirSync(join(model, "t5"));
+    Deno.writeTextFileSync(join(model, "t5", "tokenizer.json"), JSON.stringify(file));
+    const tokenizer = loadT5Tokenizer(model, "t5");
+    const encode = (text: string) => {
+      const { ids, length } = tokenizer.encode(text);
+      return [...ids.subarray(0, length - 1)];
+    };
+    assert.equal(tokenizer.maxId, 10);
     // Expected: tokenizers 0.23.3, models.Unigram(vocab, 0).tokenize(word).
-    assert.deepEqual(await encode("ab", file), [3, 6]); // a + b has the same score
-    assert.deepEqual(await encode("xy", file), [3, 8]); // unknown is 10 below the lowest score, -3
-    assert.deepEqual(await encode("pq", file), [3, 9, 0]);
-    assert.deepEqual(await encode("a☃☃b☃ ☃", file), [3, 4, 0, 5, 0, 3, 0]); // fused inside a word only
-    assert.deepEqual(await encode("a▁b", file), [3, 4, 3, 5]);
-  } finally {
-    await Deno.remove(folder, { recursive: true });
-  }
+    assert.deepEqual(encode("ab"), [3, 6]); // a + b has the same score
+    assert.deepEqual(encode("xy"), [3, 8]); // unknown is 10 below the lowest score, -3
+    assert.deepEqual(encode("pq"), [3, 9, 0]);
+    assert.deepEqual(encode("a☃☃b☃ ☃"), [3, 4, 0, 5, 0, 3, 0]); // fused inside a word only
+    assert.deepEqual(encode("a▁b"), [3, 4, 3, 5]);
+  });
 
   // Expected: tokenizers' normalizers.Precompiled on the golden model's table, which has the ligature and e + acute.
   const path = join(OWN, "tokenizer_2", "tokenizer.json");
-  const { normalizer } = JSON.parse(await Deno.readTextFile(path)) as {
+  const { normalizer } = JSON.parse(Deno.readTextFileSync(path)) as {
     normalizer: { normalizers: { precompiled_charsmap?: string }[] };
   };
   const table = normalizer.normalizers.find((one) => one.precompiled_charsmap !== undefined);
@@ -161,65 +161,114 @@ Deno.test("T5: ties, unknown characters and the character table, as the Rust tok
   assert.equal(charsmap.normalize("a\u0301\0\xbd"), "a\u0301\x001\u20442");
 });
 
-Deno.test("load: a missing or damaged file is a ModelError that names it", async () => {
-  const folder = await Deno.makeTempDir();
-  const copy = async (from: string, changes: Record<string, string | null>) => {
-    for (const { name } of Deno.readDirSync(folder)) await Deno.remove(join(folder, name));
-    for (const { name } of Deno.readDirSync(from)) {
-      const changed = changes[name];
-      if (changed === null) continue;
-      await Deno.writeTextFile(join(folder, name), changed ?? await Deno.readTextFile(join(from, name)));
+const LOADERS = { tokenizer: loadClipTokenizer, tokenizer_2: loadT5Tokenizer } as const;
+
+/** A folder with the own tokenizers, and files of `folder` changed, or removed where null. */
+function withTokenizers(
+  folder: keyof typeof LOADERS,
+  changes: Record<string, string | null>,
+  body: (model: string) => void,
+): Promise<void> {
+  return inFolder((model) => {
+    for (const name of Object.keys(LOADERS)) copyFolder(join(OWN, name), join(model, name));
+    for (const [name, text] of Object.entries(changes)) {
+      const path = join(model, folder, name);
+      if (text === null) Deno.removeSync(path);
+      else Deno.writeTextFileSync(path, text);
     }
-  };
-  const clip = join(OWN, "tokenizer");
-  const t5 = join(OWN, "tokenizer_2");
-  const t5File = JSON.parse(await Deno.readTextFile(join(t5, "tokenizer.json"))) as {
+    body(model);
+  });
+}
+
+Deno.test("load: a missing or damaged file is a ModelError that names it", async () => {
+  const t5File = JSON.parse(Deno.readTextFileSync(join(OWN, "tokenizer_2", "tokenizer.json"))) as {
     model: { vocab: unknown[] };
   };
   const t5With = (change: object) => JSON.stringify({ ...t5File, model: { ...t5File.model, ...change } });
   const charsmap = { type: "Precompiled", precompiled_charsmap: "AAAA" };
-  const cases = [
-    [loadClipTokenizer, clip, { "vocab.json": null }, /vocab\.json is missing/],
-    [loadClipTokenizer, clip, { "merges.txt": null }, /merges\.txt is missing/],
-    [loadClipTokenizer, clip, { "vocab.json": "{" }, /vocab\.json is not JSON/],
-    [loadClipTokenizer, clip, { "vocab.json": '{"a": "b"}' }, /vocab\.json: a: /],
-    [
-      loadClipTokenizer,
-      clip,
-      { "merges.txt": "#version: 0.2\na notthere\n" },
-      /merges\.txt: merge "a notthere"/,
-    ],
-    [loadClipTokenizer, clip, { "merges.txt": "abc\n" }, /merges\.txt: merge "abc"/],
-    [loadClipTokenizer, clip, { "tokenizer_config.json": "[]" }, /tokenizer_config\.json: /],
-    [loadT5Tokenizer, t5, { "tokenizer.json": null }, /tokenizer\.json is missing/],
-    [loadT5Tokenizer, t5, { "tokenizer.json": "null" }, /tokenizer\.json: /],
-    [loadT5Tokenizer, t5, { "tokenizer.json": t5With({ type: "BPE" }) }, /tokenizer\.json: model\.type/],
-    [loadT5Tokenizer, t5, { "tokenizer.json": t5With({ unk_id: 1e6 }) }, /tokenizer\.json: unk_id/],
-    [loadT5Tokenizer, t5, { "tokenizer.json": t5With({ byte_fallback: true }) }, /byte_fallback/],
-    [
-      loadT5Tokenizer,
-      t5,
-      { "tokenizer.json": JSON.stringify({ ...t5File, normalizer: charsmap }) },
-      /precompiled_charsmap/,
-    ],
-  ] as const;
-  try {
-    for (const [load, from, changes, message] of cases) {
-      await copy(from, changes);
-      await assert.rejects(load(folder), (error) => {
+  const clip = "tokenizer";
+  const t5 = "tokenizer_2";
+  const cases: [keyof typeof LOADERS, Record<string, string | null>, RegExp][] = [
+    [clip, { "vocab.json": null }, /vocab\.json cannot be opened: it does not exist/],
+    [clip, { "merges.txt": null }, /merges\.txt cannot be opened: it does not exist/],
+    [clip, { "vocab.json": "{" }, /vocab\.json is not valid JSON/],
+    [clip, { "vocab.json": '{"a": "b"}' }, /vocab\.json: a: /],
+    [clip, { "merges.txt": "#version: 0.2\na notthere\n" }, /merges\.txt: merge 1 /],
+    [clip, { "merges.txt": "abc\n" }, /merges\.txt: merge 1 /],
+    [clip, { "tokenizer_config.json": "[]" }, /tokenizer_config\.json: /],
+    [clip, { "tokenizer_config.json": '{"model_max_length":1}' }, /model_max_length/],
+    [clip, { "special_tokens_map.json": '{"eos_token":"<none>"}' }, /special token "<none>"/],
+    [t5, { "tokenizer.json": null }, /tokenizer\.json cannot be opened: it does not exist/],
+    [t5, { "tokenizer.json": "null" }, /tokenizer\.json: /],
+    [t5, { "tokenizer.json": t5With({ type: "BPE" }) }, /tokenizer\.json: model\.type/],
+    [t5, { "tokenizer.json": t5With({ unk_id: 1e6 }) }, /tokenizer\.json: unk_id/],
+    [t5, { "tokenizer.json": t5With({ byte_fallback: true }) }, /byte_fallback/],
+    [t5, { "tokenizer.json": JSON.stringify({ ...t5File, normalizer: charsmap }) }, /precompiled_charsmap/],
+  ];
+  for (const [folder, changes, message] of cases) {
+    await withTokenizers(folder, changes, (model) => {
+      assert.throws(() => LOADERS[folder](model, folder), (error) => {
         assert.ok(error instanceof ModelError, String(error));
         assert.match(error.message, message);
-        assert.ok(error.message.includes(folder) && !error.message.includes("\n"), error.message);
+        assert.ok(
+          error.message.includes(join(model, folder)) && !error.message.includes("\n"),
+          error.message,
+        );
         return true;
       });
-    }
-    // The configs may be missing: the special tokens are then the usual ones.
-    await copy(clip, { "tokenizer_config.json": null, "special_tokens_map.json": null });
-    const bare = await loadClipTokenizer(folder);
-    const full = await loadClipTokenizer(clip);
+    });
+  }
+});
+
+Deno.test("load: the configs may be missing, the special tokens are then the usual ones", () =>
+  withTokenizers("tokenizer", { "tokenizer_config.json": null, "special_tokens_map.json": null }, (model) => {
+    const bare = loadClipTokenizer(model, "tokenizer");
+    const full = loadClipTokenizer(OWN, "tokenizer");
     assert.deepEqual(bare.special, full.special);
     assert.deepEqual(bare.encode("A cat, 2 dogs").ids, full.encode("A cat, 2 dogs").ids);
-  } finally {
-    await Deno.remove(folder, { recursive: true });
+  }));
+
+Deno.test("load: a byte order mark in front of merges.txt or vocab.json changes nothing", () => {
+  const marked = (name: string) => [name, `\ufeff${Deno.readTextFileSync(join(OWN, "tokenizer", name))}`];
+  const changes = Object.fromEntries(["merges.txt", "vocab.json"].map(marked));
+  return withTokenizers("tokenizer", changes, (model) => {
+    const ids = (folder: string) => loadClipTokenizer(folder, "tokenizer").encode("A cat, 2 dogs").ids;
+    assert.deepEqual(ids(model), ids(OWN));
+  });
+});
+
+Deno.test("load: no link leads out of the model folder, and what it leads to is not shown", async () => {
+  const files: [keyof typeof LOADERS, string][] = [
+    ["tokenizer", "vocab.json"],
+    ["tokenizer", "merges.txt"],
+    ["tokenizer", "tokenizer_config.json"],
+    ["tokenizer_2", "tokenizer.json"],
+    ["tokenizer_2", "special_tokens_map.json"],
+    ["tokenizer", ""], // the folder itself
+    ["tokenizer_2", ""],
+  ];
+  for (const [folder, file] of files) {
+    await withTokenizers(folder, {}, (model) => {
+      const path = join(model, folder, file);
+      Deno.removeSync(path, { recursive: true });
+      symlink(join(OWN, folder, file), path); // valid, but elsewhere
+      assert.throws(() => LOADERS[folder](model, folder), (error) => {
+        assert.ok(error instanceof ModelError, String(error));
+        return /leads out of the model folder/.test(error.message);
+      }, join(folder, file));
+    });
   }
+  await withTokenizers("tokenizer", { "vocab.json": null }, (model) => {
+    symlink("/etc/passwd", join(model, "tokenizer", "vocab.json"));
+    assert.throws(
+      () => loadClipTokenizer(model, "tokenizer"),
+      (error) =>
+        error instanceof ModelError && !/root|nologin/.test(Deno.inspect(error).split("\n    at ")[0]),
+    );
+    // A link that stays inside is a file like any other.
+    Deno.removeSync(join(model, "tokenizer", "vocab.json"));
+    Deno.copyFileSync(join(OWN, "tokenizer", "vocab.json"), join(model, "real.json"));
+    symlink("../real.json", join(model, "tokenizer", "vocab.json"));
+    assert.equal(loadClipTokenizer(model, "tokenizer").encode("a").length, 3);
+  });
 });
