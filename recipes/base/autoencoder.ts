@@ -1,5 +1,6 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
+import { MAX_LAYERS } from "./checkpoint.ts";
 import type { Ops } from "./ops.ts";
 import { dense, under, type Weights, WeightShapes } from "./weights.ts";
 
@@ -7,14 +8,14 @@ import { dense, under, type Weights, WeightShapes } from "./weights.ts";
 export const autoencoderConfigSchema = z.looseObject({
   in_channels: z.int().positive().default(3),
   out_channels: z.literal(3, { error: "only RGB (3) is supported" }).default(3),
-  block_out_channels: z.array(z.int().positive()).min(1),
-  layers_per_block: z.int().positive().default(1),
+  block_out_channels: z.array(z.int().positive()).min(1).max(10),
+  layers_per_block: z.int().positive().max(MAX_LAYERS).default(1),
   latent_channels: z.int().positive().default(4),
   norm_num_groups: z.int().positive().default(32),
   act_fn: z.literal("silu", { error: "only silu is supported" }).default("silu"),
   sample_size: z.int().positive().default(1024),
-  scaling_factor: z.number().default(0.18215),
-  shift_factor: z.number().nullish(),
+  scaling_factor: z.number().min(1e-6).max(1e6).default(0.18215),
+  shift_factor: z.number().min(-1e6).max(1e6).nullish(),
   use_quant_conv: z.boolean().default(true),
   use_post_quant_conv: z.boolean().default(true),
   mid_block_add_attention: z.boolean().default(true),
@@ -148,7 +149,7 @@ function normConv(
 function resnet(config: AutoencoderConfig, weights: Weights, ops: Ops, x: Tensor): Tensor {
   return x.device.scope(() => {
     const middle = normConv(config, weights, ops, "norm1", "conv1", x);
-    const out = normConv(config, weights, ops, "norm2", "conv2", middle);
+    const out = replace(middle, (y) => normConv(config, weights, ops, "norm2", "conv2", y));
     const residual = weights.has("conv_shortcut.weight") ? conv(ops, weights, "conv_shortcut", x) : x;
     return ops.add(residual, out);
   });

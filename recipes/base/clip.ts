@@ -1,6 +1,7 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
 import type { Ops } from "./ops.ts";
+import { MAX_LAYERS } from "./checkpoint.ts";
 import { dense, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What CLIP's `text_encoder/config.json` says (transformers' CLIPTextConfig), with its defaults. */
@@ -8,12 +9,15 @@ export const clipConfigSchema = z.looseObject({
   vocab_size: z.int().positive(),
   hidden_size: z.int().positive(),
   intermediate_size: z.int().positive(),
-  num_hidden_layers: z.int().positive(),
+  num_hidden_layers: z.int().positive().max(MAX_LAYERS),
   num_attention_heads: z.int().positive(),
   max_position_embeddings: z.int().positive().default(77),
   layer_norm_eps: z.number().positive().default(1e-5),
   hidden_act: z.literal("quick_gelu", { error: "only quick_gelu is supported" }).default("quick_gelu"),
   eos_token_id: z.int().default(49407),
+}).refine((config) => config.hidden_size % config.num_attention_heads === 0, {
+  path: ["num_attention_heads"],
+  error: "must divide hidden_size",
 });
 
 export type ClipConfig = z.infer<typeof clipConfigSchema>;

@@ -1,6 +1,7 @@
 import { z } from "zod";
 import { Tensor } from "../../ffi/tensor.ts";
 import type { Ops } from "./ops.ts";
+import { MAX_LAYERS } from "./checkpoint.ts";
 import { dense, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What T5's `text_encoder_2/config.json` says (transformers' T5Config), with its defaults. */
@@ -9,9 +10,9 @@ export const t5ConfigSchema = z.looseObject({
   d_model: z.int().positive(),
   d_kv: z.int().positive(),
   d_ff: z.int().positive(),
-  num_layers: z.int().positive(),
+  num_layers: z.int().positive().max(MAX_LAYERS),
   num_heads: z.int().positive(),
-  relative_attention_num_buckets: z.int().positive().default(32),
+  relative_attention_num_buckets: z.int().min(4).default(32),
   relative_attention_max_distance: z.int().positive().default(128),
   layer_norm_epsilon: z.number().positive().default(1e-6),
   feed_forward_proj: z.string().default("relu"),
@@ -20,7 +21,13 @@ export const t5ConfigSchema = z.looseObject({
 }).refine(isGatedGelu, {
   path: ["feed_forward_proj"],
   error: "only T5 v1.1's gated GELU in its tanh form (gated-gelu) is supported",
-});
+}).refine(
+  (config) => config.relative_attention_max_distance > exactBuckets(config.relative_attention_num_buckets),
+  {
+    path: ["relative_attention_max_distance"],
+    error: "must be more than relative_attention_num_buckets / 4",
+  },
+);
 
 export type T5Config = z.infer<typeof t5ConfigSchema>;
 
@@ -101,6 +108,11 @@ function positionBias(config: T5Config, encoder: Weights, ops: Ops, tokens: numb
   return ops.contiguous(bias.permute([2, 0, 1]));
 }
 
+/** How many distances on each side have a bucket of their own. */
+function exactBuckets(buckets: number): number {
+  return Math.floor(Math.floor(buckets / 2) / 2);
+}
+
 /**
  * T5's buckets: half of them for keys behind the query; of each half, the first half one distance each, the others
  * logarithmically wider up to `maxDistance`, beyond which all distances share the last.
@@ -115,7 +127,7 @@ export function relativePositionBucket(
   const half = Math.floor(buckets / 2);
   const side = relativePosition > 0 ? half : 0;
   const distance = Math.abs(relativePosition);
-  const exact = Math.floor(half / 2);
+  const exact = exactBuckets(buckets);
   if (distance < exact) return side + distance;
   const { fround } = Math; // transformers computes the logarithm in f32, which decides at bucket borders
   const ratio = fround(fround(Math.log(fround(distance / exact))) / fround(Math.log(maxDistance / exact)));

@@ -1,5 +1,6 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
+import { MAX_LAYERS } from "./checkpoint.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
 import { dense, under, type Weights, WeightShapes } from "./weights.ts";
@@ -10,8 +11,8 @@ export const transformerConfigSchema = z.looseObject({
     .default(1),
   in_channels: z.int().positive().default(64),
   out_channels: z.int().positive().nullish(),
-  num_layers: z.int().min(0).default(19),
-  num_single_layers: z.int().min(0).default(38),
+  num_layers: z.int().min(0).max(MAX_LAYERS).default(19),
+  num_single_layers: z.int().min(0).max(MAX_LAYERS).default(38),
   attention_head_dim: z.int().positive().multipleOf(2).default(128),
   num_attention_heads: z.int().positive().default(24),
   joint_attention_dim: z.int().positive().default(4096),
