@@ -2,9 +2,10 @@ import type { Device } from "../../ffi/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { decode, spatialFactor } from "./autoencoder.ts";
 import { clipTextModel, endOfTextPositions } from "./clip.ts";
-import { FluxError, UsageError } from "./errors.ts";
+import { ModelError, UsageError } from "./errors.ts";
 import { packLatents, positionIds, unpackLatents } from "./latents.ts";
 import type { Model } from "./model.ts";
+import type { Ops } from "./ops.ts";
 import type { Plan } from "./plan.ts";
 import { Generator } from "./random.ts";
 import { type Rotary, rotaryEmbedding } from "./rotary.ts";
@@ -15,25 +16,36 @@ import { fluxTransformer } from "./transformer.ts";
 /** What is drawn. Names and defaults are those of diffusers' FluxPipeline where not said otherwise. */
 export interface GenerateOptions {
   readonly prompt: string | readonly string[];
-  /** For T5; CLIP always reads `prompt`. `prompt` when left out or empty, as in diffusers. */
+  /**
+   * For T5; CLIP always reads `prompt`. `prompt` when left out, "" or an empty list; an empty text in a list stays
+   * empty. As in diffusers.
+   */
   readonly prompt2?: string | readonly string[];
-  /** In pixels; the autoencoder's `sample_size` when left out. Rounded down to a multiple of 16. */
+  /** In pixels, at most 8192; the autoencoder's `sample_size` when left out. Rounded down to a multiple of 16. */
   readonly height?: number;
   readonly width?: number;
-  /** 4 for models without guidance embedding (schnell), 28 for those with one (dev). */
+  /** At most 1000; 4 for models without guidance embedding (schnell), 28 for those with one (dev). */
   readonly numInferenceSteps?: number;
-  /** Noise levels before the shift, one for each step, instead of even ones. */
+  /**
+   * Noise levels before the shift, one for each step, instead of even ones. From 0 to 1: diffusers takes larger ones
+   * too, but they mean more noise than the model was ever trained on.
+   */
   readonly sigmas?: readonly number[];
   /** 3.5 when left out; read by models with a guidance embedding only. */
   readonly guidanceScale?: number;
   /** Of the starting latents, as `torch.Generator("cpu").manual_seed(seed)`. Drawn at random when left out. */
   readonly seed?: bigint | number;
+  /** At most 1000. */
   readonly numImagesPerPrompt?: number;
   /** T5 tokens; 256 for schnell, 512 for dev, never more than its tokenizer's `model_max_length` when left out. */
   readonly maxSequenceLength?: number;
+  /** Called before the first step and after each; what it returns is ignored. */
   readonly onProgress?: (event: ProgressEvent) => void;
   readonly onWarning?: (message: string) => void;
-  /** Stops between two steps; the promise rejects with the signal's reason. */
+  /**
+   * Stops the work; the promise rejects with the signal's reason. It is looked at before and between the two text
+   * encoders, before each step, and before and after the decoder: one of these that has begun is finished first.
+   */
   readonly signal?: AbortSignal;
 }
 
@@ -76,16 +88,22 @@ export interface GenerateResult {
   };
 }
 
-/** The text of a batch, ready for the transformer. */
-export interface PromptEmbeddings {
+/** What stays the same from step to step. */
+interface Conditions {
   /** T5's output `[batch, tokens, joint_attention_dim]`. */
-  readonly promptEmbeds: Tensor;
+  readonly embeds: Tensor;
   /** CLIP's pooled output `[batch, pooled_projection_dim]`. */
-  readonly pooledPromptEmbeds: Tensor;
+  readonly pooled: Tensor;
+  readonly rotary: Rotary;
+  readonly guidance: Tensor | undefined;
 }
 
 /** T5 knows no more positions in FLUX.1's training. */
 const MAX_SEQUENCE_LENGTH = 512;
+/** Of height and width. More than any model draws, little enough to say no in time. */
+const MAX_SIDE = 8192;
+const MAX_STEPS = 1000;
+const MAX_IMAGES = 1000;
 
 /** Text to image: tokenize, encode, denoise, decode (diffusers' `pipelines/flux/pipeline_flux.py`). */
 export class FluxPipeline {
@@ -94,20 +112,22 @@ export class FluxPipeline {
   /**
    * Draws pictures.
    *
-   * @throws UsageError for values that make no sense; OutOfMemoryError; the signal's reason when it aborts.
+   * @throws UsageError for values that make no sense, and when the model was disposed (before or meanwhile);
+   * ModelError when it computes NaN or infinity; OutOfMemoryError; the signal's reason when it aborts.
    */
   async generate(options: GenerateOptions): Promise<GenerateResult> {
     const { plan: { device, ops }, model: { configs, scheduler } } = this;
+    this.model.checkOpen();
     const settings = this.#settings(options);
     const { height, width, numInferenceSteps: steps } = settings;
     const { signal, onProgress } = options;
     const prompts = listOf(options.prompt);
-    const prompts2 = listOf(options.prompt2 ?? prompts).map((prompt2, i) => prompt2 || prompts[i]);
+    const prompts2 = options.prompt2?.length ? listOf(options.prompt2) : prompts;
     if (prompts.length === 0) throw new UsageError("no prompt was given");
     if (prompts2.length !== prompts.length) {
       throw new UsageError(`${prompts.length} prompts, but ${prompts2.length} second prompts`);
     }
-    const images = positiveInteger("numImagesPerPrompt", options.numImagesPerPrompt ?? 1);
+    const images = positiveInteger("numImagesPerPrompt", options.numImagesPerPrompt ?? 1, MAX_IMAGES);
     const batch = prompts.length * images;
     const factor = spatialFactor(configs.vae);
     const [latentHeight, latentWidth] = [height / factor, width / factor];
@@ -122,18 +142,18 @@ export class FluxPipeline {
       owned.push(...[value].flat() as Tensor[]);
       return value;
     };
-    const pause = () => nextTask(signal);
+    /** Lets timers and signals in between two long computations, and goes on if the work still makes sense. */
+    const pause = async () => {
+      await new Promise((resolve) => setTimeout(resolve, 0));
+      signal?.throwIfAborted();
+      this.model.checkOpen();
+    };
     try {
       await pause();
       const textStart = performance.now();
-      const text = this.encodePrompts(
-        prompts,
-        prompts2,
-        images,
-        settings.maxSequenceLength,
-        options.onWarning,
-      );
-      own([text.promptEmbeds, text.pooledPromptEmbeds]);
+      const pooled = own(this.encodeClip(prompts, images, options.onWarning));
+      await pause();
+      const embeds = own(this.encodeT5(prompts2, images, settings.maxSequenceLength, options.onWarning));
       const rotary = this.#rotary(settings.maxSequenceLength, latentHeight / 2, latentWidth / 2);
       own([rotary.cos, rotary.sin]);
       const guidance = configs.transformer.guidance_embeds
@@ -145,14 +165,14 @@ export class FluxPipeline {
 
       const report = (step: number) => {
         if (onProgress === undefined) return;
-        device.scope(() =>
+        device.scope(() => {
           onProgress({
             step,
             steps,
             sigma: schedule.sigmas[step],
             latents: () => unpackLatents(ops, latents, latentHeight, latentWidth),
-          })
-        );
+          });
+        });
       };
       report(0);
       const stepTimes: number[] = [];
@@ -160,7 +180,10 @@ export class FluxPipeline {
         await pause();
         const start = performance.now();
         const next = device.scope(() =>
-          this.#denoise(latents, text, rotary, guidance, schedule.sigmas[step], schedule.sigmas[step + 1])
+          this.#denoise(latents, { embeds, pooled, rotary, guidance }, {
+            time: Math.fround(schedule.timesteps[step] / 1000),
+            change: schedule.sigmas[step + 1] - schedule.sigmas[step],
+          })
         );
         latents.dispose();
         owned[owned.indexOf(latents)] = next;
@@ -172,8 +195,10 @@ export class FluxPipeline {
 
       await pause();
       const decodeStart = performance.now();
+      await checkFinite(latents);
       const pixels = own(this.decodeLatents(latents, latentHeight, latentWidth));
       const bytes = await device.download(pixels);
+      signal?.throwIfAborted();
       const size = height * width * 3;
       return {
         images: Array.from({ length: batch }, (_, i) => ({
@@ -190,38 +215,50 @@ export class FluxPipeline {
   }
 
   /**
-   * Both text encoders.
+   * CLIP's part of the text.
    *
    * @param images how often each prompt is repeated in the batch.
-   * @returns tensors that the caller frees.
+   * @returns the pooled output `[prompts * images, pooled_projection_dim]`; the caller frees it.
    */
-  encodePrompts(
-    prompts: readonly string[],
-    prompts2: readonly string[],
-    images: number,
-    maxSequenceLength: number,
-    onWarning?: (message: string) => void,
-  ): PromptEmbeddings {
-    const { plan: { device, ops, weights, execute }, model: { configs, clipTokenizer, t5Tokenizer } } = this;
-    const clipIds = tokenize("CLIP", clipTokenizer, prompts, clipTokenizer.modelMaxLength, onWarning);
-    const t5Ids = tokenize("T5", t5Tokenizer, prompts2, maxSequenceLength, onWarning);
+  encodeClip(prompts: readonly string[], images: number, onWarning?: (message: string) => void): Tensor {
+    this.model.checkOpen();
+    const { plan: { device, ops, weights, execute }, model: { configs, clipTokenizer } } = this;
+    const rows = tokenize("CLIP", clipTokenizer, prompts, clipTokenizer.modelMaxLength, onWarning);
     return device.scope(() => {
-      const { pooled } = execute("text_encoder", [idTensor(device, clipIds)], ([ids]) =>
+      const { pooled } = execute("text_encoder", [idTensor(device, rows)], ([ids]) =>
         clipTextModel(
           configs.text_encoder,
           weights.text_encoder,
           ops,
           ids,
-          endOfTextPositions(configs.text_encoder, clipIds),
+          endOfTextPositions(configs.text_encoder, rows),
         ));
+      return repeated(ops, pooled, images);
+    });
+  }
+
+  /**
+   * T5's part of the text.
+   *
+   * @param images how often each prompt is repeated in the batch.
+   * @returns T5's output `[prompts * images, maxSequenceLength, joint_attention_dim]`; the caller frees it.
+   */
+  encodeT5(
+    prompts: readonly string[],
+    images: number,
+    maxSequenceLength: number,
+    onWarning?: (message: string) => void,
+  ): Tensor {
+    this.model.checkOpen();
+    const { plan: { device, ops, weights, execute }, model: { configs, t5Tokenizer } } = this;
+    const rows = tokenize("T5", t5Tokenizer, prompts, maxSequenceLength, onWarning);
+    return device.scope(() => {
       const embeds = execute(
         "text_encoder_2",
-        [idTensor(device, t5Ids)],
+        [idTensor(device, rows)],
         ([ids]) => t5Encoder(configs.text_encoder_2, weights.text_encoder_2, ops, ids),
       );
-      const repeat = (x: Tensor) =>
-        ops.concat(prompts.flatMap((_, i) => new Array<Tensor>(images).fill(x.narrow(0, i, 1))), 0);
-      return { promptEmbeds: repeat(embeds), pooledPromptEmbeds: repeat(pooled) };
+      return repeated(ops, embeds, images);
     });
   }
 
@@ -249,6 +286,7 @@ export class FluxPipeline {
 
   /** Packed latents `[batch, tokens, channels]` to u8 pixels `[batch, height, width, 3]`; the caller frees them. */
   decodeLatents(latents: Tensor, latentHeight: number, latentWidth: number): Tensor {
+    this.model.checkOpen();
     const { plan: { device, ops, weights, execute }, model: { configs } } = this;
     return device.scope(() =>
       execute("vae", [latents], ([packed]) =>
@@ -258,27 +296,20 @@ export class FluxPipeline {
     );
   }
 
-  /** One Euler step: latents at noise level `sigma` to latents at `nextSigma`. */
+  /**
+   * One Euler step.
+   *
+   * @param step `time`: the noise level as the transformer is told it, 0 to 1; `change`: of the noise level.
+   */
   #denoise(
     latents: Tensor,
-    text: PromptEmbeddings,
-    rotary: Rotary,
-    guidance: Tensor | undefined,
-    sigma: number,
-    nextSigma: number,
+    { embeds, pooled, rotary, guidance }: Conditions,
+    { time, change }: { readonly time: number; readonly change: number },
   ): Tensor {
     const { plan: { device, ops, weights, execute }, model: { configs } } = this;
-    const timestep = filled(device, latents.shape[0], sigma);
-    const dt = filled(device, 1, nextSigma - sigma);
-    const inputs = [
-      latents,
-      text.promptEmbeds,
-      text.pooledPromptEmbeds,
-      timestep,
-      dt,
-      rotary.cos,
-      rotary.sin,
-    ];
+    const timestep = filled(device, latents.shape[0], time);
+    const dt = filled(device, 1, change);
+    const inputs = [latents, embeds, pooled, timestep, dt, rotary.cos, rotary.sin];
     if (guidance !== undefined) inputs.push(guidance);
     return execute(
       "transformer",
@@ -308,7 +339,7 @@ export class FluxPipeline {
     const guided = configs.transformer.guidance_embeds;
     const multiple = 2 * spatialFactor(configs.vae);
     const side = (name: "height" | "width") => {
-      const asked = positiveInteger(name, options[name] ?? configs.vae.sample_size);
+      const asked = positiveInteger(name, options[name] ?? configs.vae.sample_size, MAX_SIDE);
       const size = asked - asked % multiple;
       if (size === 0) throw new UsageError(`${name} is ${asked}: give ${multiple} or more`);
       if (size !== asked) {
@@ -319,13 +350,11 @@ export class FluxPipeline {
     const maxSequenceLength = positiveInteger(
       "maxSequenceLength",
       options.maxSequenceLength ?? Math.min(guided ? MAX_SEQUENCE_LENGTH : 256, t5Tokenizer.modelMaxLength),
+      MAX_SEQUENCE_LENGTH,
     );
-    if (maxSequenceLength > MAX_SEQUENCE_LENGTH) {
-      throw new UsageError(`maxSequenceLength is ${maxSequenceLength}: give ${MAX_SEQUENCE_LENGTH} or less`);
-    }
     const guidanceScale = options.guidanceScale ?? 3.5;
-    if (!Number.isFinite(guidanceScale)) {
-      throw new UsageError(`guidanceScale is ${guidanceScale}: give a number`);
+    if (!Number.isFinite(Math.fround(1000 * guidanceScale))) { // the transformer embeds 1000 times the scale
+      throw new UsageError(`guidanceScale is ${guidanceScale}: give a number, mostly 1 to 30`);
     }
     if (!guided && options.guidanceScale !== undefined && options.guidanceScale !== 0) {
       options.onWarning?.(
@@ -338,9 +367,10 @@ export class FluxPipeline {
       numInferenceSteps: positiveInteger(
         "numInferenceSteps",
         options.numInferenceSteps ?? options.sigmas?.length ?? (guided ? 28 : 4),
+        MAX_STEPS,
       ),
       guidanceScale: guided ? guidanceScale : 0,
-      seed: BigInt(options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]),
+      seed: new Generator(options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]).seed,
       maxSequenceLength,
     };
   }
@@ -350,11 +380,33 @@ function listOf(value: string | readonly string[]): readonly string[] {
   return typeof value === "string" ? [value] : value;
 }
 
-function positiveInteger(name: string, value: number): number {
-  if (!Number.isSafeInteger(value) || value < 1) {
-    throw new UsageError(`${name} is ${value}: give a whole number of 1 or more`);
+function positiveInteger(name: string, value: number, limit: number): number {
+  if (!Number.isInteger(value) || value < 1 || value > limit) {
+    throw new UsageError(`${name} is ${value}: give a whole number from 1 to ${limit}`);
   }
   return value;
+}
+
+/** Each sample of a batch `images` times, one behind the other. */
+function repeated(ops: Ops, x: Tensor, images: number): Tensor {
+  return ops.concat(
+    Array.from({ length: x.shape[0] * images }, (_, i) => x.narrow(0, Math.floor(i / images), 1)),
+    0,
+  );
+}
+
+/** NaN would become a black picture: throws {@link ModelError} instead. */
+async function checkFinite(latents: Tensor): Promise<void> {
+  const { buffer, byteOffset } = await latents.device.download(latents);
+  if (!new Float32Array(buffer, byteOffset, latents.size).every(Number.isFinite)) {
+    throw new ModelError(
+      "the model computed NaN or infinity: its weights are damaged, or a number overflowed",
+      {
+        hint:
+          "download the weights again; if that does not help, try float32 (--disable_bf16) or other settings",
+      },
+    );
+  }
 }
 
 function filled(device: Device, count: number, value: number): Tensor {
@@ -381,10 +433,4 @@ function tokenize(
 
 function idTensor(device: Device, rows: readonly Int32Array[]): Tensor {
   return Tensor.fromInt32(device, rows.flatMap((row) => [...row]), [rows.length, rows[0].length]);
-}
-
-/** Lets timers and signals in between two long computations, and stops when the signal says so. */
-async function nextTask(signal: AbortSignal | undefined): Promise<void> {
-  await new Promise((resolve) => setTimeout(resolve, 0));
-  if (signal?.aborted) throw signal.reason ?? new FluxError("stopped");
 }

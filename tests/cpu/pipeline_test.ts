@@ -1,27 +1,33 @@
 /** Whole images against diffusers' FluxPipeline on small random models: the same prompt, seed, steps and pixels. */
 import assert from "node:assert/strict";
+import { join } from "node:path";
 import { type CpuProviderName, openCpu } from "../../ffi/cpu/open.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
-import { UsageError } from "../../recipes/base/errors.ts";
+import { ModelError, UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline, type GenerateOptions, type GenerateResult } from "../../recipes/base/pipeline.ts";
 import { packLatents } from "../../recipes/base/latents.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
+import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
 import { assertClose, relativeError } from "../support/compare.ts";
+import { editJson, withModelCopy } from "../support/folders.ts";
 import { Golden, goldenPath, valuesOf } from "../support/golden.ts";
 
 interface Run {
   readonly model: string;
-  readonly prompt: string;
-  readonly prompt_2?: string;
+  readonly prompt: string | string[];
+  readonly prompt_2?: string | string[];
   readonly seed: number;
   readonly num_inference_steps: number;
+  readonly sigmas?: number[];
   readonly height: number;
   readonly width: number;
   readonly guidance_scale: number;
   readonly max_sequence_length: number;
   readonly num_images_per_prompt?: number;
+  /** Of the scheduler's config; 1000, the golden models' own, when left out. */
+  readonly num_train_timesteps?: number;
 }
 
 const RUNS: Record<string, Run> = JSON.parse(Deno.readTextFileSync(goldenPath("pipelines/runs.json")));
@@ -32,6 +38,7 @@ function optionsOf(run: Run): GenerateOptions {
     ...(run.prompt_2 === undefined ? {} : { prompt2: run.prompt_2 }),
     seed: run.seed,
     numInferenceSteps: run.num_inference_steps,
+    ...(run.sigmas === undefined ? {} : { sigmas: run.sigmas }),
     height: run.height,
     width: run.width,
     guidanceScale: run.guidance_scale,
@@ -46,16 +53,16 @@ interface Trace {
   readonly latents: readonly Float32Array[];
 }
 
-/** Runs a model with one recipe. */
+/** Runs the model of a folder with one recipe. */
 async function generate(
-  model: string,
+  folder: string,
   recipe: Recipe,
   options: GenerateOptions,
   provider: CpuProviderName = "auto",
 ): Promise<Trace> {
   using device = await openCpu({ provider });
-  using loaded = await Model.load(goldenPath(model), device);
-  const pipeline = new FluxPipeline(loaded, compose(eagerPlan(device, loaded.weights), recipe));
+  using model = await Model.load(folder, device);
+  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), recipe));
   const latents: Promise<Float32Array>[] = [];
   const result = await pipeline.generate({
     ...options,
@@ -65,6 +72,41 @@ async function generate(
     },
   });
   return { result, latents: await Promise.all(latents) };
+}
+
+/** Runs a golden run, with its own scheduler config. */
+async function generateRun(run: Run, recipe: Recipe, provider: CpuProviderName): Promise<Trace> {
+  if (run.num_train_timesteps === undefined) {
+    return generate(goldenPath(run.model), recipe, optionsOf(run), provider);
+  }
+  const traces: Trace[] = [];
+  await withModelCopy(run.model, async (folder) => {
+    editJson(join(folder, "scheduler", "scheduler_config.json"), {
+      num_train_timesteps: run.num_train_timesteps,
+    });
+    traces.push(await generate(folder, recipe, optionsOf(run), provider));
+  });
+  return traces[0];
+}
+
+/** The golden model without guidance, which most tests here use. */
+const SCHNELL = goldenPath("schnell-like");
+
+/** A pipeline in float32 whose device has done all that it does only once. */
+async function openPipeline(folder: string) {
+  const device = await openCpu();
+  const model = await Model.load(folder, device);
+  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), baselineFp32));
+  await pipeline.generate(QUICK); // providers keep packed weights from the first run on
+  return {
+    device,
+    model,
+    pipeline,
+    [Symbol.dispose]() {
+      model[Symbol.dispose]();
+      device[Symbol.dispose]();
+    },
+  };
 }
 
 function pixelsOf(result: GenerateResult): Uint8Array {
@@ -81,7 +123,7 @@ for (const { provider, name, run } of CASES) {
   Deno.test(`pipeline ${name} equals diffusers' in float32, step by step (${provider})`, async () => {
     using device = await openCpu();
     using golden = new Golden(`pipelines/${name}.fp32.safetensors`, device);
-    const { result, latents } = await generate(run.model, baselineFp32, optionsOf(run), provider);
+    const { result, latents } = await generateRun(run, baselineFp32, provider);
     assert.deepEqual(latents[0], golden.values("initial"), "starting latents differ in their bits");
     for (let step = 0; step < run.num_inference_steps; step++) {
       assertClose(latents[step + 1], golden.values(`step${step}`), 1e-4, `latents after step ${step}`);
@@ -99,7 +141,7 @@ for (const { provider, name, run } of CASES) {
     using device = await openCpu();
     using exact = new Golden(`pipelines/${name}.fp32.safetensors`, device);
     using theirs = new Golden(`pipelines/${name}.bf16.safetensors`, device);
-    const { latents } = await generate(run.model, bfloat16, optionsOf(run), provider);
+    const { latents } = await generateRun(run, bfloat16, provider);
     assert.deepEqual(latents[0], theirs.values("initial"), "starting latents differ in their bits");
     // bfloat16 noise is the rounded float32 noise, so that the two runs draw the same picture.
     const last = `step${run.num_inference_steps - 1}`;
@@ -118,7 +160,7 @@ const QUICK: GenerateOptions = {
 
 Deno.test("pipeline reports every step and its sigma, and fills in the settings", async () => {
   const events: [number, number][] = [];
-  const { result } = await generate("schnell-like", baselineFp32, {
+  const { result } = await generate(SCHNELL, baselineFp32, {
     ...QUICK,
     onProgress: ({ step, steps, sigma }) => {
       assert.equal(steps, 2);
@@ -132,7 +174,7 @@ Deno.test("pipeline reports every step and its sigma, and fills in the settings"
 
 Deno.test("pipeline draws the same picture for the same seed and another for another", async () => {
   const draw = async (seed: number) =>
-    pixelsOf((await generate("schnell-like", bfloat16, { ...QUICK, seed })).result);
+    pixelsOf((await generate(SCHNELL, bfloat16, { ...QUICK, seed })).result);
   const first = await draw(5);
   assert.deepEqual(await draw(5), first);
   assert.notDeepEqual(await draw(6), first);
@@ -140,7 +182,7 @@ Deno.test("pipeline draws the same picture for the same seed and another for ano
 
 Deno.test("pipeline rounds odd sizes down to multiples of 16, with a word", async () => {
   const warnings: string[] = [];
-  const { result } = await generate("schnell-like", baselineFp32, {
+  const { result } = await generate(SCHNELL, baselineFp32, {
     ...QUICK,
     height: 47,
     width: 33,
@@ -154,7 +196,7 @@ Deno.test("pipeline rounds odd sizes down to multiples of 16, with a word", asyn
 
 Deno.test("pipeline names the part of the prompt that was cut off", async () => {
   const warnings: string[] = [];
-  await generate("schnell-like", baselineFp32, {
+  await generate(SCHNELL, baselineFp32, {
     ...QUICK,
     prompt: "a photo of a small brown dog ".repeat(12) + "unmistakable",
     onWarning: (message) => warnings.push(message),
@@ -162,23 +204,115 @@ Deno.test("pipeline names the part of the prompt that was cut off", async () => 
   assert.ok(warnings.some((w) => w.startsWith("CLIP") && w.includes("unmistakable")), warnings.join("\n"));
 });
 
+Deno.test("pipeline names T5 and the part of the second prompt that T5 did not read", async () => {
+  const warnings: string[] = [];
+  await generate(goldenPath("dev-like"), baselineFp32, {
+    ...QUICK,
+    prompt2: "a cat on a red carpet unmistakable",
+    maxSequenceLength: 6,
+    onWarning: (message) => warnings.push(message),
+  });
+  assert.equal(warnings.length, 1, warnings.join("\n"));
+  assert.match(warnings[0], /^T5 reads at most 6 tokens; .*unmistakable"$/);
+});
+
+Deno.test("pipeline takes an empty second prompt for none, unless it stands in a list", async () => {
+  using opened = await openPipeline(SCHNELL);
+  const draw = async (prompt2: Partial<GenerateOptions>) =>
+    pixelsOf(await opened.pipeline.generate({ ...QUICK, ...prompt2 }));
+  const plain = await draw({});
+  assert.deepEqual(await draw({ prompt2: "" }), plain);
+  assert.deepEqual(await draw({ prompt2: [] }), plain);
+  assert.deepEqual(await draw({ prompt2: [QUICK.prompt].flat() }), plain);
+  assert.notDeepEqual(await draw({ prompt2: [""] }), plain);
+});
+
+Deno.test("pipeline does not care what onProgress returns", async () => {
+  let calls = 0;
+  await generate(SCHNELL, baselineFp32, {
+    ...QUICK,
+    // deno-lint-ignore require-await
+    onProgress: async () => {
+      calls++;
+    },
+  });
+  assert.equal(calls, 3);
+  using opened = await openPipeline(SCHNELL);
+  // A returned tensor is not kept either.
+  const before = opened.device.memoryUse().current;
+  await opened.pipeline.generate({ ...QUICK, onProgress: (event) => event.latents() });
+  assert.equal(opened.device.memoryUse().current, before);
+});
+
+Deno.test("pipeline says that the model computed NaN instead of drawing black", () =>
+  withModelCopy("dev-like", async (folder) => {
+    const path = join(folder, "transformer", "diffusion_pytorch_model.safetensors");
+    const bytes = Deno.readFileSync(path);
+    {
+      using file = SafetensorsFile.open(path);
+      const { byteOffset, dtype } = file.info("proj_out.bias");
+      assert.equal(dtype, "bf16");
+      bytes.set([0xc0, 0x7f], byteOffset);
+    }
+    Deno.writeFileSync(path, bytes);
+    using device = await openCpu();
+    using model = await Model.load(folder, device);
+    for (const recipe of [baselineFp32, bfloat16]) {
+      const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), recipe));
+      await assert.rejects(pipeline.generate(QUICK), (error) => {
+        assert.ok(error instanceof ModelError && error.hint);
+        return /NaN or infinity/.test(error.message);
+      });
+    }
+  }));
+
+Deno.test("pipeline of a model that was disposed, before or meanwhile, says so", async () => {
+  for (const when of [0, 1, 2, "before"]) {
+    using opened = await openPipeline(SCHNELL);
+    const { device, model, pipeline } = opened;
+    const before = device.memoryUse().current;
+    if (when === "before") model[Symbol.dispose]();
+    const options = {
+      ...QUICK,
+      onProgress: ({ step }: { step: number }) => {
+        if (step === when) model[Symbol.dispose]();
+      },
+    };
+    await assert.rejects(pipeline.generate(options), (error) => {
+      assert.ok(error instanceof UsageError, Deno.inspect(error));
+      return /schnell-like was disposed/.test(error.message);
+    });
+    assert.equal(device.memoryUse().current, before);
+    assert.throws(() => pipeline.encodeClip(["a"], 1), UsageError);
+    assert.throws(() => pipeline.encodeT5(["a"], 1, 8), UsageError);
+  }
+});
+
 Deno.test("pipeline refuses values that make no sense", async () => {
   const wrong: Partial<GenerateOptions>[] = [
     { height: 0 },
     { width: 15 },
     { height: 32.5 },
+    { height: 1e9 },
+    { width: 8193 },
     { numInferenceSteps: 0 },
+    { numInferenceSteps: 1001 },
+    { sigmas: [1.5, 0.5] },
     { numImagesPerPrompt: -1 },
+    { numImagesPerPrompt: 1e9 },
     { maxSequenceLength: 513 },
     { guidanceScale: NaN },
+    { guidanceScale: 1e300 },
+    { guidanceScale: 1e36 }, // a float32, but 1000 times it is not
     { seed: 2n ** 64n },
+    { seed: 1.5 },
+    { seed: NaN },
     { prompt: [] },
     { prompt: ["a", "b"], prompt2: ["c"] },
+    { prompt: ["a", "b"], prompt2: "c" },
   ];
-  using device = await openCpu();
-  using model = await Model.load(goldenPath("dev-like"), device);
-  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), baselineFp32));
-  await pipeline.generate(QUICK); // providers keep packed weights from the first run on
+  using opened = await openPipeline(goldenPath("dev-like"));
+  const { device, pipeline } = opened;
   const before = device.memoryUse().current;
   for (const options of wrong) {
     await assert.rejects(
@@ -193,10 +327,8 @@ Deno.test("pipeline refuses values that make no sense", async () => {
 Deno.test("pipeline stops between steps when its signal aborts, and gives its memory back", async () => {
   const controller = new AbortController();
   const steps: number[] = [];
-  using device = await openCpu();
-  using model = await Model.load(goldenPath("schnell-like"), device);
-  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), baselineFp32));
-  await pipeline.generate(QUICK); // providers keep packed weights from the first run on
+  using opened = await openPipeline(SCHNELL);
+  const { device, pipeline } = opened;
   const before = device.memoryUse().current;
   await pipeline.generate(QUICK);
   assert.equal(device.memoryUse().current, before, "a whole run leaks");
@@ -216,9 +348,57 @@ Deno.test("pipeline stops between steps when its signal aborts, and gives its me
   assert.equal(device.memoryUse().current, before);
 });
 
+Deno.test("pipeline looks at its signal before the text, between the encoders, and around the decoder", async () => {
+  using opened = await openPipeline(SCHNELL);
+  const { device, model, pipeline } = opened;
+  const before = device.memoryUse().current;
+  const heard: string[] = [];
+  const run = (pipeline: FluxPipeline, controller: AbortController, stopAt: (event: string) => boolean) => {
+    heard.length = 0;
+    const hear = (event: string) => {
+      heard.push(event);
+      if (stopAt(event)) controller.abort(new Error("enough"));
+    };
+    const promise = pipeline.generate({
+      ...QUICK,
+      prompt: "a very small brown dog ".repeat(20), // both encoders warn
+      maxSequenceLength: 8,
+      signal: controller.signal,
+      onWarning: (message) => hear(message.split(" ")[0]),
+      onProgress: ({ step }) => hear(`step ${step}`),
+    });
+    return assert.rejects(promise, /^Error: enough$/);
+  };
+
+  const early = new AbortController();
+  early.abort(new Error("enough"));
+  await run(pipeline, early, () => false);
+  assert.deepEqual(heard, []);
+
+  await run(pipeline, new AbortController(), (event) => event === "CLIP");
+  assert.deepEqual(heard, ["CLIP"]);
+
+  await run(pipeline, new AbortController(), (event) => event === "step 2");
+  assert.deepEqual(heard, ["CLIP", "T5", "step 0", "step 1", "step 2"]);
+
+  const late = new AbortController();
+  class StoppedInDecoder extends FluxPipeline {
+    override decodeLatents(...args: Parameters<FluxPipeline["decodeLatents"]>) {
+      late.abort(new Error("enough"));
+      return super.decodeLatents(...args);
+    }
+  }
+  await run(new StoppedInDecoder(model, pipeline.plan), late, () => false);
+  assert.equal(device.memoryUse().current, before);
+
+  const controller = new AbortController();
+  controller.abort();
+  await assert.rejects(pipeline.generate({ ...QUICK, signal: controller.signal }), { name: "AbortError" });
+});
+
 Deno.test("compose refuses a recipe twice, a second dtype, and a device that it does not run on", async () => {
   using device = await openCpu();
-  using model = await Model.load(goldenPath("schnell-like"), device);
+  using model = await Model.load(SCHNELL, device);
   const plan = eagerPlan(device, model.weights);
   assert.deepEqual(compose(plan, bfloat16).recipes, ["01_bfloat16"]);
   assert.throws(() => compose(plan, bfloat16, bfloat16), UsageError);

@@ -700,6 +700,28 @@ RUNS = {
             max_sequence_length=24,
             num_images_per_prompt=2,
         ),
+        # a list of prompts; "" in a list of second prompts is a prompt, unlike a lone ""
+        "batch": dict(
+            prompt=["a cat", "two dogs on a red carpet"],
+            prompt_2=["", "yarn"],
+            seed=11,
+            num_inference_steps=1,
+            height=32,
+            width=16,
+            guidance_scale=0.0,
+            max_sequence_length=12,
+            num_images_per_prompt=2,
+        ),
+        "train500": dict(
+            prompt="a lemon",
+            seed=12,
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            guidance_scale=0.0,
+            max_sequence_length=12,
+            num_train_timesteps=500,
+        ),
     },
     "dev-like": {
         "one": dict(
@@ -722,6 +744,16 @@ RUNS = {
             max_sequence_length=32,
             num_images_per_prompt=2,
         ),
+        "sigmas": dict(
+            prompt="a blue bird",
+            seed=13,
+            sigmas=[0.9, 0.5, 0.5, 0.1],
+            num_inference_steps=4,
+            height=32,
+            width=32,
+            guidance_scale=2.0,
+            max_sequence_length=12,
+        ),
         # 16x16 pixels: one packed token; prompt longer than max_sequence_length, so truncated
         "cut": dict(
             prompt="a painting of the sea at night with a bright moon and many stars in the style of an old master",
@@ -739,6 +771,7 @@ RUNS = {
 def trace(pipe, settings):
     """Runs FluxPipeline and returns all tensors of interest, and the numbers of its schedule."""
     settings = dict(settings)
+    settings.pop("num_train_timesteps", None)  # of the scheduler
     generator = torch.Generator().manual_seed(settings.pop("seed"))
     tensors = {}
     prepare = pipe.prepare_latents
@@ -783,7 +816,11 @@ def make_pipelines():
     for folder, runs in RUNS.items():
         for dtype, suffix in ((torch.float32, "fp32"), (BF16, "bf16")):
             pipe = load_pipeline(HERE / folder, dtype)
+            scheduler_config = pipe.scheduler.config
             for name, settings in runs.items():
+                pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+                    scheduler_config, num_train_timesteps=settings.get("num_train_timesteps", 1000)
+                )
                 tensors = trace(pipe, settings)
                 clamped = ((tensors["image"] <= 0) | (tensors["image"] >= 1)).float().mean().item()
                 last = tensors[f"step{settings['num_inference_steps'] - 1}"].float()
