@@ -6,7 +6,7 @@
  * (commit 24b0b28). Stricter than that implementation where its README is: the header must begin with `{`, and
  * duplicate keys are refused; also unknown keys of a tensor are, because they show that a file means something else.
  */
-import { type Advice, mapFile, type MappedFile } from "../../ffi/cpu/libc.ts";
+import { mapFile, type MappedFile } from "../../ffi/cpu/libc.ts";
 import { FluxError } from "./errors.ts";
 import { JsonNumber, parseStrictJson, type StrictJson, StrictJsonError } from "./strict_json.ts";
 
@@ -435,11 +435,6 @@ export class SafetensorsFile implements Disposable {
   pointer(name: string): bigint {
     const { byteOffset } = this.info(name);
     return this.#open(name).pointer + BigInt(byteOffset);
-  }
-
-  /** Tells the kernel how the file will be used, e.g. "willneed" to start reading it before its tensors are. */
-  advise(advice: Advice): void {
-    if (!this.#closed) this.#file.advise(advice);
   }
 
   #closed = false;
