@@ -22,7 +22,7 @@ class Windows:
         self.device, self.at, self.filled = device, 0, 0
         self.empty_ids = empty
         self.rows = max(1, size // (batch * COUNT)) * batch * COUNT
-        shape = (self.rows, tiny.GRID**2, 64)
+        shape = (self.rows, teacher.tokens, 64)
         self.entry = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.exit = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.window = torch.empty(self.rows, dtype=torch.int64, device=device)
@@ -33,7 +33,7 @@ class Windows:
     def refill(self, t5_ids, clip_ids, own_path):
         """Paths from fresh noise for these captions; own_path: between windows they are the student's."""
         text, empty = self.teacher.encode(t5_ids, clip_ids), self.teacher.encode(*self.empty_ids)
-        latents = torch.randn(len(t5_ids), tiny.GRID**2, 64, device=self.device)
+        latents = torch.randn(len(t5_ids), self.teacher.tokens, 64, device=self.device)
         for window in range(COUNT):
             leaving = self.follow_teacher(latents, window, text, empty)
             place = slice(self.at, self.at + len(latents))

@@ -106,9 +106,10 @@ def draw(rows, args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = FluxPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(device)
     pipeline.set_progress_bar_config(disable=True)
+    side = pipeline.vae.config.sample_size
     for row in rows:
         yield row, pipeline(
-            row["prompt"], num_inference_steps=args.steps, guidance_scale=0.0, height=256, width=256,
+            row["prompt"], num_inference_steps=args.steps, guidance_scale=0.0, height=side, width=side,
             max_sequence_length=args.max_sequence_length, generator=torch.Generator("cpu").manual_seed(row["seed"]),
         ).images[0]
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 SIDE = 256  # pixels of a picture's side
-GRID = SIDE // 16  # image tokens per side: the autoencoder's factor 8 times the 2 x 2 packing
+TOKEN_SIDE = 16  # pixels of an image token's side: the autoencoder's factor 8 times the 2 x 2 packing
 T5_LENGTH = 64  # tokens that a prompt is padded to
 T5_VOCABULARY = 1700
 T5_PIECES = 400  # of them, pieces that the Unigram trainer finds
@@ -205,15 +205,17 @@ def tokenize(tokenizers, captions, length=T5_LENGTH):
 
 
 class TinyFlux(torch.nn.Module):
-    """Both text encoders and the transformer; calls them as FluxPipeline does."""
+    """Both text encoders and the transformer, for pictures of one side in pixels; calls them as FluxPipeline does."""
 
-    def __init__(self, t5_vocabulary, clip_vocabulary):
+    def __init__(self, t5_vocabulary, clip_vocabulary, side=SIDE):
         super().__init__()
+        grid = side // TOKEN_SIDE
+        self.tokens = grid**2
         self.t5 = build_t5(t5_vocabulary)
         self.clip = build_clip(clip_vocabulary)
         self.transformer = build_transformer()
-        row = torch.arange(GRID)
-        image_ids = torch.stack([torch.zeros(GRID, GRID), row[:, None].expand(GRID, GRID), row.expand(GRID, GRID)], -1)
+        row = torch.arange(grid)
+        image_ids = torch.stack([torch.zeros(grid, grid), row[:, None].expand(grid, grid), row.expand(grid, grid)], -1)
         self.register_buffer("image_ids", image_ids.reshape(-1, 3), persistent=False)
 
     def load(self, folder):
@@ -227,7 +229,7 @@ class TinyFlux(torch.nn.Module):
         return self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output
 
     def velocity(self, latents, sigma, states, pooled):
-        """The model's (noise - image) at (B, 256, 64) packed latents with noise level sigma (B,)."""
+        """The model's (noise - image) at (B, tokens, 64) packed latents with noise level sigma (B,)."""
         text_ids = torch.zeros(states.shape[1], 3, device=states.device)
         return self.transformer(
             hidden_states=latents, timestep=sigma, encoder_hidden_states=states, pooled_projections=pooled,

@@ -47,7 +47,10 @@ def arguments():
     parser.add_argument("--muon-lr", type=float, default=2.5e-3)
     parser.add_argument("--adam-lr", type=float, default=1.2e-3)
     parser.add_argument("--workers", type=int, default=12, help="processes that compose scenes")
-    parser.add_argument("--resume", action="store_true", help="the teacher starts from the weights of the model folder")
+    parser.add_argument("--side", type=int, default=tiny.SIDE, help="pixels of a picture's side, of all stages from the teacher on")
+    parser.add_argument("--fresh", type=int, default=8, help="steps of the teacher for each batch of new scenes")
+    parser.add_argument("--first", type=int, default=32_768, help="latents to wait for before the teacher starts")
+    parser.add_argument("--resume", action="store_true", help="the teacher starts from state/teacher.pt, else from the model folder")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
 
@@ -177,10 +180,10 @@ def load_autoencoder(args, device):
 
 
 @torch.no_grad()
-def encode_scenes(autoencoder, painter, chunk, device):
-    """A chunk of scenes as normalised packed latents (B, 256, 64) in bfloat16, and its ids."""
+def encode_scenes(autoencoder, painter, chunk, device, side):
+    """A chunk of scenes as normalised packed latents (B, tokens, 64) in bfloat16, and its ids."""
     background, pictures, places, *ids = (t.to(device, non_blocking=True) for t in chunk)
-    scenes = painter.paint(background, pictures, places).contiguous(memory_format=torch.channels_last)
+    scenes = painter.paint(background, pictures, places, side).contiguous(memory_format=torch.channels_last)
     with autocast(device):
         latents = torch.cat([autoencoder.encode(part).latent_dist.mode() for part in scenes.split(128)])
     latents = (latents.float() - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
@@ -198,33 +201,35 @@ def draw(autoencoder, tokens):
 
 
 class Pool:
-    """Latents and ids on the device, the oldest replaced as new scenes are encoded."""
+    """Latents and ids on the device; it grows to its size, then the oldest are replaced as new scenes are encoded."""
 
-    def __init__(self, args, device, tokenizers, chunk):
-        self.device, self.size, self.chunk, self.at = device, args.pool, chunk, 0
+    def __init__(self, args, device, tokenizers, chunk, tokens):
+        self.device, self.side, self.chunk = device, args.side, chunk
+        self.size, self.at, self.filled = max(args.pool // chunk, 1) * chunk, 0, 0
         self.autoencoder = load_autoencoder(args, device)
         self.painter = Painter(args.emoji, load_nouns(), device)
         self.chunks = scene_chunks(args, chunk, 2, tokenizers)
         if not args.no_compile:
             self.autoencoder.encoder.compile()
-        self.latents = torch.empty(self.size, tiny.GRID**2, 64, dtype=torch.bfloat16, device=device)
+        self.latents = torch.empty(self.size, tokens, 64, dtype=torch.bfloat16, device=device)
         self.t5 = torch.empty(self.size, tiny.T5_LENGTH, dtype=torch.int16, device=device)
         self.clip = torch.empty(self.size, 77, dtype=torch.int16, device=device)
         start = time.time()
-        for _ in range(self.size // chunk):
+        while self.filled < min(args.first, self.size):
             self.refresh()
-        print(f"latents of deviation {self.latents[-chunk:].float().std():.3f}")
-        print(f"{self.size} scenes encoded in {time.time() - start:.1f} s", flush=True)
+        print(f"latents of deviation {self.latents[:chunk].float().std():.3f}")
+        print(f"{self.filled} scenes encoded in {time.time() - start:.1f} s", flush=True)
 
     def refresh(self):
-        """Encodes one more chunk in place of the oldest."""
-        latents, (t5, clip) = encode_scenes(self.autoencoder, self.painter, next(self.chunks), self.device)
+        """Encodes one more chunk, in place of the oldest once the pool is full."""
+        latents, (t5, clip) = encode_scenes(self.autoencoder, self.painter, next(self.chunks), self.device, self.side)
         place = slice(self.at, self.at + self.chunk)
         self.latents[place], self.t5[place], self.clip[place] = latents, t5, clip
-        self.at = (self.at + self.chunk) % (self.size // self.chunk * self.chunk)
+        self.at = (self.at + self.chunk) % self.size
+        self.filled = min(self.filled + self.chunk, self.size)
 
     def batch(self, count):
-        rows = torch.randint(0, self.size // self.chunk * self.chunk, (count,), device=self.device)
+        rows = torch.randint(0, self.filled, (count,), device=self.device)
         return self.latents[rows].float(), self.t5[rows].long(), self.clip[rows].long()
 
 
@@ -253,10 +258,14 @@ def train_teacher(args, device):
     clock = Clock(args.seconds)
     tokenizers = tiny.load_tokenizers(args.model)
     batch = args.batch or 512
-    pool = Pool(args, device, tokenizers, chunk=batch)
-    model = tiny.TinyFlux(len(tokenizers[0]), len(tokenizers[1])).to(device)
+    model = tiny.TinyFlux(len(tokenizers[0]), len(tokenizers[1]), args.side).to(device)
     if args.resume:
-        model.load(args.model)
+        saved = Path(args.state) / "teacher.pt"
+        if saved.exists():
+            model.load_state_dict(torch.load(saved, map_location=device))
+        else:
+            model.load(args.model)
+    pool = Pool(args, device, tokenizers, batch, model.tokens)
     average = Average(model, 0.9995)
     if not args.no_compile:
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
@@ -278,7 +287,7 @@ def train_teacher(args, device):
         loss.backward()
         norm = optimizers.step(clock.progress)
         average.update(model)
-        if step % 8 == 7:
+        if step % args.fresh == 0:
             pool.refresh()
         clock.log(step, count, loss=loss, norm=norm, progress=clock.progress)
         if time.time() - saved > 60:
@@ -286,7 +295,7 @@ def train_teacher(args, device):
             saved = time.time()
         step += 1
     torch.save(average.module.state_dict(), Path(args.state) / "teacher.pt")
-    write_sheet(args, device, average.module, tokenizers, pool.autoencoder, "teacher", steps=16, guidance=args.guidance)
+    write_sheet(args, device, average.module, tokenizers, pool.autoencoder, f"teacher_{args.side}", steps=16, guidance=args.guidance)
 
 
 @torch.no_grad()
@@ -294,7 +303,7 @@ def write_sheet(args, device, model, tokenizers, autoencoder, name, steps, guida
     """A sheet of the fixed prompts, to be looked at."""
     ids = [i.to(device) for i in tiny.tokenize(tokenizers, list(SHEET_PROMPTS))]
     empty = [i.to(device) for i in tiny.tokenize(tokenizers, [""])]
-    noise = torch.randn(len(SHEET_PROMPTS), tiny.GRID**2, 64, generator=torch.Generator().manual_seed(3)).to(device)
+    noise = torch.randn(len(SHEET_PROMPTS), model.tokens, 64, generator=torch.Generator().manual_seed(3)).to(device)
     with autocast(device), torch.compiler.set_stance("force_eager"):
         tokens = tiny.sample(model, noise, model.encode(*ids), steps, model.encode(*empty), guidance)
         pictures = draw(autoencoder, tokens)
@@ -305,7 +314,7 @@ def write_sheet(args, device, model, tokenizers, autoencoder, name, steps, guida
 
 
 def load_flux(args, device, name, tokenizers):
-    model = tiny.TinyFlux(len(tokenizers[0]), len(tokenizers[1])).to(device)
+    model = tiny.TinyFlux(len(tokenizers[0]), len(tokenizers[1]), args.side).to(device)
     model.load_state_dict(torch.load(Path(args.state) / f"{name}.pt", map_location=device))
     return model.requires_grad_(False)
 
@@ -360,7 +369,9 @@ def export(args, device):
     """The student if there is one, else the teacher, with the autoencoder, as a diffusers folder."""
     tokenizers = tiny.load_tokenizers(args.model)
     name = "student" if (Path(args.state) / "student.pt").exists() else "teacher"
-    tiny.save_model(args.model, load_flux(args, device, name, tokenizers), load_autoencoder(args, device))
+    autoencoder = load_autoencoder(args, device)
+    autoencoder.register_to_config(sample_size=args.side)
+    tiny.save_model(args.model, load_flux(args, device, name, tokenizers), autoencoder)
     size = sum(path.stat().st_size for path in Path(args.model).rglob("*.safetensors"))
     print(f"{name} exported, {size} bytes of safetensors")
 
