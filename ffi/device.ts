@@ -46,17 +46,31 @@ export interface ConvPlan {
 export interface DeviceProperties {
   /** Human-readable model, e.g. `"AMD EPYC 9R14, 2 cores"`. */
   readonly description: string;
-  /** The libraries that do the heavy work, e.g. `{ matmul: "oneDNN 2.6.3 (avx512_core_bf16)" }`. */
+  /** What does the work, e.g. `{ matmul: "oneDNN 2.6.3 (avx512_core_bf16), 2 threads", ..., other: "TypeScript" }`. */
   readonly providers: Readonly<Record<string, string>>;
   /** Whether matrix products in bf16 are native (else they are emulated in f32 and rounded). */
   readonly nativeBfloat16: boolean;
 }
 
-/** Bytes of device memory in use. */
+/** Bytes of memory that a device has. */
 export interface MemoryUse {
+  /** In use now for activations and scratch, and the most that ever was. */
   readonly current: number;
   readonly peak: number;
+  /** What the device holds for these, free parts included. */
+  readonly reserved: number;
+  /**
+   * Weights that were allocated, and the copies that libraries keep of weights in their own layout, as far as they
+   * are not part of `current`. Mapped weights do not count.
+   */
+  readonly weights: number;
 }
+
+/**
+ * What memory is for. Activations come and go with the scopes; weights belong to no scope, and live until they are
+ * freed or nothing refers to them any more. A GPU takes both from one place; the CPU does not.
+ */
+export type MemoryPurpose = "activations" | "weights";
 
 /**
  * A place where tensors live and kernels run. CUDA, HIP and the CPU have the same verbs in the same order.
@@ -70,8 +84,11 @@ export interface Device extends Disposable {
   properties(): DeviceProperties;
   memoryUse(): MemoryUse;
 
-  /** Uninitialized memory. Throws {@link OutOfMemoryError}. Inside a {@link scope} it is freed at its end. */
-  alloc(byteLength: number): Memory;
+  /**
+   * Uninitialized memory, for activations when left out: those are freed at the end of the innermost {@link scope}.
+   * Throws {@link OutOfMemoryError}.
+   */
+  alloc(byteLength: number, purpose?: MemoryPurpose): Memory;
   /** Gives memory back; the caller no longer uses it. Freeing twice is an error. */
   free(memory: Memory): void;
   /**

@@ -6,6 +6,7 @@ import { address, elementSize, share, wasmKernels } from "./wasm.ts";
 /**
  * `x * sigmoid(c1 x + c3 x^3)` element by element, which SiLU and both GELUs are; `reference` computes the same.
  *
+ * @param out where the result is stored, which may be a dense `x` itself; allocated when left out.
  * @returns `x`'s shape (dense) and dtype, computed in f32.
  */
 export function activate(
@@ -13,8 +14,8 @@ export function activate(
   c1: number,
   c3: number,
   reference: (out: Float32Array, x: Float32Array) => void,
+  out: Tensor = Tensor.empty(x.device, x.shape, x.dtype),
 ): Tensor {
-  const out = Tensor.empty(x.device, x.shape, x.dtype);
   const wasm = wasmKernels("activation.wat", ACTIVATION_WAT, out, [x]);
   if (wasm === undefined) return onCpu(out, [x], reference);
   const { perJob, jobs } = share(x.size, 1);

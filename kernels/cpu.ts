@@ -35,6 +35,45 @@ export function onCpu(
 
 const EMPTY = new Float32Array(0);
 
+/** Elements that are converted at a time where an operator goes through its tensors from front to back. */
+const PIECE = 2 ** 20;
+
+/**
+ * Calls `body` on matching pieces of dense tensors of the same size, one after another: f32 copies of 16-bit floats
+ * then stay small, however large the tensors are. Pieces have a multiple of `unit` elements.
+ */
+export function eachPiece(
+  out: Tensor,
+  inputs: readonly Tensor[],
+  body: (out: Tensor, ...inputs: Tensor[]) => void,
+  unit = 1,
+): void {
+  const step = Math.ceil(PIECE / unit) * unit;
+  for (let start = 0; start < out.size; start += step) {
+    const piece = (x: Tensor) => x.reshape([x.size]).narrow(0, start, Math.min(step, x.size - start));
+    body(piece(out), ...inputs.map(piece));
+  }
+}
+
+/** Stores a dense tensor's values into another one of the same size; either may lie outside of the arena. */
+export function convert(out: Tensor, x: Tensor): void {
+  const { device } = out;
+  const simd = [out, x].every(({ dtype }) => dtype === "f32" || dtype === "bf16");
+  if (!simd || !(device instanceof CpuDevice) || device.converter === undefined) {
+    return writeFloat32(out, readFloat32(x));
+  }
+  const { converter } = device;
+  device.scope(() => {
+    let result = converter.float32(x, (byteLength) => device.alloc(byteLength));
+    if (out.dtype === "bf16") {
+      const from = wasmAddress(result)!;
+      result = wasmAddress(out) === undefined ? Tensor.empty(device, out.shape, "bf16") : out;
+      converter.store(from, 1, out.size, result, out.size, 1);
+    }
+    if (result !== out) viewOf(out, "u8", out.byteLength).set(viewOf(result, "u8", out.byteLength));
+  });
+}
+
 /** As {@link readFloat32}, faster for bf16; a copy lasts until the end of the innermost scope only. */
 function readBriefly(tensor: Tensor): Float32Array {
   const { device } = tensor;
@@ -58,7 +97,7 @@ export function readFloat32(tensor: Tensor): Float32Array {
       return values;
     }
     case "f16":
-      return Float32Array.from(halfView(viewOf(tensor, "f16", size)));
+      return new Float32Array(halfView(viewOf(tensor, "f16", size)));
     case "f8e4m3":
     case "f8e5m2": {
       const values = new Float32Array(size);

@@ -9,5 +9,6 @@ import { silu } from "./silu.ts";
  * @param x `[batch, channels, height, width]`. @returns `x`'s shape and dtype.
  */
 export function groupNormSilu(x: Tensor, groups: number, weight: Tensor, bias: Tensor, eps: number): Tensor {
-  return silu(groupNorm(x, groups, weight, bias, eps));
+  const normed = groupNorm(x, groups, weight, bias, eps);
+  return silu(normed, normed); // in place: at full resolution a picture more is what fills the memory
 }

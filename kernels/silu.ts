@@ -1,9 +1,13 @@
 import type { Tensor } from "../ffi/tensor.ts";
 import { activate } from "./activation.ts";
 
-/** SiLU (Elfwing et al. 2017): `x / (1 + exp(-x))`. Any shape; `x`'s dtype, computed in f32. */
-export function silu(x: Tensor): Tensor {
-  return activate(x, 1, 0, siluReference);
+/**
+ * SiLU (Elfwing et al. 2017): `x / (1 + exp(-x))`. Any shape; `x`'s dtype, computed in f32.
+ *
+ * @param out where the result is stored, which may be a dense `x` itself; allocated when left out.
+ */
+export function silu(x: Tensor, out?: Tensor): Tensor {
+  return activate(x, 1, 0, siluReference, out);
 }
 
 /** Element by element. */

@@ -1,3 +1,5 @@
+import { isAligned, viewOf } from "../ffi/cpu/device.ts";
+import { dtypeBytes } from "../ffi/dtype.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
 import { onCpu } from "./cpu.ts";
@@ -11,11 +13,20 @@ export function upsampleNearest(x: Tensor): Tensor {
   expectShape("upsampleNearest", "x", x, [null, null, null, null]);
   const [batch, channels, height, width] = x.shape;
   const out = Tensor.empty(x.device, [batch, channels, 2 * height, 2 * width], x.dtype);
-  return onCpu(out, [x], (o, xs) => upsampleNearestReference(o, xs, width));
+  const unit = ({ 2: "bf16", 4: "i32" } as const)[dtypeBytes(x.dtype)]; // elements move as they are, bit by bit
+  if (unit === undefined || !x.isContiguous || !isAligned(x, dtypeBytes(x.dtype))) {
+    return onCpu(out, [x], (o, xs) => upsampleNearestReference(o, xs, width));
+  }
+  upsampleNearestReference(viewOf(out, unit, out.size), viewOf(x, unit, x.size), width);
+  return out;
 }
 
-/** `x` `[rows, width]`, all pictures' rows behind one another. */
-export function upsampleNearestReference(out: Float32Array, x: Float32Array, width: number): void {
+/** `x` `[rows, width]`, all pictures' rows behind one another; elements of any type. */
+export function upsampleNearestReference<A extends Float32Array | Int32Array | Uint16Array>(
+  out: A,
+  x: A,
+  width: number,
+): void {
   for (let row = 0; row < x.length / width; row++) {
     const at = row * 4 * width;
     for (let i = 0; i < width; i++) out[at + 2 * i] = out[at + 2 * i + 1] = x[row * width + i];

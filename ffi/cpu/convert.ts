@@ -50,12 +50,19 @@ export class Converter {
   }
 
   /**
-   * `tensor` as f32 in WebAssembly memory, with the same shape and strides: itself, or a copy (f32 and bf16 only;
-   * what lies between its elements is copied too).
+   * `tensor` as f32 in WebAssembly memory, with the same shape (f32 and bf16 only): itself, or a copy. A copy has the
+   * same strides, and so copies what lies between the elements too; only where the elements are dense rows with gaps
+   * between them (a band of a picture, a head's columns) it leaves the gaps out.
    */
   float32(tensor: Tensor, allocate: Allocate): Tensor {
     const address = wasmAddress(tensor);
     if (tensor.dtype === "f32" && address !== undefined) return tensor;
+    const rows = address === undefined ? undefined : rowsWithGaps(tensor);
+    if (rows !== undefined) {
+      const memory = allocate(tensor.size * 4);
+      this.#widenRows(address!, memory.byteOffset, rows.count, rows.length, rows.stride);
+      return new Tensor(memory, "f32", tensor.shape, rows.denseStrides);
+    }
     const extent = extentOf(tensor);
     const memory = allocate(extent * 4);
     const to = memory.byteOffset;
@@ -102,6 +109,40 @@ export class Converter {
   }
 
   #widenAll(from: number, to: number, count: number): void {
-    this.runner.run(this.#widen, Math.ceil(count / SHARE), [from, to, count, SHARE]);
+    const whole = Math.floor(count / SHARE);
+    const rest = count - whole * SHARE;
+    if (whole > 0) this.#widenRows(from, to, whole, SHARE, SHARE);
+    if (rest > 0) this.#widenRows(from + whole * SHARE * 2, to + whole * SHARE * 4, 1, rest, rest);
   }
+
+  #widenRows(from: number, to: number, rows: number, cols: number, stride: number): void {
+    const perJob = Math.max(1, Math.floor(SHARE / cols));
+    this.runner.run(this.#widen, Math.ceil(rows / perJob), [from, to, rows, cols, stride * 2, perJob]);
+  }
+}
+
+/** Equally long dense rows of elements, equally far apart. */
+interface Rows {
+  readonly count: number;
+  readonly length: number;
+  readonly stride: number;
+  /** The tensor's strides once there are no gaps between the rows. */
+  readonly denseStrides: readonly number[];
+}
+
+/** A tensor's memory as rows, in whatever order its dimensions lie; undefined where it has no gaps or is no such. */
+function rowsWithGaps({ shape, strides }: Tensor): Rows | undefined {
+  const order = shape.map((_, dim) => dim).filter((dim) => shape[dim] > 1).sort((a, b) =>
+    strides[a] - strides[b]
+  );
+  const denseStrides = [...strides];
+  let [length, count, stride] = [1, 1, 0];
+  for (const dim of order) {
+    denseStrides[dim] = length * count;
+    if (count === 1 && strides[dim] === length) length *= shape[dim];
+    else if (count === 1) [count, stride] = [shape[dim], strides[dim]];
+    else if (strides[dim] === stride * count) count *= shape[dim];
+    else return undefined;
+  }
+  return count > 1 && stride > length ? { count, length, stride, denseStrides } : undefined;
 }

@@ -2,14 +2,8 @@
 (module
   (import "env" "memory" (memory 1 65536 shared))
 
-  ;; Widens $perJob bf16 values (fewer at the end of $count) to f32.
-  (func (export "widen") (param $job i32) (param $from i32) (param $to i32) (param $count i32) (param $perJob i32)
-    (local $start i32)
-    (local.set $start (i32.mul (local.get $job) (local.get $perJob)))
-    (local.set $count (i32.sub (local.get $count) (local.get $start)))
-    (if (i32.gt_s (local.get $count) (local.get $perJob)) (then (local.set $count (local.get $perJob))))
-    (local.set $from (i32.add (local.get $from) (i32.shl (local.get $start) (i32.const 1))))
-    (local.set $to (i32.add (local.get $to) (i32.shl (local.get $start) (i32.const 2))))
+  ;; Widens $count dense bf16 values to f32.
+  (func $widen (param $from i32) (param $to i32) (param $count i32)
     (block $done
       (loop $fours
         (br_if $done (i32.lt_s (local.get $count) (i32.const 4)))
@@ -26,6 +20,21 @@
         (local.set $to (i32.add (local.get $to) (i32.const 4)))
         (local.set $count (i32.sub (local.get $count) (i32.const 1)))
         (br $each))))
+
+  ;; Widens $perJob rows (fewer at the end of $rows) of $cols bf16 values, $fromRow bytes apart, to dense rows of f32.
+  (func (export "widen") (param $job i32) (param $from i32) (param $to i32) (param $rows i32) (param $cols i32)
+    (param $fromRow i32) (param $perJob i32)
+    (local $start i32)
+    (local.set $start (i32.mul (local.get $job) (local.get $perJob)))
+    (local.set $rows (i32.sub (local.get $rows) (local.get $start)))
+    (if (i32.gt_s (local.get $rows) (local.get $perJob)) (then (local.set $rows (local.get $perJob))))
+    (local.set $from (i32.add (local.get $from) (i32.mul (local.get $start) (local.get $fromRow))))
+    (local.set $to (i32.add (local.get $to) (i32.shl (i32.mul (local.get $start) (local.get $cols)) (i32.const 2))))
+    (loop $row
+      (call $widen (local.get $from) (local.get $to) (local.get $cols))
+      (local.set $from (i32.add (local.get $from) (local.get $fromRow)))
+      (local.set $to (i32.add (local.get $to) (i32.shl (local.get $cols) (i32.const 2))))
+      (br_if $row (local.tee $rows (i32.sub (local.get $rows) (i32.const 1))))))
 
   ;; Four f32 as the upper halves of their lanes, rounded to nearest, ties to even; a NaN stays one.
   (func $upper (param $x v128) (result v128)

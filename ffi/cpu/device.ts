@@ -1,7 +1,17 @@
-import type { ConvPlan, Device, DeviceProperties, MatmulPlan, Memory, MemoryUse } from "../device.ts";
+import type {
+  ConvPlan,
+  Device,
+  DeviceProperties,
+  MatmulPlan,
+  Memory,
+  MemoryPurpose,
+  MemoryUse,
+} from "../device.ts";
 import type { DType } from "../dtype.ts";
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import { MemoryScopes } from "../scope.ts";
+import { Arena } from "./arena.ts";
+import { convBands } from "./bands.ts";
 import type { Tensor } from "../tensor.ts";
 import { ffiAllowed } from "../library.ts";
 import { Converter } from "./convert.ts";
@@ -9,7 +19,7 @@ import type { CpuProvider } from "./provider.ts";
 import type { WasmRunner } from "./runner.ts";
 
 const PAGE = 65536;
-/** 4 GiB: what 32-bit WebAssembly can address. Weights do not live here, only activations. */
+/** 4 GiB: what 32-bit WebAssembly can address. Weights do not live here, only activations and providers' scratch. */
 const MAX_PAGES = 65536;
 /** Cache line; also enough for every SIMD load and for oneDNN. */
 const ALIGNMENT = 64;
@@ -18,13 +28,14 @@ const ALIGNMENT = 64;
 export interface CpuMemory extends Memory {
   readonly buffer: ArrayBufferLike;
   readonly byteOffset: number;
-  /** Offset in the device's WebAssembly memory, or undefined for memory that lies elsewhere (mapped weights). */
+  /** Offset in the device's WebAssembly memory, or undefined for memory that lies elsewhere: weights. */
   readonly wasmOffset: number | undefined;
 }
 
 /**
- * The CPU as a device. Tensors that it allocates lie in one shared WebAssembly memory, so that WebAssembly kernels,
- * worker threads, native libraries and TypeScript all see them without a copy; weights stay where they were mapped.
+ * The CPU as a device. Activations lie in one shared WebAssembly memory, so that WebAssembly kernels, worker threads,
+ * native libraries and TypeScript all see them without a copy. Weights stay where they were mapped; those that a recipe
+ * makes get buffers of their own, so that they are limited by the machine's memory and not by WebAssembly's.
  */
 export class CpuDevice implements Device {
   readonly kind = "cpu";
@@ -32,10 +43,11 @@ export class CpuDevice implements Device {
   readonly wasmMemory: WebAssembly.Memory;
   readonly #base: bigint;
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
-  /** Free blocks by size, and the sizes of the blocks in use by offset. */
-  readonly #freeBlocks = new Map<number, number[]>();
-  readonly #usedBlocks = new Map<number, number>();
-  #top = ALIGNMENT; // offset 0 stays unused, so that no pointer is null
+  readonly #arena = new Arena(ALIGNMENT, MAX_PAGES * PAGE, ALIGNMENT); // offset 0 stays unused: no pointer is null
+  /** Memory for weights that {@link alloc} made: whether it was freed by hand. */
+  readonly #weights = new WeakMap<Memory, { freed: boolean }>();
+  readonly #collected = new FinalizationRegistry<number>((byteLength) => this.#weightBytes -= byteLength);
+  #weightBytes = 0;
   #current = 0;
   #peak = 0;
   #provider: CpuProvider | undefined;
@@ -60,27 +72,51 @@ export class CpuDevice implements Device {
   }
 
   properties(): DeviceProperties {
-    return this.#open.properties();
+    const { providers, ...properties } = this.#open.properties();
+    const { runner } = this;
+    const simd = runner && runner.description + (runner.problem === undefined ? "" : ` (${runner.problem})`);
+    return {
+      ...properties,
+      providers: {
+        ...providers,
+        ...(simd === undefined ? {} : { "softmax, group norm, activations": simd }),
+        other: "TypeScript",
+      },
+    };
   }
 
   memoryUse(): MemoryUse {
-    return { current: this.#current, peak: this.#peak };
+    return {
+      current: this.#current,
+      peak: this.#peak,
+      reserved: this.wasmMemory.buffer.byteLength,
+      weights: this.#weightBytes + (this.#provider?.packedBytes?.() ?? 0),
+    };
   }
 
-  alloc(byteLength: number): CpuMemory {
-    const memory = this.reserve(byteLength);
+  alloc(byteLength: number, purpose: MemoryPurpose = "activations"): CpuMemory {
+    if (purpose === "weights") return this.#allocWeights(byteLength);
+    const memory = this.#withRoom(() => this.reserve(byteLength));
     this.#scopes.add(memory);
     return memory;
   }
 
   /** Like {@link alloc}, but no scope frees it: for providers' scratch and packed weights. */
   reserve(byteLength: number): CpuMemory {
-    const size = blockSize(byteLength);
-    const offset = this.#freeBlocks.get(size)?.pop() ?? this.#extend(size);
-    this.#usedBlocks.set(offset, size);
-    this.#current += size;
+    const offset = this.#arena.alloc(byteLength);
+    if (offset === undefined) throw this.#outOfMemory(byteLength);
+    const missing = this.#arena.end - this.wasmMemory.buffer.byteLength;
+    if (missing > 0) {
+      try {
+        this.wasmMemory.grow(Math.ceil(missing / PAGE));
+      } catch (cause) {
+        this.#arena.free(offset);
+        throw this.#outOfMemory(byteLength, cause);
+      }
+    }
+    this.#current += this.#arena.blockSize(byteLength);
     this.#peak = Math.max(this.#peak, this.#current);
-    const memory: CpuMemory = {
+    return {
       device: this,
       pointer: this.#base + BigInt(offset),
       byteLength,
@@ -88,21 +124,23 @@ export class CpuDevice implements Device {
       byteOffset: offset,
       wasmOffset: offset,
     };
-    return memory;
   }
 
   free(memory: Memory): void {
     this.#provider?.forget?.(memory);
-    const { wasmOffset } = memory as CpuMemory;
-    if (wasmOffset === undefined) return; // placed: the mapping belongs to the checkpoint
-    const size = this.#usedBlocks.get(wasmOffset);
-    if (size === undefined) throw new FfiError("cpu: memory was freed twice");
-    this.#usedBlocks.delete(wasmOffset);
-    this.#scopes.remove(memory);
-    this.#current -= size;
-    const blocks = this.#freeBlocks.get(size);
-    if (blocks === undefined) this.#freeBlocks.set(size, [wasmOffset]);
-    else blocks.push(wasmOffset);
+    const { wasmOffset, buffer } = memory as CpuMemory;
+    if (wasmOffset !== undefined) {
+      this.#current -= this.#arena.free(wasmOffset);
+      this.#scopes.remove(memory);
+      return;
+    }
+    const weights = this.#weights.get(memory);
+    if (weights === undefined) return; // placed: the mapping belongs to the checkpoint
+    if (weights.freed) throw new FfiError("cpu: memory was freed twice");
+    weights.freed = true;
+    this.#collected.unregister(memory);
+    this.#weightBytes -= memory.byteLength;
+    (buffer as ArrayBuffer).transfer(0); // gives the bytes back now; what still looks at them finds nothing
   }
 
   scope<T>(body: () => T): T {
@@ -137,11 +175,11 @@ export class CpuDevice implements Device {
   }
 
   matmul(plan: MatmulPlan): void {
-    this.#open.matmul(plan);
+    this.#withRoom(() => this.#open.matmul(plan));
   }
 
   conv(plan: ConvPlan): void {
-    this.#open.conv(plan);
+    for (const band of convBands(plan)) this.#withRoom(() => this.#open.conv(band));
   }
 
   synchronize(): Promise<void> {
@@ -159,26 +197,54 @@ export class CpuDevice implements Device {
     return this.#provider;
   }
 
-  /** Takes a fresh block from the top of the WebAssembly memory, growing it where needed. */
-  #extend(size: number): number {
-    const offset = this.#top;
-    const end = offset + size;
-    const missing = end - this.wasmMemory.buffer.byteLength;
-    if (missing > 0) {
-      try {
-        this.wasmMemory.grow(Math.ceil(missing / PAGE));
-      } catch (cause) {
-        throw new OutOfMemoryError(
-          `cpu: out of memory: asked for ${mebibytes(size)}, ${
-            mebibytes(this.#current)
-          } are in use of at most ` +
-            `${mebibytes(MAX_PAGES * PAGE)}`,
-          { cause, hint: "A smaller --height and --width, or bfloat16 (without --disable_bf16), need less." },
-        );
-      }
+  /** Runs `body`, and once more without the provider's packed weights where memory ran out. */
+  #withRoom<T>(body: () => T): T {
+    try {
+      return body();
+    } catch (error) {
+      if (!(error instanceof OutOfMemoryError) || this.#provider?.trim?.() !== true) throw error;
+      return body();
     }
-    this.#top = end;
-    return offset;
+  }
+
+  /** A buffer of its own, which goes when nothing refers to it any more. */
+  #allocWeights(byteLength: number): CpuMemory {
+    let bytes: Uint8Array<ArrayBuffer>;
+    try {
+      bytes = new Uint8Array(byteLength + ALIGNMENT);
+    } catch (cause) {
+      throw new OutOfMemoryError(
+        `cpu: out of memory: asked for a weight of ${mebibytes(byteLength)}, weights take ` +
+          `${mebibytes(this.#weightBytes)} already`,
+        {
+          cause,
+          hint:
+            "bfloat16 weights take half of float32's; a checkpoint in the chosen dtype is mapped and takes none.",
+        },
+      );
+    }
+    const address = addressOf(bytes);
+    const memory = this.place(
+      bytes.subarray(Number(-address & BigInt(ALIGNMENT - 1))).subarray(0, byteLength),
+    );
+    this.#weights.set(memory, { freed: false });
+    this.#collected.register(memory, byteLength, memory);
+    this.#weightBytes += byteLength;
+    return memory;
+  }
+
+  #outOfMemory(byteLength: number, cause?: unknown): OutOfMemoryError {
+    return new OutOfMemoryError(
+      `cpu: out of memory: asked for ${mebibytes(byteLength)}, ${
+        mebibytes(this.#current)
+      } are in use of at most ` +
+        mebibytes(MAX_PAGES * PAGE),
+      {
+        cause,
+        hint:
+          "A smaller --height and --width, fewer pictures at a time, or bfloat16 instead of float32 need less.",
+      },
+    );
   }
 }
 
@@ -186,16 +252,6 @@ export class CpuDevice implements Device {
 function addressOf(bytes: Uint8Array): bigint {
   if (!ffiAllowed()) return 0n;
   return Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes as Uint8Array<ArrayBuffer>));
-}
-
-/**
- * Blocks come in eighths of powers of two, so that a freed block serves requests of about its size and at most an
- * eighth is wasted.
- */
-function blockSize(byteLength: number): number {
-  const size = Math.max(byteLength, ALIGNMENT);
-  const step = Math.max(ALIGNMENT, 2 ** (Math.floor(Math.log2(size)) - 3));
-  return Math.ceil(size / step) * step;
 }
 
 function mebibytes(bytes: number): string {

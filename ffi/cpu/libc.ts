@@ -140,17 +140,14 @@ export class MappedFile implements Disposable {
 /**
  * Maps a file into memory, read-only.
  *
- * @param options.expectedBytes the size that the file must have (from an index or a download), if known
  * @throws Deno's own NotFound, PermissionDenied or NotCapable when the file cannot be looked at
- * @throws {FfiError} when it is not a regular file, does not have `expectedBytes`, changes its size meanwhile, or the
- *   system refuses the mapping
+ * @throws {FfiError} when it is not a regular file, changes its size meanwhile, or the system refuses the mapping
  */
-export function mapFile(path: string, options: { readonly expectedBytes?: number } = {}): MappedFile {
+export function mapFile(path: string): MappedFile {
   // libc's open goes past Deno's permissions: this stat is also the check of --allow-read.
   const stat = Deno.statSync(path);
   if (!stat.isFile) throw new FfiError(`${path} is not a file${stat.isDirectory ? " but a folder" : ""}`);
-  const size = options.expectedBytes ?? stat.size;
-  if (stat.size !== size) throw changedSize(path, size, stat.size);
+  const { size } = stat;
 
   const library = openLibc();
   if (library === null || size === 0) {

@@ -230,7 +230,7 @@ export class OneDnn implements Disposable {
     );
   }
 
-  /** Names of the implementations in use, e.g. `["matmul brgemm:avx512_core"]`: for tests and --verbose. */
+  /** Names of the implementations in use, e.g. `["matmul brgemm:avx512_core"]`: the tests refuse slow ones. */
   implementations(): string[] {
     const names = [...this.#primitives].map(([key, { implementation }]) =>
       `${key.split(" ")[0]} ${implementation}`

@@ -52,7 +52,7 @@ export class OneDnnProvider implements CpuProvider {
     return { description: describeCpu(), providers: { matmul: provider, conv: provider }, nativeBfloat16 };
   }
 
-  /** The implementations that oneDNN chose so far, e.g. `"matmul brgemm:avx512_core"`. */
+  /** The implementations that oneDNN chose so far, e.g. `"matmul brgemm:avx512_core"`: the tests refuse slow ones. */
   implementations(): string[] {
     return this.#dnnl.implementations();
   }
@@ -135,6 +135,10 @@ export class OneDnnProvider implements CpuProvider {
 
   forget(memory: Memory): void {
     this.#packed.forget(memory);
+  }
+
+  packedBytes(): number {
+    return this.#packed.bytes;
   }
 
   [Symbol.dispose](): void {

@@ -26,7 +26,7 @@ export interface OpenCpuOptions {
  * Opens the CPU as a device. `properties().providers` says what does the work and, where oneDNN was looked for and not
  * taken, why.
  *
- * @throws {FfiError} with provider "onednn" when no oneDNN 2.x opens
+ * @throws {FfiError} with provider "onednn" when no oneDNN 2.x opens; for a `FLUX_CPU_THREADS` that makes no sense
  */
 export async function openCpu(options: OpenCpuOptions = {}): Promise<CpuDevice> {
   const { provider = "auto", threads = threadCount() } = options;

@@ -35,7 +35,6 @@ export class WasmRunner implements Disposable {
   readonly #board = new JobBoard();
   readonly #modules = new Map<string, Record<string, Kernel>>();
   #workers: Worker[] | undefined;
-  /** Why there are no workers, for --verbose. */
   #problem: string | undefined;
   #closed = false;
 
@@ -54,7 +53,12 @@ export class WasmRunner implements Disposable {
   get description(): string {
     const simd = this.assembler.relaxed ? "relaxed SIMD" : "SIMD";
     const threads = this.threads === 1 ? "1 thread" : `${this.threads} threads`;
-    return `WebAssembly ${simd}, ${threads}${this.#problem === undefined ? "" : ` (${this.#problem})`}`;
+    return `WebAssembly ${simd}, ${threads}`;
+  }
+
+  /** Why there are no workers, or one is missing; undefined where all is well. */
+  get problem(): string | undefined {
+    return this.#problem;
   }
 
   /**
@@ -137,7 +141,7 @@ export class WasmRunner implements Disposable {
     return this.#board.ready > 0;
   }
 
-  /** Resolves when the workers that were started are up (or 2 seconds have passed): for measurements and tests. */
+  /** Resolves when all workers are up (or 2 seconds have passed): only measurements and tests wait for that. */
   async warm(): Promise<void> {
     this.#start();
     const until = performance.now() + 2000;

@@ -85,10 +85,11 @@ export class WasmProvider implements CpuProvider {
   }
 
   properties(): DeviceProperties {
-    const provider = this.runner.description + (this.note === undefined ? "" : ` (${this.note})`);
+    const { description } = this.runner;
+    const matmul = description + (this.note === undefined ? "" : ` (${this.note})`);
     return {
       description: describeCpu(),
-      providers: { matmul: provider, conv: provider },
+      providers: { matmul, conv: description },
       nativeBfloat16: false,
     };
   }
@@ -156,8 +157,9 @@ export class WasmProvider implements CpuProvider {
       top + left + bottom + right === 0;
 
     this.#withScratch((scratch) => {
-      const picture = wasmAddress(this.#convert.float32(x, scratch))!;
-      const table = pointwise ? 0 : this.#tapTable(scratch, x, order.taps);
+      const wide = this.#convert.float32(x, scratch);
+      const picture = wasmAddress(wide)!;
+      const table = pointwise ? 0 : this.#tapTable(scratch, wide, order.taps);
       const addend = this.#addend(scratch, bias, planar ? "rows" : "columns", outChannels);
       const panelWidth = planar ? TILE_COLS : TILE_ROWS;
       const chunk = Math.max(24, Math.floor(PATCH_BYTES / (k * 4) / 24) * 24);
@@ -165,7 +167,7 @@ export class WasmProvider implements CpuProvider {
         scratch(Math.ceil(Math.min(chunk, pixels) / panelWidth) * panelWidth * k * 4).byteOffset;
       this.#eachChunk(scratch, kernel, k, planar ? TILE_ROWS : TILE_COLS, (kernels, firstChannel) => {
         for (let image = 0; image < images; image++) {
-          const from = picture + image * x.strides[0] * 4;
+          const from = picture + image * wide.strides[0] * 4;
           // One image of `out` as a matrix of f32: dense rows of pixels (planar) or of channels.
           const outImage = narrowImage(out, image);
           const [rows, cols] = planar ? [outChannels, pixels] : [pixels, outChannels];
@@ -176,11 +178,11 @@ export class WasmProvider implements CpuProvider {
             const jobs = Math.ceil(count / panelWidth);
             const alone = count * k < 50_000;
             if (pointwise) {
-              const pixel = pixelStride(x, height, width);
+              const pixel = pixelStride(wide, height, width);
               this.runner.run(
                 this.#pack,
                 jobs,
-                [patches, from + first * pixel * 4, count, k, pixel, x.strides[1], panelWidth, 0],
+                [patches, from + first * pixel * 4, count, k, pixel, wide.strides[1], panelWidth, 0],
                 alone,
               );
             } else {
@@ -189,7 +191,7 @@ export class WasmProvider implements CpuProvider {
                 this.#patches,
                 jobs,
                 [
-                  patches, from, table, k, first, pixels, outWidth, height, width, x.strides[2] * 4, x.strides[3] * 4,
+                  patches, from, table, k, first, pixels, outWidth, height, width, wide.strides[2] * 4, wide.strides[3] * 4,
                   stride, top, left, kernelHeight - 1, kernelWidth - 1, panelWidth,
                 ],
                 alone,
@@ -217,6 +219,12 @@ export class WasmProvider implements CpuProvider {
 
   forget(memory: Memory): void {
     this.#packed.forget(memory);
+  }
+
+  trim(): boolean {
+    const found = this.#packed.bytes > 0;
+    this.#packed.clear();
+    return found;
   }
 
   [Symbol.dispose](): void {
@@ -289,8 +297,13 @@ export class WasmProvider implements CpuProvider {
     if (constant) {
       const packed = this.#packed.get(tensor, `${width} wide`, bytes, () => {
         const memory = this.device.reserve(bytes);
-        this.#packRows(memory.byteOffset, operand, 0, rows, k, width);
-        return memory;
+        try {
+          this.#packRows(memory.byteOffset, operand, 0, rows, k, width);
+          return memory;
+        } catch (error) {
+          this.device.free(memory);
+          throw error;
+        }
       });
       if (packed !== undefined) return use({ address: packed.byteOffset, rows }, 0);
     }

@@ -1,5 +1,5 @@
 import type { Device } from "../../ffi/device.ts";
-import { type DType, isDType } from "../../ffi/dtype.ts";
+import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import type { ComponentWeights } from "./checkpoint.ts";
 import { ModelError } from "./errors.ts";
@@ -40,11 +40,19 @@ export function placeWeights(device: Device, component: ComponentWeights, names:
 }
 
 /**
- * The same weights in `dtype`; those that have it already are shared. The old ones stay (a mapped file takes no
- * memory; a recipe on a GPU frees what it replaces).
+ * The same weights in `dtype`; those that have it already are shared. New ones go with the plan that holds them, when
+ * nothing refers to it any more. The old ones stay (a mapped file takes no memory; a recipe on a GPU frees what it
+ * replaces).
  */
 export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
-  return weightsFrom(new Map(weights.names.map((name) => [name, ops.cast(weights.get(name), dtype)])));
+  return weightsFrom(
+    new Map(weights.names.map((name) => {
+      const weight = weights.get(name);
+      if (weight.dtype === dtype) return [name, weight];
+      const memory = weight.device.alloc(weight.size * dtypeBytes(dtype), "weights");
+      return [name, ops.cast(weight, dtype, memory)];
+    })),
+  );
 }
 
 /** The weights below a module: `under(w, "transformer_blocks.0").get("attn.to_q.weight")`. */

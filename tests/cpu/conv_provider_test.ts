@@ -1,6 +1,9 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
+import { convBands } from "../../ffi/cpu/bands.ts";
 import type { CpuDevice } from "../../ffi/cpu/device.ts";
+import type { Memory } from "../../ffi/device.ts";
+import { Tensor } from "../../ffi/tensor.ts";
 import {
   assertAccurate,
   noise,
@@ -28,6 +31,8 @@ interface Case {
   dtype: "f32" | "bf16";
   weightDtype: "f32" | "bf16";
   bias: boolean;
+  /** Where the picture is cut into bands; not at all when left out. */
+  bandBytes?: number | undefined;
   seed: number;
 }
 
@@ -51,6 +56,7 @@ const cases: fc.Arbitrary<Case> = fc.record({
   dtype: fc.constantFrom("f32", "bf16"),
   weightDtype: fc.constantFrom("f32", "bf16"),
   bias: fc.boolean(),
+  bandBytes: fc.constantFrom(undefined, 1, 3000, 20_000),
   seed: fc.nat(),
 });
 
@@ -106,13 +112,32 @@ function check(device: CpuDevice, drawn: Case): void {
   }
   for (let round = 0; round < 2; round++) {
     const out = poisoned(device, shape, dtype, lies(drawn.order));
-    device.conv({ x: x.tensor, weight: weight.tensor, bias: bias?.tensor, out, stride, padding });
+    const plan = { x: x.tensor, weight: weight.tensor, bias: bias?.tensor, out, stride, padding };
+    for (const band of convBands(plan, drawn.bandBytes)) device.conv(band);
     assertAccurate(readBack(out), expected, magnitude, dtype);
     out.dispose();
   }
   for (const tensor of [x.tensor, weight.tensor, ...(bias ? [bias.tensor] : [])]) tensor.dispose();
   assert.equal(device.memoryUse().current, before, "memory was not given back");
 }
+
+Deno.test("conv: bands cover a large picture, with input and output of about the size that was asked for", () => {
+  const tensor = (...shape: number[]) => new Tensor(NOWHERE, "f32", shape);
+  const plan = {
+    x: tensor(2, 256, 1024, 1024),
+    weight: tensor(128, 256, 3, 3),
+    out: tensor(2, 128, 1024, 1024),
+    stride: 1,
+    padding: [1, 1, 1, 1],
+  } as const;
+  const bands = convBands(plan, 64 * 2 ** 20);
+  assert.equal(bands.reduce((sum, { out }) => sum + out.size, 0), plan.out.size);
+  for (const { x, out } of bands) assert(4 * (x.size + out.size) <= 1.1 * 64 * 2 ** 20);
+  assert(new Set(bands.map(({ x, padding }) => `${x.shape} ${padding}`)).size <= 4, "layouts come again");
+});
+
+/** For plans that nobody executes. */
+const NOWHERE = {} as Memory;
 
 for (const { name, skip, open } of PROVIDERS) {
   const test = (title: string, body: (device: CpuDevice) => void) =>

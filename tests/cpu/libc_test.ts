@@ -55,7 +55,13 @@ Deno.test("mapping keeps no file descriptor", () =>
     };
     const before = lowestFree();
     const files = Array.from({ length: 100 }, () => mapFile(path));
-    for (let i = 0; i < 100; i++) assert.throws(() => mapFile(path, { expectedBytes: 11 }));
+    const { statSync } = Deno;
+    Deno.statSync = (target) => ({ ...statSync(target), size: 11 }); // as if the file had changed since
+    try {
+      for (let i = 0; i < 100; i++) assert.throws(() => mapFile(path), /should have 11 bytes but has 10/);
+    } finally {
+      Deno.statSync = statSync;
+    }
     // The runtime may open a file of its own meanwhile, but not a hundred.
     assert(lowestFree() - before < 50);
     for (const file of files) file[Symbol.dispose]();
@@ -103,21 +109,6 @@ Deno.test("a sparse file of 24 GiB: bytes beyond 4 GiB are the right ones", () =
     const tail = file.bytes.subarray(size - 2);
     assert.deepEqual([...tail], [0, 14]);
     assert.equal(Deno.UnsafePointer.value(Deno.UnsafePointer.of(tail)), file.pointer + BigInt(size - 2));
-  }));
-
-Deno.test("a file of another size than expected is refused with both sizes", () =>
-  inFolder((folder) => {
-    const path = join(folder, "data");
-    Deno.writeFileSync(path, new Uint8Array(10));
-    for (const expectedBytes of [0, 9, 11]) {
-      assert.throws(
-        () => mapFile(path, { expectedBytes }),
-        (error: unknown) =>
-          error instanceof FfiError && error.message.includes(`${expectedBytes} bytes but has 10`),
-      );
-    }
-    using file = mapFile(path, { expectedBytes: 10 });
-    assert.equal(file.byteLength, 10);
   }));
 
 Deno.test("a file that grows or shrinks between stat and mmap is refused", () =>

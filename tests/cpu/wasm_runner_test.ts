@@ -103,7 +103,13 @@ Deno.test("WasmRunner: text that does not assemble is a typed error with its lin
 Deno.test("openCpu: properties say what computes", async () => {
   using device = await openCpu({ provider: "wasm", threads: 2 });
   const { providers, nativeBfloat16 } = device.properties();
-  assert.equal(providers.matmul, `WebAssembly ${supportsRelaxedSimd() ? "relaxed SIMD" : "SIMD"}, 2 threads`);
+  const wasm = `WebAssembly ${supportsRelaxedSimd() ? "relaxed SIMD" : "SIMD"}, 2 threads`;
+  assert.deepEqual(providers, {
+    matmul: wasm,
+    conv: wasm,
+    "softmax, group norm, activations": wasm,
+    other: "TypeScript",
+  });
   assert.equal(nativeBfloat16, false);
 });
 
@@ -113,7 +119,7 @@ const ROOT = new URL("../../", import.meta.url);
 async function multiplyElsewhere(
   permissions: readonly string[],
   env: Record<string, string> = {},
-): Promise<{ value: number; matmul: string }> {
+): Promise<{ value: number; matmul: string; conv: string; simd: string }> {
   const program = `
     const { openCpu } = await import("./ffi/cpu/open.ts");
     const { Tensor } = await import("./ffi/tensor.ts");
@@ -123,7 +129,8 @@ async function multiplyElsewhere(
     const out = Tensor.empty(device, [300, 300], "f32");
     device.matmul({ a, b: a, out, constant: true });
     const value = new Float32Array((await device.download(out)).buffer)[89999];
-    console.log(JSON.stringify({ value, matmul: device.properties().providers.matmul }));`;
+    const { matmul, conv, "softmax, group norm, activations": simd } = device.properties().providers;
+    console.log(JSON.stringify({ value, matmul, conv, simd }));`;
   const command = new Deno.Command("deno", {
     args: ["run", "--no-prompt", "--no-check", "--ext", "js", ...permissions, "-"],
     cwd: ROOT,
@@ -142,9 +149,37 @@ async function multiplyElsewhere(
 }
 
 Deno.test("openCpu: with no permission at all, one thread of WebAssembly does the work", async () => {
-  const { value, matmul } = await multiplyElsewhere([]);
+  const { value, matmul, conv, simd } = await multiplyElsewhere([]);
   assert.equal(value, 300);
-  assert.match(matmul, /^WebAssembly .*1 thread \(no worker threads: .*read access.*oneDNN cannot be opened/);
+  // Each reason once, where it belongs.
+  assert.match(matmul, /^WebAssembly .*1 thread \(oneDNN cannot be opened/);
+  assert.match(conv, /^WebAssembly [^(]*1 thread$/);
+  assert.match(simd, /^WebAssembly .*1 thread \(no worker threads: .*read access/);
+});
+
+Deno.test("FLUX_CPU_THREADS: a number of threads, or an error that names it and its range", async () => {
+  const variable = "FLUX_CPU_THREADS";
+  const before = Deno.env.get(variable);
+  const most = 4 * navigator.hardwareConcurrency;
+  const description = async (text: string) => {
+    Deno.env.set(variable, text);
+    using device = await openCpu({ provider: "wasm" });
+    return device.properties().providers.conv;
+  };
+  try {
+    for (const text of ["0", "-1", "abc", "3.5", "1e0", "0x2", "Infinity", String(most + 1), "1000"]) {
+      await assert.rejects(description(text), {
+        name: "FfiError",
+        message: `FLUX_CPU_THREADS is "${text}": give a whole number from 1 to ${most}`,
+      });
+    }
+    assert.match(await description("1"), /, 1 thread$/);
+    assert.match(await description(String(most)), new RegExp(`, ${most} threads$`));
+    assert.match(await description(""), new RegExp(`, ${navigator.hardwareConcurrency} thread`));
+  } finally {
+    if (before === undefined) Deno.env.delete(variable);
+    else Deno.env.set(variable, before);
+  }
 });
 
 Deno.test("openCpu: workers need to read their module only, and do not keep the process alive", async () => {
