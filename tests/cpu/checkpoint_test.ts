@@ -260,6 +260,9 @@ Deno.test("no path leaves the model folder: links", () =>
     await writeSafetensors(join(root, "elsewhere", "model.safetensors"), [ramp("a", [1])]);
     symlink("../elsewhere", join(model, "vae"));
     assert.match(modelError(() => openComponent(model, "vae")).message, /leads out/);
+    // Not even the names of what is there are told.
+    Deno.removeSync(join(root, "elsewhere", "model.safetensors"));
+    assert.match(modelError(() => openComponent(model, "vae")).message, /leads out/);
     replaceByLink("nowhere");
     assert.match(modelError(() => openComponent(model, "transformer")).message, /it does not exist/);
     // A model folder that is itself behind a link is the user's choice.

@@ -228,6 +228,14 @@ Deno.test("load: the configs may be missing, the special tokens are then the usu
     assert.deepEqual(bare.encode("A cat, 2 dogs").ids, full.encode("A cat, 2 dogs").ids);
   }));
 
+Deno.test("load: the largest id may be that of an added token", () => {
+  const config = { added_tokens_decoder: { 900: { content: "<extra>" } } };
+  return withTokenizers("tokenizer", { "tokenizer_config.json": JSON.stringify(config) }, (model) => {
+    assert.equal(loadClipTokenizer(model, "tokenizer").maxId, 900);
+    assert.equal(loadClipTokenizer(OWN, "tokenizer").maxId, 713);
+  });
+});
+
 Deno.test("load: a byte order mark in front of merges.txt or vocab.json changes nothing", () => {
   const marked = (name: string) => [name, `\ufeff${Deno.readTextFileSync(join(OWN, "tokenizer", name))}`];
   const changes = Object.fromEntries(["merges.txt", "vocab.json"].map(marked));
