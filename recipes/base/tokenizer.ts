@@ -217,8 +217,7 @@ function makeTokenizer(parts: Parts): TextTokenizer {
   return {
     modelMaxLength,
     special,
-    maxId: [...parts.tokenizer.model!.tokens_to_ids.values(), ...parts.added.map(({ id }) => id)]
-      .reduce((a, b) => Math.max(a, b)),
+    maxId: [...parts.tokenizer.model!.tokens_to_ids.values()].reduce((a, b) => Math.max(a, b)), // with added tokens
     encode(text, maxLength = modelMaxLength) {
       if (!Number.isSafeInteger(maxLength) || maxLength < specials) {
         throw new UsageError(
