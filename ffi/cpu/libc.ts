@@ -23,8 +23,6 @@ const LIBC = {
   mmap: { parameters: ["pointer", "usize", "i32", "i32", "i32", "i64"], result: "pointer" },
   // int munmap(void *addr, size_t length)
   munmap: { parameters: ["pointer", "usize"], result: "i32" },
-  // int madvise(void *addr, size_t length, int advice)
-  madvise: { parameters: ["pointer", "usize", "i32"], result: "i32" },
 } as const satisfies Deno.ForeignLibraryInterface;
 
 // Values of sys/mman.h and fcntl.h. All but O_CLOEXEC are the same on Linux (glibc, musl) and macOS.
@@ -34,13 +32,6 @@ const SEEK_END = 2;
 const PROT_READ = 1;
 const MAP_PRIVATE = 2;
 const MAP_FAILED = 0xffff_ffff_ffff_ffffn;
-const ADVICE = { normal: 0, random: 1, sequential: 2, willneed: 3 } as const;
-
-/** How a mapped range will be used, in madvise's words. "willneed" starts reading it from the disk now. */
-export type Advice = keyof typeof ADVICE;
-
-/** 64 KiB: a multiple of every page size that Linux and macOS use on x86-64 and arm64. */
-const PAGE = 65536;
 
 let libc: OpenedLibrary<typeof LIBC> | null | undefined;
 
@@ -110,22 +101,6 @@ export class MappedFile implements Disposable {
       });
     }
     return Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes));
-  }
-
-  /**
-   * Tells the kernel how a range will be used. Only ever a hint: does nothing for a copy in memory, and a kernel that
-   * refuses it is not an error.
-   */
-  advise(advice: Advice, offset = 0, byteLength: number = this.byteLength - offset): void {
-    const { bytes } = this;
-    if (!this.mapped) return;
-    const from = Math.floor(offset / PAGE) * PAGE; // madvise wants whole pages
-    const address = Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes)) + BigInt(from);
-    openLibc()?.symbols.madvise(
-      Deno.UnsafePointer.create(address),
-      BigInt(offset + byteLength - from),
-      ADVICE[advice],
-    );
   }
 
   /** Unmaps the file. Every view of it becomes empty first, so that a late reader finds nothing, not a segfault. */

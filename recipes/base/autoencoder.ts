@@ -41,12 +41,23 @@ export function spatialFactor(config: AutoencoderConfig): number {
 
 /**
  * Latents to a picture (Kingma & Welling 2013; Rombach et al. 2022; diffusers' `AutoencoderKL.decode`). Takes the
- * transformer's latents: scaling and shift are undone here.
+ * transformer's latents: scaling and shift are undone here. One picture after another, since a picture at full
+ * resolution is what takes the most memory of all.
  *
  * @param latents `[batch, latent_channels, height, width]`.
  * @returns `[batch, 3, factor height, factor width]`, about -1..1, in the weights' dtype.
  */
 export function decode(config: AutoencoderConfig, weights: Weights, ops: Ops, latents: Tensor): Tensor {
+  const [batch] = latents.shape;
+  return latents.device.scope(() =>
+    batch === 1 ? decodeOne(config, weights, ops, latents) : ops.concat(
+      Array.from({ length: batch }, (_, i) => decodeOne(config, weights, ops, latents.narrow(0, i, 1))),
+      0,
+    )
+  );
+}
+
+function decodeOne(config: AutoencoderConfig, weights: Weights, ops: Ops, latents: Tensor): Tensor {
   const decoder = under(weights, "decoder");
   const { dtype } = decoder.get("conv_in.weight");
   return latents.device.scope(() => {

@@ -26,8 +26,6 @@ Deno.test("mapFile shows the bytes of the file, at a page-aligned address", () =
     assert.equal(file.pointer % 4096n, 0n);
     const view = new Deno.UnsafePointerView(Deno.UnsafePointer.create(file.pointer)!);
     assert.equal(view.getUint8(69_999), content[69_999]);
-    file.advise("willneed");
-    file.advise("sequential", 66_000, 100);
   }));
 
 Deno.test("a mapping outlives the file's name, as a rename over it needs", () =>
@@ -78,7 +76,6 @@ Deno.test("after disposal: a typed error, and views that are empty instead of da
     file[Symbol.dispose]();
     assert.throws(() => file.bytes, FfiError);
     assert.throws(() => file.pointer, FfiError);
-    assert.throws(() => file.advise("willneed"), FfiError);
     assert.equal(view.length, 0);
     assert.equal(view[0], undefined);
     assert.equal(floats.length, 0);
@@ -159,7 +156,6 @@ Deno.test({
       assert.deepEqual([...file.bytes], [5, 6, 7]);
       assert.throws(() => file.pointer, FfiError);
       const view = file.bytes.subarray(1);
-      file.advise("willneed"); // nothing to advise
       file[Symbol.dispose]();
       assert.equal(view.length, 0);
       assert.throws(() => file.bytes, FfiError);

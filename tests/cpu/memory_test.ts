@@ -265,15 +265,16 @@ Deno.test("FLUX.1's autoencoder at 1024 x 1024 leaves room in the arena, in floa
         [...autoencoderWeightShapes(config)].map(([name, shape]) => [name, new Tensor(none, dtype, shape)]),
       ),
     );
-    const latents = Tensor.empty(device, [1, 16, 128, 128], "f32");
-    const picture = device.scope(() => decode(config, weights, shapesOnly(), latents));
-    assert.deepEqual(picture.shape, [1, 3, 1024, 1024]);
+    const latents = Tensor.empty(device, [2, 16, 128, 128], "f32");
+    const pair = device.scope(() => decode(config, weights, shapesOnly(), latents));
+    assert.deepEqual(pair.shape, [2, 3, 1024, 1024]);
+    const picture = pair.narrow(0, 0, 1);
     // 256 channels at full size before and after the norm, and 128 behind the convolution.
     const pictures = (2 * 256 + 128) * MIB * (dtype === "f32" ? 4 : 2);
     const { peak, reserved } = device.memoryUse();
-    assert(peak <= pictures + 32 * MIB, `${dtype}: ${peak} bytes`);
+    assert(peak <= pictures + 64 * MIB, `${dtype}: ${peak} bytes`);
     assert(reserved <= 1.25 * peak, `${dtype}: ${reserved} bytes reserved for ${peak}`);
     device.scope(() => encode(config, weights, shapesOnly(), picture));
-    assert(device.memoryUse().peak <= pictures + 32 * MIB);
+    assert(device.memoryUse().peak <= pictures + 64 * MIB);
   }
 });
