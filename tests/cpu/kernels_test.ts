@@ -18,6 +18,7 @@ import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { siluReference } from "../../kernels/silu.ts";
 import { timestepEmbeddingReference } from "../../kernels/timestep_embedding.ts";
 import { toPixelsReference } from "../../kernels/to_pixels.ts";
+import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { assertClose } from "../support/compare.ts";
 import { openReference } from "../support/reference_provider.ts";
@@ -276,4 +277,28 @@ Deno.test("cast rounds f32 to bf16 and f16, and widens both exactly", () => {
       assert.deepEqual([...readFloat32(cast(cast(half, "f32"), "bf16"))], [...readFloat32(half)]);
       assert.equal(cast(x, "f32"), x);
     })));
+});
+
+Deno.test("upsampleNearest: every pixel of every dtype and layout becomes four", () => {
+  using device = openReference();
+  const [batch, channels, height, width] = [2, 3, 4, 5];
+  const count = batch * channels * height * width;
+  const values = Float32Array.from({ length: count }, (_, i) => i - 60);
+  const wide = Tensor.fromFloat32(device, values, [batch, channels, height, width]);
+  const bytes = new Uint8Array(count * 4 + 1);
+  bytes.set(new Uint8Array(values.buffer), 1);
+  const odd = new Tensor(device.place(bytes.subarray(1)), "f32", wide.shape);
+  const strided = Tensor.fromFloat32(device, values, [batch, channels, width, height]).permute([0, 1, 3, 2]);
+  for (const x of [wide, cast(wide, "bf16"), cast(wide, "f16"), odd, strided]) {
+    const from = readFloat32(x);
+    const to = upsampleNearest(x);
+    assert.equal(to.dtype, x.dtype);
+    assert.deepEqual(to.shape, [batch, channels, 2 * height, 2 * width]);
+    for (const [i, y] of readFloat32(to).entries()) {
+      const row = Math.floor(i / (2 * width));
+      const plane = Math.floor(row / (2 * height));
+      const at = (plane * height + (row % (2 * height) >> 1)) * width + (i % (2 * width) >> 1);
+      assert.equal(y, from[at]);
+    }
+  }
 });
