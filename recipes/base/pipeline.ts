@@ -195,9 +195,10 @@ export class FluxPipeline {
 
       await pause();
       const decodeStart = performance.now();
-      await checkFinite(latents);
-      const pixels = own(this.decodeLatents(latents, latentHeight, latentWidth));
-      const bytes = await device.download(pixels);
+      await checkFinite("denoising", latents);
+      const pictures = own(this.decodeLatents(latents, latentHeight, latentWidth));
+      await checkFinite("the autoencoder", pictures);
+      const bytes = await device.download(own(ops.toPixels(pictures)));
       signal?.throwIfAborted();
       const size = height * width * 3;
       return {
@@ -284,14 +285,19 @@ export class FluxPipeline {
     });
   }
 
-  /** Packed latents `[batch, tokens, channels]` to u8 pixels `[batch, height, width, 3]`; the caller frees them. */
+  /**
+   * Packed latents `[batch, tokens, channels]` to pictures.
+   *
+   * @returns f32 `[batch, 3, height, width]`, about -1..1; the caller frees it.
+   */
   decodeLatents(latents: Tensor, latentHeight: number, latentWidth: number): Tensor {
     this.model.checkOpen();
     const { plan: { device, ops, weights, execute }, model: { configs } } = this;
     return device.scope(() =>
       execute("vae", [latents], ([packed]) =>
-        ops.toPixels(
+        ops.cast(
           decode(configs.vae, weights.vae, ops, unpackLatents(ops, packed, latentHeight, latentWidth)),
+          "f32",
         ))
     );
   }
@@ -395,17 +401,13 @@ function repeated(ops: Ops, x: Tensor, images: number): Tensor {
   );
 }
 
-/** NaN would become a black picture: throws {@link ModelError} instead. */
-async function checkFinite(latents: Tensor): Promise<void> {
-  const { buffer, byteOffset } = await latents.device.download(latents);
-  if (!new Float32Array(buffer, byteOffset, latents.size).every(Number.isFinite)) {
-    throw new ModelError(
-      "the model computed NaN or infinity: its weights are damaged, or a number overflowed",
-      {
-        hint:
-          "download the weights again; if that does not help, try float32 (--disable_bf16) or other settings",
-      },
-    );
+/** NaN in an f32 result would become a black picture: throws {@link ModelError} instead. */
+async function checkFinite(part: string, result: Tensor): Promise<void> {
+  const { buffer, byteOffset } = await result.device.download(result);
+  if (!new Float32Array(buffer, byteOffset, result.size).every(Number.isFinite)) {
+    throw new ModelError(`${part} gave NaN or infinity: weights are damaged, or a number overflowed`, {
+      hint: "download the weights again; if that does not help, try float32 (--disable_bf16)",
+    });
   }
 }
 

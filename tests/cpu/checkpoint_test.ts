@@ -16,7 +16,8 @@ import {
   type TensorToWrite,
   writeSafetensors,
 } from "../../recipes/base/safetensors.ts";
-import { inFolder, mkfifo, symlink } from "../support/folders.ts";
+import { inFolder, mkfifo } from "../support/folders.ts";
+import { symlink } from "../support/symlink.ts";
 
 function ramp(name: string, shape: number[]): TensorToWrite {
   const length = shape.reduce((product, size) => product * size, 1);

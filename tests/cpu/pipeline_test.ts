@@ -244,27 +244,33 @@ Deno.test("pipeline does not care what onProgress returns", async () => {
   assert.equal(opened.device.memoryUse().current, before);
 });
 
-Deno.test("pipeline says that the model computed NaN instead of drawing black", () =>
-  withModelCopy("dev-like", async (folder) => {
-    const path = join(folder, "transformer", "diffusion_pytorch_model.safetensors");
-    const bytes = Deno.readFileSync(path);
-    {
-      using file = SafetensorsFile.open(path);
-      const { byteOffset, dtype } = file.info("proj_out.bias");
-      assert.equal(dtype, "bf16");
-      bytes.set([0xc0, 0x7f], byteOffset);
-    }
-    Deno.writeFileSync(path, bytes);
-    using device = await openCpu();
-    using model = await Model.load(folder, device);
-    for (const recipe of [baselineFp32, bfloat16]) {
-      const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), recipe));
-      await assert.rejects(pipeline.generate(QUICK), (error) => {
-        assert.ok(error instanceof ModelError && error.hint);
-        return /NaN or infinity/.test(error.message);
-      });
-    }
-  }));
+for (
+  const [component, weight, part] of [
+    ["text_encoder_2", "encoder.final_layer_norm.weight", "denoising"],
+    ["transformer", "proj_out.bias", "denoising"],
+    ["vae", "decoder.conv_out.bias", "the autoencoder"],
+  ]
+) {
+  Deno.test(`pipeline says that ${part} gave NaN instead of drawing black (${component})`, () =>
+    withModelCopy("dev-like", async (folder) => {
+      const base = component === "text_encoder_2" ? "model" : "diffusion_pytorch_model";
+      const path = join(folder, component, `${base}.safetensors`);
+      const bytes = Deno.readFileSync(path);
+      {
+        using file = SafetensorsFile.open(path);
+        const { byteOffset, dtype } = file.info(weight);
+        assert.equal(dtype, "bf16");
+        bytes.set([0xc0, 0x7f], byteOffset); // NaN
+      }
+      Deno.writeFileSync(path, bytes);
+      for (const recipe of [baselineFp32, bfloat16]) {
+        await assert.rejects(generate(folder, recipe, QUICK), (error) => {
+          assert.ok(error instanceof ModelError && error.hint, Deno.inspect(error));
+          return error.message.startsWith(`${part} gave NaN or infinity`);
+        });
+      }
+    }));
+}
 
 Deno.test("pipeline of a model that was disposed, before or meanwhile, says so", async () => {
   for (const when of [0, 1, 2, "before"]) {

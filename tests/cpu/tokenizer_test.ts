@@ -10,7 +10,8 @@ import fc from "fast-check";
 import { Charsmap } from "../../recipes/base/charsmap.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "../../recipes/base/tokenizer.ts";
 import { ModelError, UsageError } from "../../recipes/base/errors.ts";
-import { copyFolder, inFolder, symlink } from "../support/folders.ts";
+import { copyFolder, inFolder } from "../support/folders.ts";
+import { symlink } from "../support/symlink.ts";
 
 const GOLDEN = fileURLToPath(new URL("../golden/", import.meta.url));
 const DATA = Deno.env.get("FLUX_TEST_DATA") ??

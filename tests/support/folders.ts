@@ -37,21 +37,9 @@ export function editJson(path: string, changes: Record<string, unknown>): void {
   Deno.writeTextFileSync(path, JSON.stringify({ ...JSON.parse(Deno.readTextFileSync(path)), ...changes }));
 }
 
-const SYMBOLS = {
-  symlink: { parameters: ["buffer", "buffer"], result: "i32" },
-  mkfifo: { parameters: ["buffer", "u32"], result: "i32" },
-} as const;
-
-const cString = (value: string) => new TextEncoder().encode(`${value}\0`);
-
-/** A symbolic link, through libc: Deno makes none under --allow-write=<folder>, and the tests ask for no more. */
-export function symlink(target: string, path: string): void {
-  using libc = openLibrary("libc", SYMBOLS, { sonames: LIBC_SONAMES, search: "system" });
-  assert.equal(libc.symbols.symlink(cString(target), cString(path)), 0);
-}
-
 /** A named pipe, which nobody writes to. */
 export function mkfifo(path: string): void {
-  using libc = openLibrary("libc", SYMBOLS, { sonames: LIBC_SONAMES, search: "system" });
-  assert.equal(libc.symbols.mkfifo(cString(path), 0o600), 0);
+  const symbols = { mkfifo: { parameters: ["buffer", "u32"], result: "i32" } } as const;
+  using libc = openLibrary("libc", symbols, { sonames: LIBC_SONAMES, search: "system" });
+  assert.equal(libc.symbols.mkfifo(new TextEncoder().encode(`${path}\0`), 0o600), 0);
 }
