@@ -57,7 +57,7 @@ export class Arena {
   /** Gives a block back and returns its size. Throws {@link FfiError} where no block in use starts. */
   free(start: number): number {
     const size = this.#used.get(start);
-    if (size === undefined) throw new FfiError("cpu: memory was freed twice");
+    if (size === undefined) throw new FfiError(`cpu: no block in use starts at ${start}`);
     this.#used.delete(start);
     const [starts, sizes] = [this.#starts, this.#sizes];
     let at = firstAfter(starts, start);

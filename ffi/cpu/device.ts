@@ -44,8 +44,9 @@ export class CpuDevice implements Device {
   readonly #base: bigint;
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
   readonly #arena = new Arena(ALIGNMENT, MAX_PAGES * PAGE, ALIGNMENT); // offset 0 stays unused: no pointer is null
-  /** Memory for weights that {@link alloc} made: whether it was freed by hand. */
-  readonly #weights = new WeakMap<Memory, { freed: boolean }>();
+  /** What was allocated and not yet freed by hand; and all memory for weights, freed or not. */
+  readonly #live = new WeakSet<Memory>();
+  readonly #weights = new WeakSet<Memory>();
   readonly #collected = new FinalizationRegistry<number>((byteLength) => this.#weightBytes -= byteLength);
   #weightBytes = 0;
   #current = 0;
@@ -116,7 +117,7 @@ export class CpuDevice implements Device {
     }
     this.#current += this.#arena.blockSize(byteLength);
     this.#peak = Math.max(this.#peak, this.#current);
-    return {
+    const memory: CpuMemory = {
       device: this,
       pointer: this.#base + BigInt(offset),
       byteLength,
@@ -124,23 +125,24 @@ export class CpuDevice implements Device {
       byteOffset: offset,
       wasmOffset: offset,
     };
+    this.#live.add(memory);
+    return memory;
   }
 
   free(memory: Memory): void {
     this.#provider?.forget?.(memory);
     const { wasmOffset, buffer } = memory as CpuMemory;
-    if (wasmOffset !== undefined) {
-      this.#current -= this.#arena.free(wasmOffset);
+    const isWeight = this.#weights.has(memory);
+    if (wasmOffset === undefined && !isWeight) return; // placed: the mapping belongs to the checkpoint
+    if (!this.#live.delete(memory)) throw new FfiError("cpu: memory was freed twice");
+    if (isWeight) {
+      this.#collected.unregister(memory);
+      this.#weightBytes -= memory.byteLength;
+      (buffer as ArrayBuffer).transfer(0); // gives the bytes back now; what still looks at them finds nothing
+    } else {
+      this.#current -= this.#arena.free(wasmOffset!);
       this.#scopes.remove(memory);
-      return;
     }
-    const weights = this.#weights.get(memory);
-    if (weights === undefined) return; // placed: the mapping belongs to the checkpoint
-    if (weights.freed) throw new FfiError("cpu: memory was freed twice");
-    weights.freed = true;
-    this.#collected.unregister(memory);
-    this.#weightBytes -= memory.byteLength;
-    (buffer as ArrayBuffer).transfer(0); // gives the bytes back now; what still looks at them finds nothing
   }
 
   scope<T>(body: () => T): T {
@@ -227,7 +229,8 @@ export class CpuDevice implements Device {
     const memory = this.place(
       bytes.subarray(Number(-address & BigInt(ALIGNMENT - 1))).subarray(0, byteLength),
     );
-    this.#weights.set(memory, { freed: false });
+    this.#weights.add(memory);
+    this.#live.add(memory);
     this.#collected.register(memory, byteLength, memory);
     this.#weightBytes += byteLength;
     return memory;

@@ -149,6 +149,7 @@ Deno.test("memory that was freed is used again", () => {
   first.dispose();
   const second = Tensor.empty(device, [1 << 16], "f32");
   assert.equal(second.pointer, pointer);
+  assert.throws(() => first.dispose(), FfiError, "the same place, but not the same memory");
   assert.equal(device.memoryUse().peak, device.memoryUse().current);
 });
 
