@@ -209,6 +209,8 @@ Deno.test("gen_image takes paths from the folder where the user is", async () =>
     ]
       .concat("--ckpt", MODEL, "--output-file", "below.png", "--cache-dir", "cache", "--json"),
     cwd: folder,
+    clearEnv: true, // `deno task` passes on the INIT_CWD of a task around it, such as the one that runs this test
+    env: { PATH: Deno.env.get("PATH") ?? "", HOME: Deno.env.get("HOME") ?? "" },
   }).output();
   assert.equal(code, 0, new TextDecoder().decode(stderr));
   assert.equal(JSON.parse(new TextDecoder().decode(stdout)).path, join(folder, "below.png"));
