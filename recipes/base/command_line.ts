@@ -8,6 +8,7 @@ import process from "node:process";
 import { isAbsolute, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { FileError, FluxError, UsageError } from "./errors.ts";
+import { MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
 
 /** The repository's folder. */
 const ROOT = fileURLToPath(new URL("../..", import.meta.url)).replace(/\/$/, "");
@@ -29,12 +30,11 @@ const LATER_FLAGS: Readonly<Record<string, string>> = {
 };
 
 /** A parser of option values for commander: whole numbers from `least` to `most`. */
-export function wholeNumber(least: number, most = Number.MAX_SAFE_INTEGER): (text: string) => number {
+export function wholeNumber(least: number, most: number): (text: string) => number {
   return (text) => {
     const value = Number(text);
     if (!/^[+-]?\d+$/.test(text) || value < least || value > most) {
-      const range = most === Number.MAX_SAFE_INTEGER ? `of ${least} or more` : `from ${least} to ${most}`;
-      throw new InvalidArgumentError(`Give a whole number ${range}.`);
+      throw new InvalidArgumentError(`Give a whole number from ${least} to ${most}.`);
     }
     return value;
   };
@@ -110,7 +110,7 @@ export function createParser(name: string, description: string) {
     .option(
       "--num_inference_steps <n>",
       "denoising steps; default 4, and 28 for models with guidance (dev)",
-      wholeNumber(1, 1000),
+      wholeNumber(1, MAX_STEPS),
     )
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .addOption(
@@ -121,18 +121,18 @@ export function createParser(name: string, description: string) {
     .option(
       "--height <pixels>",
       "default: what the model was made for (1024 for FLUX.1)",
-      wholeNumber(1, 8192),
+      wholeNumber(1, MAX_SIDE),
     )
     .option(
       "--width <pixels>",
       "default: what the model was made for (1024 for FLUX.1)",
-      wholeNumber(1, 8192),
+      wholeNumber(1, MAX_SIDE),
     )
     .option("--guidance_scale <x>", "for models with guidance (dev); default 3.5", finiteNumber)
     .option(
       "--max_sequence_length <n>",
       "T5 tokens; default 256, and 512 for models with guidance",
-      wholeNumber(1, 512),
+      wholeNumber(1, MAX_SEQUENCE_LENGTH),
     )
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .option("--json", "print one JSON object instead of a line")

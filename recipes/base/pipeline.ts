@@ -99,10 +99,10 @@ interface Conditions {
 }
 
 /** T5 knows no more positions in FLUX.1's training. */
-const MAX_SEQUENCE_LENGTH = 512;
+export const MAX_SEQUENCE_LENGTH = 512;
 /** Of height and width. More than any model draws, little enough to say no in time. */
-const MAX_SIDE = 8192;
-const MAX_STEPS = 1000;
+export const MAX_SIDE = 8192;
+export const MAX_STEPS = 1000;
 const MAX_IMAGES = 1000;
 
 /** Text to image: tokenize, encode, denoise, decode (diffusers' `pipelines/flux/pipeline_flux.py`). */
