@@ -7,7 +7,7 @@ import torch
 
 def orthogonalize(matrices):
     """The nearest semi-orthogonal matrices to a stack (n, rows, columns), by five Newton-Schulz steps."""
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)  # CPUs are slow in bfloat16
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

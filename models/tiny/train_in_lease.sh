@@ -3,7 +3,7 @@
 # The chain runs detached; each call watches it for a while and brings out what there is. So: one call after the
 # other, without a pause, each a little shorter than the longest that is allowed.
 #
-#   bash models/tiny/train_in_lease.sh SECONDS [STAGES]
+#   bash models/tiny/train_in_lease.sh SECONDS [STAGES]     (SECONDS: 540 where a call may take 600)
 #
 # SECONDS  how long this call watches
 # STAGES   file:of:stages, default models/tiny/chain.txt: one line `stage seconds options` each, run in order
@@ -47,7 +47,10 @@ for _ in $(seq "$watch"); do
   sleep 1
   grep -q "CHAIN DONE\|CHAIN FAILED" "$work/log" && break
 done
-cp "$work/log" "$work"/state/*.jpg "$out"/ 2>/dev/null || true
+# At most eight files come back.
+for file in log state/teacher_128.jpg state/teacher_256.jpg state/student_4.jpg; do
+  cp "$work/$file" "$out"/ 2>/dev/null || true
+done
 # The newest exported model travels with every call, so that a machine that is taken away costs one stage only.
 if [ "$work/model/transformer/diffusion_pytorch_model.safetensors" -nt "$work/started" ]; then
   tar cf - -C "$work/model" transformer text_encoder text_encoder_2 vae scheduler model_index.json |
