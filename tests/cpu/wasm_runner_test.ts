@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { fileURLToPath } from "node:url";
 import { supportsRelaxedSimd } from "../../ffi/cpu/assembler.ts";
 import type { CpuDevice } from "../../ffi/cpu/device.ts";
 import { openCpu } from "../../ffi/cpu/open.ts";
@@ -183,7 +184,7 @@ Deno.test("FLUX_CPU_THREADS: a number of threads, or an error that names it and 
 });
 
 Deno.test("openCpu: workers need to read their module only, and do not keep the process alive", async () => {
-  const folder = new URL("ffi/cpu", ROOT).pathname;
+  const folder = fileURLToPath(new URL("ffi/cpu", ROOT));
   const { value, matmul } = await multiplyElsewhere([`--allow-read=${folder}`]);
   assert.equal(value, 300);
   assert.match(matmul, /^WebAssembly .*2 threads \(oneDNN cannot be opened/);
