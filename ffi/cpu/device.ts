@@ -129,6 +129,20 @@ export class CpuDevice implements Device {
     return memory;
   }
 
+  /** Runs a provider's work with an allocator whose memory is given back afterwards, whatever scope is open. */
+  withScratch(body: (scratch: (byteLength: number) => CpuMemory) => void): void {
+    const taken: CpuMemory[] = [];
+    try {
+      body((byteLength) => {
+        const memory = this.reserve(byteLength);
+        taken.push(memory);
+        return memory;
+      });
+    } finally {
+      for (const memory of taken) this.free(memory);
+    }
+  }
+
   free(memory: Memory): void {
     this.#provider?.forget?.(memory);
     const { wasmOffset, buffer } = memory as CpuMemory;

@@ -4,7 +4,7 @@ import { ShapeError } from "../errors.ts";
 import { Tensor } from "../tensor.ts";
 import { type Allocate, Converter, copyRange, extentOf, wasmAddress } from "./convert.ts";
 import { describeCpu } from "./describe.ts";
-import type { CpuDevice, CpuMemory } from "./device.ts";
+import type { CpuDevice } from "./device.ts";
 import {
   type ConvLayouts,
   type Layout,
@@ -70,7 +70,7 @@ export class OneDnnProvider implements CpuProvider {
     // Results are rows of `out`; into any other form they are stored afterwards.
     const direct = (out.strides[1] === 1 || n === 1) && (out.dtype === "f32" || compute === "bf16");
 
-    this.#withScratch((scratch) => {
+    this.device.withScratch((scratch) => {
       const x = this.#operand(a, compute, scratch);
       const result = direct ? out : new Tensor(scratch(m * n * 4), "f32", [m, n]);
       const layouts = {
@@ -96,7 +96,7 @@ export class OneDnnProvider implements CpuProvider {
     const compute = this.#dnnl.nativeBfloat16 && x.dtype === weight.dtype ? x.dtype : "f32";
     const direct = out.dtype === "f32" || compute === "bf16";
 
-    this.#withScratch((scratch) => {
+    this.device.withScratch((scratch) => {
       const picture = this.#operand(x, compute, scratch);
       // A result that is rounded afterwards is made with the strides of `out`, densely.
       const result = direct ? out : denseLike(out, scratch);
@@ -192,20 +192,6 @@ export class OneDnnProvider implements CpuProvider {
     return isReference(primitive) ? this.#dnnl.conv(free) : primitive;
   }
 
-  /** Runs `body` with an allocator whose memory is given back afterwards. */
-  #withScratch(body: (scratch: Allocate) => void): void {
-    const taken: CpuMemory[] = [];
-    try {
-      body((bytes) => {
-        const memory = this.device.reserve(bytes);
-        taken.push(memory);
-        return memory;
-      });
-    } finally {
-      for (const memory of taken) this.device.free(memory);
-    }
-  }
-
   /** A tensor in the dtype that is computed in, at an address that fits its elements: itself, or a copy. */
   #operand(tensor: Tensor, compute: DType, scratch: Allocate): Tensor {
     if (tensor.dtype !== compute) return this.#convert.float32(tensor, scratch);
@@ -235,7 +221,7 @@ export class OneDnnProvider implements CpuProvider {
     const byteLength = this.#dnnl.byteLength(layout);
     return this.#packed.get(weight, `layout ${index}`, byteLength, () => {
       const packed = alignedBytes(byteLength);
-      this.#withScratch((scratch) => {
+      this.device.withScratch((scratch) => {
         const source = this.#operand(view, compute, scratch);
         const plain = this.#dnnl.describe(weightLayout(source));
         this.#dnnl.execute(this.#dnnl.reorder(plain, layout), [source.pointer, packed.pointer]);

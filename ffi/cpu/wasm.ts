@@ -102,7 +102,7 @@ export class WasmProvider implements CpuProvider {
     requireFloat("matmul", a, b, out, bias);
     const left = operand(a, false);
     const right = operand(b, constant);
-    this.#withScratch((scratch) => {
+    this.device.withScratch((scratch) => {
       // Results are stored along their rows; where those are the columns of `out`, its transpose is computed.
       const transposed = out.strides[1] !== 1 && n > 1;
       if (transposed && out.strides[0] !== 1 && m > 1) {
@@ -156,7 +156,7 @@ export class WasmProvider implements CpuProvider {
     const pointwise = kernelHeight === 1 && kernelWidth === 1 && stride === 1 &&
       top + left + bottom + right === 0;
 
-    this.#withScratch((scratch) => {
+    this.device.withScratch((scratch) => {
       const wide = this.#convert.float32(x, scratch);
       const picture = wasmAddress(wide)!;
       const table = pointwise ? 0 : this.#tapTable(scratch, wide, order.taps);
@@ -230,20 +230,6 @@ export class WasmProvider implements CpuProvider {
   [Symbol.dispose](): void {
     this.#packed.clear();
     this.device.free(this.#zeros);
-  }
-
-  /** Runs `body` with an allocator whose memory is given back afterwards. */
-  #withScratch(body: (scratch: Allocate) => void): void {
-    const taken: CpuMemory[] = [];
-    try {
-      body((bytes) => {
-        const memory = this.device.reserve(bytes);
-        taken.push(memory);
-        return memory;
-      });
-    } finally {
-      for (const memory of taken) this.device.free(memory);
-    }
   }
 
   /** Where a product is stored: `out` itself, or f32 scratch that `finish` rounds into it. */
@@ -334,7 +320,7 @@ export class WasmProvider implements CpuProvider {
       return;
     }
     // Weights lie where the checkpoint is mapped: bring them into reach in pieces.
-    this.#withScratch((scratch) => {
+    this.device.withScratch((scratch) => {
       const rowBytes = Math.max(rowStride, 1) * size;
       const piece = Math.max(1, Math.floor(CHUNK_BYTES / 4 / rowBytes / width)) * width;
       const extent = (rows: number) => (rows - 1) * rowStride + (k - 1) * kStride + 1;
