@@ -1,6 +1,6 @@
 import { createHash } from "node:crypto";
 import { join } from "node:path";
-import { FluxError } from "./errors.ts";
+import { messageOf } from "./errors.ts";
 import { writeFileAtomicSync } from "./files.ts";
 
 /** Length of the SHA-256 that an entry begins with. */
@@ -54,7 +54,7 @@ export class DiskCache {
 
   #giveUp(verb: string, error: unknown): void {
     this.#unusable = true;
-    this.onWarning(`the cache in ${this.folder} cannot be ${verb}, going on without it: ${reasonOf(error)}`);
+    this.onWarning(`the cache in ${this.folder} cannot be ${verb}, going on without it: ${messageOf(error)}`);
   }
 }
 
@@ -74,9 +74,4 @@ function concatenated(head: Uint8Array, tail: Uint8Array): Uint8Array {
   all.set(head);
   all.set(tail, head.length);
   return all;
-}
-
-function reasonOf(error: unknown): string {
-  if (error instanceof FluxError) return error.message;
-  return error instanceof Error ? error.message : String(error);
 }

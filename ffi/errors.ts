@@ -28,3 +28,8 @@ export class OutOfMemoryError extends FfiError {}
 
 /** A file that could not be read or written; the message names the path and the reason. */
 export class FileError extends FluxError {}
+
+/** What was thrown, in its own words; anything can be thrown. */
+export function messageOf(thrown: unknown): string {
+  return thrown instanceof Error ? thrown.message : String(thrown);
+}

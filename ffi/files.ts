@@ -1,17 +1,52 @@
 /** Writing a file so that its path holds either the old content or all of the new one. */
 
 import { basename, dirname, join } from "node:path";
-import { FileError } from "./errors.ts";
+import { FileError, messageOf } from "./errors.ts";
 
 /** Between two chunks an abort is noticed. */
 const CHUNK_BYTES = 1 << 20;
 
 /**
- * Writes `bytes` to a temporary file beside `path`, flushes it to the disk and renames it over `path`, with an existing
- * file's mode; a symbolic link stays and its target is replaced. After any failure or abort the temporary file is gone
- * and an existing file is as it was. A program that wants the same of
- * Ctrl-C listens for SIGINT and aborts `signal`; a process that is killed outright can leave a temporary file
- * (".name.xxxxxxxx.tmp"), never a half-written `path`.
+ * Puts what `write` writes into the place of `path`: into a temporary file beside it, which is flushed to the disk and
+ * renamed over `path`, with an existing file's mode; a symbolic link stays and its target is replaced. After any failure
+ * or abort the temporary file is gone and an existing file is as it was. A process that is killed outright can leave a
+ * temporary file (".name.xxxxxxxx.tmp"), never a half-written `path`.
+ * @throws FileError where `path` is a folder or a device; what `write` throws; the signal's reason when it is aborted
+ * before the rename; Deno's errors of the disk.
+ */
+export async function replaceFile(
+  path: string,
+  write: (file: Deno.FsFile) => Promise<void>,
+  signal?: AbortSignal,
+): Promise<void> {
+  const target = await targetOf(path);
+  const temporary = temporaryBeside(target.path);
+  const file = await Deno.open(temporary, { write: true, createNew: true });
+  try {
+    if (target.mode !== undefined) await Deno.chmod(temporary, target.mode);
+    await write(file);
+    await file.sync();
+    signal?.throwIfAborted();
+    file.close();
+    // Synchronous: nothing can come between the last look at the signal and the rename.
+    Deno.renameSync(temporary, target.path);
+  } catch (error) {
+    discard(file, temporary);
+    throw error;
+  }
+}
+
+/** Writes all of `bytes` in chunks; throws the signal's reason between two of them when it is aborted. */
+export async function writeAll(file: Deno.FsFile, bytes: Uint8Array, signal?: AbortSignal): Promise<void> {
+  for (let offset = 0; offset < bytes.length;) {
+    offset += await file.write(bytes.subarray(offset, offset + CHUNK_BYTES));
+    signal?.throwIfAborted();
+  }
+}
+
+/**
+ * Writes `bytes` to `path` as {@link replaceFile} does. A program that wants to leave nothing behind on Ctrl-C listens
+ * for SIGINT and aborts `signal`.
  * @throws FileError with path and reason: missing folder, no permission, full disk, not a regular file.
  * @throws the signal's reason when it is aborted before the rename.
  */
@@ -22,27 +57,9 @@ export async function writeFileAtomic(
 ): Promise<void> {
   const { signal } = options;
   signal?.throwIfAborted();
-  let temporary = "";
-  let file: Deno.FsFile | undefined;
   try {
-    const target = await targetOf(path);
-    temporary = temporaryBeside(target.path);
-    file = await Deno.open(temporary, { write: true, createNew: true });
-    if (target.mode !== undefined) await Deno.chmod(temporary, target.mode);
-    for (let offset = 0; offset < bytes.length;) {
-      offset += await file.write(bytes.subarray(offset, offset + CHUNK_BYTES));
-      signal?.throwIfAborted();
-    }
-    await file.sync();
-    signal?.throwIfAborted();
-    file.close();
-    // From here on synchronous: nothing can come between the rename and forgetting the temporary file.
-    Deno.renameSync(temporary, target.path);
-    file = undefined;
+    await replaceFile(path, (file) => writeAll(file, bytes, signal), signal);
   } catch (error) {
-    if (file !== undefined) {
-      discard(file, temporary);
-    }
     if (error instanceof FileError || (signal?.aborted && error === signal.reason)) throw error;
     throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
   }
@@ -130,5 +147,5 @@ function reasonOf(error: unknown, path: string): string {
   }
   if (code === "ENOSPC" || code === "EDQUOT") return "the disk is full; free some space or give another path";
   if (code === "ENAMETOOLONG") return "the file name is too long; give a shorter one";
-  return error instanceof Error ? error.message : String(error);
+  return messageOf(error);
 }

@@ -5,7 +5,7 @@
  * wheels' folders are on nobody's default path. {@link candidatePaths} lists the places in one fixed order,
  * {@link openLibrary} tries them, and one {@link LibraryNotFoundError} names all that was tried.
  */
-import { FfiError } from "./errors.ts";
+import { FfiError, messageOf } from "./errors.ts";
 
 /** A place where a library may be: a folder, or the dynamic loader's own search (`folder` undefined). */
 export interface Place {
@@ -231,8 +231,10 @@ function requireFfi(name: string): void {
 
 /** The loader's own words, without Deno's prefixes (which it repeats). */
 function loaderReason(error: unknown): string {
-  const text = error instanceof Error ? error.message : String(error);
-  return text.replace(/^(Could not open library: )+/, "").replace(/^Failed to register symbol \S+: /, "")
+  return messageOf(error).replace(/^(Could not open library: )+/, "").replace(
+    /^Failed to register symbol \S+: /,
+    "",
+  )
     .trim();
 }
 

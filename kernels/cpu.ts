@@ -1,4 +1,4 @@
-import { wasmAddress } from "../ffi/cpu/convert.ts";
+import { extentOf, wasmAddress } from "../ffi/cpu/convert.ts";
 import { CpuDevice, isAligned, viewOf } from "../ffi/cpu/device.ts";
 import { dtypeBytes } from "../ffi/dtype.ts";
 import { ShapeError } from "../ffi/errors.ts";
@@ -133,8 +133,8 @@ export function copyStrided(out: Tensor, tensor: Tensor): void {
   if (tensor.size === 0) return;
   const unit = ({ 1: "u8", 2: "bf16", 4: "i32" } as const)[dtypeBytes(tensor.dtype)];
   if (unit === undefined) throw new ShapeError(`cpu: no strided copy of ${tensor}`);
-  const source = viewOf(tensor, unit, span(tensor));
-  const target = viewOf(out, unit, span(out));
+  const source = viewOf(tensor, unit, extentOf(tensor));
+  const target = viewOf(out, unit, extentOf(out));
   const width = tensor.shape.at(-1) ?? 1;
   const [fromStep, toStep] = [tensor.strides.at(-1) ?? 1, out.strides.at(-1) ?? 1];
   const walk = (dim: number, from: number, to: number): void => {
@@ -149,11 +149,6 @@ export function copyStrided(out: Tensor, tensor: Tensor): void {
     }
   };
   walk(0, 0, 0);
-}
-
-/** Elements from a tensor's first to its last in memory. */
-function span(tensor: Tensor): number {
-  return tensor.shape.reduce((last, size, dim) => last + (size - 1) * tensor.strides[dim], 1);
 }
 
 /** Strided elements, converted. */

@@ -1,5 +1,5 @@
 import type { DiskCache } from "../cache.ts";
-import { FfiError } from "../errors.ts";
+import { FfiError, messageOf } from "../errors.ts";
 
 /** Turns WebAssembly text into a binary module; see {@link loadAssembler}. */
 export interface Assembler {
@@ -53,7 +53,7 @@ export async function load(relaxed: boolean): Promise<Assembler> {
           module.destroy();
         }
       } catch (cause) {
-        throw new FfiError(`${name} does not assemble: ${cause instanceof Error ? cause.message : cause}`, {
+        throw new FfiError(`${name} does not assemble: ${messageOf(cause)}`, {
           cause,
         });
       }

@@ -14,7 +14,7 @@ import {
   type Primitive,
 } from "./onednn.ts";
 import { PackedCache } from "./packed_cache.ts";
-import type { CpuProvider } from "./provider.ts";
+import { type CpuProvider, requireFloat } from "./provider.ts";
 import type { WasmRunner } from "./runner.ts";
 import { readVector } from "./vector.ts";
 
@@ -295,12 +295,4 @@ function alignedBytes(byteLength: number): Packed {
   const bytes = new Uint8Array(byteLength + 64);
   const start = Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes));
   return { bytes, pointer: (start + 63n) & ~63n };
-}
-
-function requireFloat(op: string, ...tensors: (Tensor | undefined)[]): void {
-  for (const tensor of tensors) {
-    if (tensor !== undefined && tensor.dtype !== "f32" && tensor.dtype !== "bf16") {
-      throw new ShapeError(`${op}: takes f32 and bf16, not ${tensor}`);
-    }
-  }
 }

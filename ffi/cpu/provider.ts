@@ -1,4 +1,6 @@
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory } from "../device.ts";
+import { ShapeError } from "../errors.ts";
+import type { Tensor } from "../tensor.ts";
 
 /**
  * What computes matrix products and convolutions on the CPU: oneDNN where a libdnnl is found, else WebAssembly.
@@ -14,4 +16,13 @@ export interface CpuProvider extends Disposable {
   packedBytes?(): number;
   /** Gives packed weights in the device's WebAssembly memory back; false where there are none. */
   trim?(): boolean;
+}
+
+/** Throws {@link ShapeError} with the name of the call unless all tensors are of a dtype that providers compute in. */
+export function requireFloat(op: string, ...tensors: (Tensor | undefined)[]): void {
+  for (const tensor of tensors) {
+    if (tensor !== undefined && tensor.dtype !== "f32" && tensor.dtype !== "bf16") {
+      throw new ShapeError(`${op}: takes f32 and bf16, not ${tensor}`);
+    }
+  }
 }

@@ -1,5 +1,5 @@
 import { Worker } from "node:worker_threads";
-import { FfiError } from "../errors.ts";
+import { FfiError, messageOf } from "../errors.ts";
 import type { Assembler } from "./assembler.ts";
 import { JobBoard, type KernelAddress, type KernelFunction, type WorkerData } from "./job_board.ts";
 
@@ -86,7 +86,7 @@ export class WasmRunner implements Disposable {
       }
     } catch (cause) {
       throw new FfiError(
-        `${name} is refused by this engine: ${cause instanceof Error ? cause.message : cause}`,
+        `${name} is refused by this engine: ${messageOf(cause)}`,
         {
           cause,
         },
@@ -110,7 +110,7 @@ export class WasmRunner implements Disposable {
         for (let job = 0; job < jobs; job++) kernel.call(job, ...args);
       }
     } catch (cause) {
-      throw new FfiError(`${kernel.name} failed: ${cause instanceof Error ? cause.message : cause}`, {
+      throw new FfiError(`${kernel.name} failed: ${messageOf(cause)}`, {
         cause,
       });
     }
@@ -135,7 +135,7 @@ export class WasmRunner implements Disposable {
           this.#workers.push(worker);
         }
       } catch (error) {
-        this.#problem = `no worker threads: ${error instanceof Error ? error.message : error}`;
+        this.#problem = `no worker threads: ${messageOf(error)}`;
       }
     }
     return this.#board.ready > 0;

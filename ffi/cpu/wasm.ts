@@ -8,7 +8,7 @@ import { describeCpu } from "./describe.ts";
 import type { CpuDevice, CpuMemory } from "./device.ts";
 import MATMUL_WAT from "./matmul.wat" with { type: "text" };
 import { PackedCache } from "./packed_cache.ts";
-import type { CpuProvider } from "./provider.ts";
+import { type CpuProvider, requireFloat } from "./provider.ts";
 import type { Kernel, WasmRunner } from "./runner.ts";
 import { readVector } from "./vector.ts";
 
@@ -429,14 +429,6 @@ function narrowImage(pictures: Tensor, index: number): Tensor {
 function operand(tensor: Tensor, constant: boolean): Operand {
   const [rows] = tensor.shape;
   return { tensor, rows, rowStride: tensor.strides[0], kStride: tensor.strides[1], constant };
-}
-
-function requireFloat(op: string, ...tensors: (Tensor | undefined)[]): void {
-  for (const tensor of tensors) {
-    if (tensor !== undefined && tensor.dtype !== "f32" && tensor.dtype !== "bf16") {
-      throw new ShapeError(`${op}: takes f32 and bf16, not ${tensor}`);
-    }
-  }
 }
 
 function unsupported(op: string, tensor: Tensor): ShapeError {

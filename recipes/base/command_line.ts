@@ -7,7 +7,7 @@ import { SingleBar } from "cli-progress";
 import process from "node:process";
 import { isAbsolute, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
-import { FileError, FluxError, UsageError } from "./errors.ts";
+import { FileError, FluxError, messageOf, UsageError } from "./errors.ts";
 import { MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
 
 /** The repository's folder. */
@@ -177,7 +177,7 @@ export function printLine(text: string): void {
     for (let written = 0; written < bytes.length;) written += Deno.stdout.writeSync(bytes.subarray(written));
   } catch (cause) {
     if (cause instanceof Deno.errors.BrokenPipe) return; // the reader has left; the work is done
-    throw new FileError(`the result cannot be printed: ${cause instanceof Error ? cause.message : cause}`, {
+    throw new FileError(`the result cannot be printed: ${messageOf(cause)}`, {
       cause,
     });
   }

@@ -1,6 +1,6 @@
-import { FileError, FluxError } from "../../ffi/errors.ts";
+import { FileError, FluxError, messageOf } from "../../ffi/errors.ts";
 
-export { FileError, FluxError };
+export { FileError, FluxError, messageOf };
 
 /** A wrong flag, argument or option value: the caller has to change the call. Exit code 2. */
 export class UsageError extends FluxError {

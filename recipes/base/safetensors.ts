@@ -7,7 +7,8 @@
  * duplicate keys are refused; also unknown keys of a tensor are, because they show that a file means something else.
  */
 import { mapFile, type MappedFile } from "../../ffi/cpu/libc.ts";
-import { FluxError } from "./errors.ts";
+import { replaceFile, writeAll } from "../../ffi/files.ts";
+import { FluxError, messageOf } from "./errors.ts";
 import { JsonNumber, parseStrictJson, type StrictJson, StrictJsonError } from "./strict_json.ts";
 
 /**
@@ -367,7 +368,7 @@ export class SafetensorsFile implements Disposable {
     try {
       file = mapFile(path);
     } catch (cause) {
-      const reason = cause instanceof Error ? cause.message : String(cause);
+      const reason = messageOf(cause);
       throw new SafetensorsError(path, "open", `cannot be opened: ${reason}`, {
         cause,
         hint: cause instanceof FluxError && cause.hint
@@ -497,25 +498,14 @@ export async function writeSafetensors(
     metadata instanceof Map ? metadata : new Map(Object.entries(metadata)),
   );
 
-  const temporary = `${path}.${crypto.randomUUID()}.partial`;
-  const file = await Deno.open(temporary, { write: true, createNew: true });
-  try {
-    try {
-      await writeAll(file, header);
-      for (const tensor of sorted) {
-        const bytes = typeof tensor.bytes === "function" ? await tensor.bytes() : tensor.bytes;
-        checkByteLength(path, tensor, bytes);
-        await writeAll(file, bytes);
-      }
-      await file.sync();
-    } finally {
-      file.close();
+  await replaceFile(path, async (file) => {
+    await writeAll(file, header);
+    for (const tensor of sorted) {
+      const bytes = typeof tensor.bytes === "function" ? await tensor.bytes() : tensor.bytes;
+      checkByteLength(path, tensor, bytes);
+      await writeAll(file, bytes);
     }
-    await Deno.rename(temporary, path);
-  } catch (error) {
-    await Deno.remove(temporary).catch(() => {}); // the first error is the one to tell
-    throw error;
-  }
+  });
 }
 
 function encodeHeader(
@@ -585,14 +575,4 @@ function compareNames(a: string, b: string): number {
     if (left[i] !== right[i]) return left[i] - right[i];
   }
   return left.length - right.length;
-}
-
-/** At most this much goes into one write call: some systems take no more than 2 GiB, and Ctrl-C gets its turn. */
-const WRITE_CHUNK = 16 * 1024 * 1024;
-
-async function writeAll(file: Deno.FsFile, bytes: Uint8Array): Promise<void> {
-  let written = 0;
-  while (written < bytes.byteLength) {
-    written += await file.write(bytes.subarray(written, written + WRITE_CHUNK));
-  }
 }

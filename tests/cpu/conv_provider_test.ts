@@ -6,10 +6,10 @@ import type { Memory } from "../../ffi/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import {
   assertAccurate,
+  forEachProvider,
   noise,
   type Placement,
   poisoned,
-  PROVIDERS,
   readBack,
   sample,
 } from "../support/providers.ts";
@@ -139,17 +139,7 @@ Deno.test("conv: bands cover a large picture, with input and output of about the
 /** For plans that nobody executes. */
 const NOWHERE = {} as Memory;
 
-for (const { name, skip, open } of PROVIDERS) {
-  const test = (title: string, body: (device: CpuDevice) => void) =>
-    Deno.test({
-      name: `conv, ${name}: ${title}${skip === undefined ? "" : ` (skipped: ${skip})`}`,
-      ignore: skip !== undefined,
-      fn: async () => {
-        using device = await open();
-        body(device);
-      },
-    });
-
+forEachProvider("conv", (test) => {
   test("agrees with float64 at any shape, layout, padding and dtype", (device) => {
     fc.assert(fc.property(cases, (drawn) => check(device, drawn)), { numRuns: 80 });
   });
@@ -172,4 +162,4 @@ for (const { name, skip, open } of PROVIDERS) {
       seed: 1,
     });
   });
-}
+});

@@ -4,10 +4,10 @@ import type { CpuDevice } from "../../ffi/cpu/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import {
   assertAccurate,
+  forEachProvider,
   noise,
   type Placement,
   poisoned,
-  PROVIDERS,
   readBack,
   sample,
 } from "../support/providers.ts";
@@ -82,17 +82,7 @@ function check(device: CpuDevice, { m, n, k, dtypes, a, b, out, alpha, constant,
   assert.equal(device.memoryUse().current, before, "memory was not given back");
 }
 
-for (const { name, skip, open } of PROVIDERS) {
-  const test = (title: string, body: (device: CpuDevice) => void) =>
-    Deno.test({
-      name: `matmul, ${name}: ${title}${skip === undefined ? "" : ` (skipped: ${skip})`}`,
-      ignore: skip !== undefined,
-      fn: async () => {
-        using device = await open();
-        body(device);
-      },
-    });
-
+forEachProvider("matmul", (test) => {
   test("agrees with float64 at any shape, layout and dtype", (device) => {
     fc.assert(fc.property(cases, (drawn) => check(device, drawn)), { numRuns: 150 });
   });
@@ -145,4 +135,4 @@ for (const { name, skip, open } of PROVIDERS) {
     device[Symbol.dispose]();
     assert.throws(() => device.matmul({ a: x, b: x, out: x }), { name: "FfiError", message: /closed/ });
   });
-}
+});

@@ -31,6 +31,25 @@ export const PROVIDERS: readonly {
   { name: "WebAssembly without relaxed SIMD", skip: undefined, open: openPlainSimd },
 ];
 
+/** Defines a test `<op>, <provider>: <title>` for a provider; skipped, with a word, where it is not installed. */
+export type DefineTest = (title: string, body: (device: CpuDevice) => void) => void;
+
+/** Calls `define` for every provider, with how to define a test of `op` on it. */
+export function forEachProvider(op: string, define: (test: DefineTest) => void): void {
+  for (const { name, skip, open } of PROVIDERS) {
+    define((title, body) =>
+      Deno.test({
+        name: `${op}, ${name}: ${title}${skip === undefined ? "" : ` (skipped: ${skip})`}`,
+        ignore: skip !== undefined,
+        fn: async () => {
+          using device = await open();
+          body(device);
+        },
+      })
+    );
+  }
+}
+
 async function openWarm(): Promise<CpuDevice> {
   const device = await openCpu({ provider: "wasm", threads: 3 });
   await device.runner?.warm();
