@@ -205,7 +205,7 @@ def tokenize(tokenizers, captions, length=T5_LENGTH):
 
 
 class TinyFlux(torch.nn.Module):
-    """Both text encoders and the transformer, for pictures of one side in pixels; calls them as FluxPipeline does."""
+    """Both text encoders and the transformer, for pictures of one side in pixels; at SIDE it is what FluxPipeline calls."""
 
     def __init__(self, t5_vocabulary, clip_vocabulary, side=SIDE):
         super().__init__()
@@ -214,7 +214,8 @@ class TinyFlux(torch.nn.Module):
         self.t5 = build_t5(t5_vocabulary)
         self.clip = build_clip(clip_vocabulary)
         self.transformer = build_transformer()
-        row = torch.arange(grid)
+        # Smaller pictures are seen as coarser ones: a place has the same coordinates at every size.
+        row = (torch.arange(grid) + 0.5) * (SIDE / side) - 0.5
         image_ids = torch.stack([torch.zeros(grid, grid), row[:, None].expand(grid, grid), row.expand(grid, grid)], -1)
         self.register_buffer("image_ids", image_ids.reshape(-1, 3), persistent=False)
 
@@ -281,6 +282,9 @@ def save_model(folder, model, autoencoder):
         before = next(part.parameters()).dtype
         part.to(torch.bfloat16).save_pretrained(folder / name)
         part.to(before)
+        config = json.loads((folder / name / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where it was loaded from concerns nobody else
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_scheduler().save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", {
         "_class_name": "FluxPipeline",

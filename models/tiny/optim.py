@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters, lr, momentum=0.95):
-        super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
+        super().__init__(list(parameters), {"lr": torch.tensor(lr), "momentum": momentum})
         self.by_shape = {}
         for parameter in self.param_groups[0]["params"]:
             self.by_shape.setdefault(parameter.shape, []).append(parameter)
@@ -39,33 +39,43 @@ class Muon(torch.optim.Optimizer):
             velocities = [self.velocity[p] for p in parameters]
             torch._foreach_lerp_(velocities, gradients, 1 - momentum)
             ahead = torch._foreach_lerp(gradients, velocities, momentum)
-            updates = orthogonalize(torch.stack(ahead)).float() * (0.2 * max(shape) ** 0.5)
-            torch._foreach_add_(parameters, list(updates.unbind(0)), alpha=-lr)
+            updates = orthogonalize(torch.stack(ahead)).float() * (lr * (0.2 * max(shape) ** 0.5))
+            torch._foreach_sub_(parameters, list(updates.unbind(0)))
 
 
 class Optimizers:
-    """Both optimizers under one schedule: a short warm-up in steps, then constant, then linear to zero in time."""
+    """Both optimizers under one schedule: a short warm-up in steps, then constant, then linear to zero in time.
+
+    On a GPU the rates are tensors there and :meth:`step` launches kernels only, so that a CUDA graph can hold it.
+    """
 
     def __init__(self, named_parameters, muon_lr, adam_lr, warmup=200, decay_from=0.45):
         hidden, other = [], []
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 (hidden if is_hidden_matrix(name, parameter) else other).append(parameter)
-        fused = other[0].is_cuda
+        on_gpu = other[0].is_cuda
         self.parts = [(Muon(hidden, muon_lr), muon_lr)] if hidden else []
-        self.parts.append((torch.optim.AdamW(other, adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused), adam_lr))
+        adam = torch.optim.AdamW(other, torch.tensor(adam_lr), betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu, capturable=on_gpu)
+        self.parts.append((adam, adam_lr))
+        for part, lr in self.parts:
+            part.param_groups[0]["lr"] = torch.tensor(lr, device=other[0].device)
         self.parameters = hidden + other
         self.warmup, self.decay_from, self.steps = warmup, decay_from, 0
 
-    def step(self, progress):
-        """One step; progress is the part of the time budget that is used up."""
+    def schedule(self, progress):
+        """Sets the rates of the next step; progress is the part of the time budget that is used up."""
         factor = min(1.0, (self.steps + 1) / self.warmup, max(0.0, (1 - progress) / (1 - self.decay_from)))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part, lr in self.parts:
-            part.param_groups[0]["lr"] = lr * factor
+            part.param_groups[0]["lr"].fill_(lr * factor)
+        self.steps += 1
+
+    def step(self):
+        """One step, after which there are no gradients; returns their norm."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part, _ in self.parts:
             part.step()
             part.zero_grad(set_to_none=True)
-        self.steps += 1
         return norm
 
 
@@ -82,9 +92,17 @@ class Average:
     def __init__(self, module, decay):
         self.module = copy.deepcopy(module).requires_grad_(False)
         self.decay, self.steps = decay, 0
+        self.share = torch.zeros((), device=next(module.parameters()).device)
+
+    def schedule(self):
+        """Sets the share of the next update: large at first, while everything changes."""
+        self.share.fill_(1 - min(self.decay, (1 + self.steps) / (10 + self.steps)))
+        self.steps += 1
 
     @torch.no_grad()
     def update(self, module):
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.module.parameters()), [p.detach() for p in module.parameters()], 1 - decay)
-        self.steps += 1
+        """Moves towards the module's parameters; kernels only, as :meth:`Optimizers.step`."""
+        mine = list(self.module.parameters())
+        ahead = torch._foreach_sub([p.detach() for p in module.parameters()], mine)
+        torch._foreach_mul_(ahead, self.share)
+        torch._foreach_add_(mine, ahead)

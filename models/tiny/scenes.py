@@ -72,6 +72,17 @@ class Painter:
                     canvas[rows] = self.over(canvas[rows], sprites[pictures[rows, slot]], places[rows, slot])
         return canvas * 2 - 1
 
+    def labels(self, pictures, places, grid):
+        """Which picture is on top at each place of a (grid, grid) raster: (B, grid * grid), index + 1, 0 where none is."""
+        labels = torch.zeros(len(pictures), grid * grid, dtype=torch.int16, device=self.device)
+        clear = torch.zeros(len(pictures), 3, grid, grid, device=self.device)
+        for slot in range(pictures.shape[1]):
+            mask = self.levels[-1][pictures[:, slot].clamp(min=0), 3:].expand(-1, 4, -1, -1).float()
+            mask = (self.over(clear, mask, places[:, slot].where(places[:, slot] != 0, 1e-3))[:, 0] > 0.5).flatten(1)
+            mask &= pictures[:, slot, None] >= 0
+            labels = torch.where(mask, (pictures[:, slot, None] + 1).short(), labels)
+        return labels
+
     def over(self, canvas, sprites, places):
         """Each sprite (N, 4, s, s) over its canvas (N, 3, h, h)."""
         x, y, size, angle = places.unbind(1)

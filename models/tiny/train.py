@@ -19,7 +19,8 @@ from diffusers import AutoencoderKL
 
 import distill
 import model as tiny
-from captions import Composer, load_nouns
+from captions import MAX_OBJECTS, Composer, load_nouns
+from hints import Hints
 from optim import Average, Optimizers
 from scenes import Painter, as_arrays, contact_sheet, to_image
 
@@ -50,6 +51,8 @@ def arguments():
     parser.add_argument("--side", type=int, default=tiny.SIDE, help="pixels of a picture's side, of all stages from the teacher on")
     parser.add_argument("--fresh", type=int, default=8, help="steps of the teacher for each batch of new scenes")
     parser.add_argument("--first", type=int, default=32_768, help="latents to wait for before the teacher starts")
+    parser.add_argument("--hint", type=float, default=0.05, help="weight of the teacher's second task (hints.py)")
+    parser.add_argument("--text", type=int, default=tiny.T5_LENGTH, help="tokens that the teacher's captions are padded to")
     parser.add_argument("--resume", action="store_true", help="the teacher starts from state/teacher.pt, else from the model folder")
     parser.add_argument("--no-compile", action="store_true")
     return parser.parse_args()
@@ -142,7 +145,9 @@ def train_autoencoder(args, device):
             mean, logvar = latent.mean.float(), latent.logvar.float()
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
             (reconstruction + 3e-4 * divergence).backward()
-            optimizers.step(clock.progress)
+            optimizers.schedule(clock.progress)
+            optimizers.step()
+            average.schedule()
             average.update(autoencoder)
             clock.log(step, batch, loss=reconstruction, kl=divergence, mse=F.mse_loss(output.detach().float(), target))
             step += 1
@@ -181,13 +186,13 @@ def load_autoencoder(args, device):
 
 @torch.no_grad()
 def encode_scenes(autoencoder, painter, chunk, device, side):
-    """A chunk of scenes as normalised packed latents (B, tokens, 64) in bfloat16, and its ids."""
+    """A chunk of scenes as normalised packed latents (B, tokens, 64) in bfloat16, their labels, pictures and ids."""
     background, pictures, places, *ids = (t.to(device, non_blocking=True) for t in chunk)
     scenes = painter.paint(background, pictures, places, side).contiguous(memory_format=torch.channels_last)
     with autocast(device):
         latents = torch.cat([autoencoder.encode(part).latent_dist.mode() for part in scenes.split(128)])
     latents = (latents.float() - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
-    return tiny.pack(latents).to(torch.bfloat16), ids
+    return tiny.pack(latents).to(torch.bfloat16), painter.labels(pictures, places, side // tiny.TOKEN_SIDE), pictures.short(), *ids
 
 
 @torch.no_grad()
@@ -212,30 +217,44 @@ class Pool:
         if not args.no_compile:
             self.autoencoder.encoder.compile()
         self.latents = torch.empty(self.size, tokens, 64, dtype=torch.bfloat16, device=device)
-        self.t5 = torch.empty(self.size, tiny.T5_LENGTH, dtype=torch.int16, device=device)
-        self.clip = torch.empty(self.size, 77, dtype=torch.int16, device=device)
+        self.labels, self.pictures, self.t5, self.clip = (
+            torch.empty(self.size, width, dtype=torch.int16, device=device)
+            for width in (tokens, MAX_OBJECTS, tiny.T5_LENGTH, 77)
+        )
         start = time.time()
         while self.filled < min(args.first, self.size):
             self.refresh()
         print(f"latents of deviation {self.latents[:chunk].float().std():.3f}")
         print(f"{self.filled} scenes encoded in {time.time() - start:.1f} s", flush=True)
 
+    def stores(self):
+        return self.latents, self.labels, self.pictures, self.t5, self.clip
+
     def refresh(self):
         """Encodes one more chunk, in place of the oldest once the pool is full."""
-        latents, (t5, clip) = encode_scenes(self.autoencoder, self.painter, next(self.chunks), self.device, self.side)
-        place = slice(self.at, self.at + self.chunk)
-        self.latents[place], self.t5[place], self.clip[place] = latents, t5, clip
+        chunk = encode_scenes(self.autoencoder, self.painter, next(self.chunks), self.device, self.side)
+        for store, rows in zip(self.stores(), chunk):
+            store[self.at:self.at + self.chunk] = rows
         self.at = (self.at + self.chunk) % self.size
         self.filled = min(self.filled + self.chunk, self.size)
 
-    def batch(self, count):
-        rows = torch.randint(0, self.filled, (count,), device=self.device)
-        return self.latents[rows].float(), self.t5[rows].long(), self.clip[rows].long()
+    def rows(self, count):
+        return torch.randint(0, self.filled, (count,), device=self.device)
+
+    def batch(self, rows):
+        """Latents (B, tokens, 64), labels (B, tokens), pictures (B, MAX_OBJECTS) and both ids."""
+        latents, *integers = (store[rows] for store in self.stores())
+        return latents.float(), *(i.long() for i in integers)
 
 
 def padded(t5_ids, length):
-    """T5 ids padded further: FluxPipeline shows the padding to the transformer, so its length matters."""
+    """T5 ids padded further, or less: FluxPipeline shows the padding to the transformer, so its length matters."""
     return F.pad(t5_ids, (0, length - t5_ids.shape[1]))
+
+
+def save_state(args, name, module):
+    """Rounded to bfloat16, as what is exported is: half the bytes to carry from machine to machine."""
+    torch.save({k: v.to(torch.bfloat16) for k, v in module.state_dict().items()}, Path(args.state) / f"{name}.pt")
 
 
 def noise_levels(count, device):
@@ -244,58 +263,104 @@ def noise_levels(count, device):
     return torch.where(torch.rand(count, device=device) < 0.15, torch.rand(count, device=device), sigma)
 
 
-def text_length(step):
-    """Mostly the model's own length; now and then those that other programs pad to."""
-    return {7: 512, 24: 128, 41: 256}.get(step % 50, tiny.T5_LENGTH)
+def text_length(step, usual=tiny.T5_LENGTH):
+    """Mostly the usual length; now and then, if it is the model's own, those that other programs pad to."""
+    return (512, 128, 512, 256)[step // 40 % 4] if usual == tiny.T5_LENGTH and step % 40 == 20 else usual
 
 
-def stance(length):
+def stance(usual):
     """Compiled code for the usual length only; the rare ones are not worth their compilation."""
-    return torch.compiler.set_stance("default" if length == tiny.T5_LENGTH else "force_eager")
+    return torch.compiler.set_stance("default" if usual else "force_eager")
 
 
 def train_teacher(args, device):
     clock = Clock(args.seconds)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded (see Recorded)
     tokenizers = tiny.load_tokenizers(args.model)
     batch = args.batch or 512
     model = tiny.TinyFlux(len(tokenizers[0]), len(tokenizers[1]), args.side).to(device)
+    hints = Hints(len(load_nouns())).to(device)
     if args.resume:
         saved = Path(args.state) / "teacher.pt"
         if saved.exists():
             model.load_state_dict(torch.load(saved, map_location=device))
+            hints.load_state_dict(torch.load(Path(args.state) / "hints.pt", map_location=device))
         else:
             model.load(args.model)
     pool = Pool(args, device, tokenizers, batch, model.tokens)
     average = Average(model, 0.9995)
     if not args.no_compile:
         model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    optimizers = Optimizers(model.named_parameters(), args.muon_lr, args.adam_lr)
+    hints.tap(model.transformer)
+    optimizers = Optimizers([*model.named_parameters(), *hints.named_parameters()], args.muon_lr, args.adam_lr)
     empty = [ids.to(device) for ids in tiny.tokenize(tokenizers, [""])]
-    step, saved = 0, time.time()
-    while clock.progress < 1:
-        length = text_length(step)
-        count = batch if length == tiny.T5_LENGTH else max(1, batch * 64 // length // 2)
-        image, t5_ids, clip_ids = pool.batch(count)
-        drop = torch.rand(count, 1, device=device) < 0.1
-        t5_ids, clip_ids = torch.where(drop, empty[0], t5_ids), torch.where(drop, empty[1], clip_ids)
-        noise, sigma = torch.randn_like(image), noise_levels(count, device)
+
+    def one_step(rows, length):
+        """Forward, backward and update on these rows of the pool; device work only."""
+        image, labels, pictures, t5_ids, clip_ids = pool.batch(rows)
+        told = torch.rand(len(rows), device=device) >= 0.1
+        t5_ids, clip_ids = torch.where(told[:, None], t5_ids, empty[0]), torch.where(told[:, None], clip_ids, empty[1])
+        noise, sigma = torch.randn_like(image), noise_levels(len(rows), device)
         latents = image + sigma[:, None, None] * (noise - image)
-        with autocast(device), stance(length):
+        with autocast(device):
             text = model.encode(padded(t5_ids, length), clip_ids)
             velocity = model.velocity(latents, sigma, *text)
+            seen, said = hints.loss(labels, pictures, told, padded(t5_ids, length), *text)
         loss = (velocity.float() - (noise - image)).square().mean()
-        loss.backward()
-        norm = optimizers.step(clock.progress)
+        (loss + args.hint * (seen + said)).backward()
+        norm = optimizers.step()
         average.update(model)
+        return {"loss": loss.detach(), "seen": seen.detach(), "said": said.detach(), "norm": norm}
+
+    usual_step = one_step if device.type == "cpu" else Recorded(one_step, batch)
+    step, saved = 0, time.time()
+    while clock.progress < 1:
+        optimizers.schedule(clock.progress)
+        average.schedule()
+        length = text_length(step, args.text)
+        if length == args.text:
+            count = batch
+            values = usual_step(pool.rows(count), length)
+        else:
+            count = max(1, batch * 128 // length)
+            with stance(False):
+                values = one_step(pool.rows(count), length)
         if step % args.fresh == 0:
             pool.refresh()
-        clock.log(step, count, loss=loss, norm=norm, progress=clock.progress)
+        clock.log(step, count, **values, progress=clock.progress)
         if time.time() - saved > 60:
-            torch.save(average.module.state_dict(), Path(args.state) / "teacher.pt")
+            save_state(args, "teacher", average.module)
+            save_state(args, "hints", hints)
             saved = time.time()
         step += 1
-    torch.save(average.module.state_dict(), Path(args.state) / "teacher.pt")
+    save_state(args, "teacher", average.module)
+    save_state(args, "hints", hints)
+    print(f"{step} steps")
     write_sheet(args, device, average.module, tokenizers, pool.autoencoder, f"teacher_{args.side}", steps=16, guidance=args.guidance)
+
+
+class Recorded:
+    """A step as one CUDA graph: a small model's step is thousands of short kernels, and launching them would take longer
+    than running them.  The first calls run as they are and compile; then one is recorded."""
+
+    def __init__(self, step, count):
+        self.step, self.calls, self.graph = step, 0, None
+        self.rows = torch.zeros(count, dtype=torch.int64, device="cuda")
+
+    def __call__(self, rows, length):
+        self.calls += 1
+        if self.calls <= 12:
+            return self.step(rows, length)
+        self.rows.copy_(rows)
+        if self.graph is None:
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                self.values = self.step(self.rows, length)
+            print("step recorded", flush=True)
+        self.graph.replay()
+        return self.values
 
 
 @torch.no_grad()
@@ -347,19 +412,21 @@ def train_student(args, device):
             refills += 1
             continue
         length = text_length(step)
-        count = batch if length == tiny.T5_LENGTH else max(1, batch * 64 // length // 2)
+        count = batch if length == tiny.T5_LENGTH else max(1, batch * 128 // length)
         latents, sigma, target, t5_ids, clip_ids = windows.batch(count)
-        with autocast(device), stance(length):
+        with autocast(device), stance(length == tiny.T5_LENGTH):
             with torch.no_grad():
                 text = student.encode(padded(t5_ids, length), clip_ids)
             velocity = student.velocity(latents, sigma, *text)
         loss = (velocity.float() - target).square().mean()
         loss.backward()
-        norm = optimizers.step(clock.progress)
+        optimizers.schedule(clock.progress)
+        norm = optimizers.step()
+        average.schedule()
         average.update(student)
         clock.log(step, count, loss=loss, norm=norm, refills=refills, progress=clock.progress)
         step += 1
-    torch.save(average.module.state_dict(), Path(args.state) / "student.pt")
+    save_state(args, "student", average.module)
     autoencoder = load_autoencoder(args, device)
     for steps in (1, 2, 4, 8, 28):
         write_sheet(args, device, average.module, tokenizers, autoencoder, f"student_{steps}", steps)

@@ -22,6 +22,7 @@ out=${OUT:?a folder for what comes back}
 if [ ! -e "$work/started" ]; then
   mkdir -p "$work/state"
   cp -r models/tiny "$work/model"
+  cp .tiny/state/* "$work/state" 2>/dev/null || true  # what an earlier machine left
   cp "$stages" "$work/chain.txt"
   if ls .tiny/*.whl >/dev/null 2>&1; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" .tiny/*.whl
@@ -47,13 +48,15 @@ for _ in $(seq "$watch"); do
   sleep 1
   grep -q "CHAIN DONE\|CHAIN FAILED" "$work/log" && break
 done
-# At most eight files come back.
+# At most eight files come back.  The newest state, or model once one is exported, travels with every call, so that a
+# machine that is taken away costs a minute of training: `cat state.tar.* | tar x -C .tiny/state`, and --resume.
 for file in log state/teacher_128.jpg state/teacher_256.jpg state/student_4.jpg; do
   cp "$work/$file" "$out"/ 2>/dev/null || true
 done
-# The newest exported model travels with every call, so that a machine that is taken away costs one stage only.
 if [ "$work/model/transformer/diffusion_pytorch_model.safetensors" -nt "$work/started" ]; then
   tar cf - -C "$work/model" transformer text_encoder text_encoder_2 vae scheduler model_index.json |
     split -b 15M - "$out/model.tar."
+elif [ -e "$work/state/teacher.pt" ]; then
+  tar cf - -C "$work/state" teacher.pt hints.pt | split -b 15M - "$out/state.tar."
 fi
-grep -E "^==|step .*0/s|right:|PSNR|exported|encoded|Error|CHAIN" "$work/log" | tail -n 40
+grep -E "^==|step |steps|right:|PSNR|exported|encoded|Error|CHAIN" "$work/log" | tail -n 60
