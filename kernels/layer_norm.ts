@@ -1,6 +1,12 @@
+import { Float } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
+import { contiguous } from "./contiguous.ts";
 import { onCpu } from "./cpu.ts";
+import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
+import LAYER_NORM_CU from "./layer_norm.cu" with { type: "text" };
+
+const SOURCE = { name: "layer_norm.cu", text: LAYER_NORM_CU };
 
 /**
  * Layer norm over the last dimension (Ba et al. 2016): zero mean, unit variance, then `* weight + bias` if given.
@@ -15,6 +21,21 @@ export function layerNorm(x: Tensor, eps: number, weight?: Tensor, bias?: Tensor
   if (weight !== undefined) expectShape("layerNorm", "weight", weight, [hidden]);
   if (bias !== undefined) expectShape("layerNorm", "bias", bias, [hidden]);
   const out = Tensor.empty(x.device, x.shape, x.dtype);
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    const source = contiguous(x);
+    const width = vectorWidth(hidden, [out, source, weight, bias]);
+    const block = blockSize(gpu, hidden / width);
+    launch(gpu, SOURCE, {
+      entry: "layerNorm",
+      types: { T: x.dtype },
+      constants: { N: width, VECTORS: Math.ceil(hidden / (width * block)) },
+      grid: x.size / hidden,
+      block,
+      args: [out, source, weight, bias, hidden, new Float(eps)],
+    });
+    return out;
+  }
   return onCpu(out, [x, weight, bias], (o, xs, w, b) => layerNormReference(o, xs, w, b, hidden, eps));
 }
 

@@ -1,0 +1,99 @@
+/**
+ * What a GPU has beyond a {@link Device}: modules of compiled kernels, launches, library attention, events and recorded
+ * graphs. CUDA and HIP have the same verbs; kernels/ and recipes/ know this interface only.
+ */
+import type { Device } from "./device.ts";
+import type { Tensor } from "./tensor.ts";
+
+/** A kernel file: its name for messages and cache entries, and its text. */
+export interface KernelSource {
+  readonly name: string;
+  readonly text: string;
+}
+
+/** A compiled `extern "C" __global__` function. */
+export interface GpuKernel {
+  /** `"file.cu:entry"`, for messages. */
+  readonly name: string;
+}
+
+/** An argument that C sees as `float`; plain numbers are `int`s. */
+export class Float {
+  constructor(readonly value: number) {}
+}
+
+/**
+ * A kernel's argument: a tensor is the address of its first element, undefined a null pointer, a whole number an `int`,
+ * a bigint a `long long`, a {@link Float} a `float`.
+ */
+export type KernelArgument = Tensor | undefined | number | bigint | Float;
+
+/** Blocks of a grid or threads of a block: x, or x and more. */
+export type Dim3 = number | readonly [number, number] | readonly [number, number, number];
+
+export interface Launch {
+  readonly grid: Dim3;
+  readonly block: Dim3;
+  /** Bytes of dynamic shared memory; none when left out. */
+  readonly shared?: number;
+}
+
+/**
+ * Attention by a vendor library: `softmax(scale * q k^T) v` per head. `q` and `out` are `[batch, queries, heads,
+ * headDim]`, `k` and `v` `[batch, keys, heads, headDim]`; the last dimension is dense, the others may be strided.
+ */
+export interface AttentionPlan {
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v: Tensor;
+  readonly out: Tensor;
+  readonly scale: number;
+}
+
+/** A mark in the order of the work. */
+export interface GpuEvent extends Disposable {
+  /** Milliseconds on the device from `earlier` to this one; waits for both. */
+  since(earlier: GpuEvent): number;
+}
+
+/** Recorded work. Replaying runs the same kernels on the same addresses. */
+export interface Graph extends Disposable {
+  replay(): void;
+}
+
+/** What a GPU says of itself that launches depend on. */
+export interface GpuLimits {
+  readonly multiprocessors: number;
+  /** Threads that run in step: 32 on NVIDIA GPUs, 64 on AMD's compute GPUs. */
+  readonly warpSize: number;
+  /** Bytes of shared memory that one block can have at most. */
+  readonly sharedBytesPerBlock: number;
+}
+
+export interface GpuDevice extends Device {
+  readonly kind: "cuda" | "hip";
+  readonly limits: GpuLimits;
+
+  /**
+   * One kernel of a file, compiled at its first use and kept on the disk. Throws {@link FfiError} with the compiler's
+   * log.
+   */
+  kernel(source: KernelSource, entry: string): GpuKernel;
+  launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void;
+
+  /** Runs the plan in a library and returns true, or returns false where none takes these dtypes and sizes. */
+  attention(plan: AttentionPlan): boolean;
+
+  /** Marks the end of the work issued so far. */
+  event(): GpuEvent;
+  /**
+   * Records the work that `body` issues instead of running it. Memory that the recording uses must not be freed or used
+   * otherwise while the graph is in use.
+   */
+  record(body: () => void): Graph;
+}
+
+/** Whether kernels are launched on this device (else it is the CPU). */
+export function isGpu(device: Device): device is GpuDevice {
+  return device.kind !== "cpu";
+}

@@ -1,0 +1,102 @@
+import { type DType, dtypeBytes } from "../ffi/dtype.ts";
+import { ShapeError } from "../ffi/errors.ts";
+import {
+  type Dim3,
+  type GpuDevice,
+  type GpuKernel,
+  isGpu,
+  type KernelArgument,
+  type KernelSource,
+} from "../ffi/gpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import COMMON from "./common.cuh" with { type: "text" };
+
+/** The names of dtypes in common.cuh. */
+const C_TYPES: Partial<Record<DType, string>> = {
+  f32: "float",
+  bf16: "bf16",
+  f16: "f16",
+  f8e4m3: "f8e4m3",
+  f8e5m2: "f8e5m2",
+  i32: "int",
+  u8: "unsigned char",
+};
+
+/** Where a .cu file takes in common.cuh, and, behind it, the types and constants that a launch chooses. */
+const INCLUDE = '#include "common.cuh"';
+
+export interface GpuLaunch {
+  readonly entry: string;
+  /** Types that the file's text leaves open, e.g. `{ T: "bf16" }`: `using T = bf16;`. */
+  readonly types: Readonly<Record<string, DType>>;
+  /** Whole numbers that it leaves open, e.g. `{ N: 8 }`: `constexpr int N = 8;`. */
+  readonly constants?: Readonly<Record<string, number>>;
+  readonly grid: Dim3;
+  readonly block: Dim3;
+  /** Bytes of dynamic shared memory. */
+  readonly shared?: number;
+  readonly args: readonly KernelArgument[];
+}
+
+/** The GPU that a tensor lies on, or undefined for the CPU. */
+export function gpuOf(tensor: Tensor): GpuDevice | undefined {
+  return isGpu(tensor.device) ? tensor.device : undefined;
+}
+
+const compiled = new WeakMap<GpuDevice, Map<string, GpuKernel>>();
+
+/**
+ * Compiles (once) and launches a kernel of a .cu file with the types and constants filled in.
+ * Throws {@link ShapeError} for a dtype that kernels do not know.
+ */
+export function launch(gpu: GpuDevice, source: KernelSource, options: GpuLaunch): void {
+  const { entry, types, constants = {}, grid, block, shared, args } = options;
+  let kernels = compiled.get(gpu);
+  if (kernels === undefined) compiled.set(gpu, kernels = new Map());
+  const key = `${source.name}:${entry} ${Object.values(types)} ${Object.values(constants)}`;
+  let kernel = kernels.get(key);
+  if (kernel === undefined) {
+    kernel = gpu.kernel(specialize(source, types, constants), entry);
+    kernels.set(key, kernel);
+  }
+  gpu.launch(kernel, shared === undefined ? { grid, block } : { grid, block, shared }, args);
+}
+
+/** The file's text with common.cuh, types and constants in the place of its include line. */
+export function specialize(
+  source: KernelSource,
+  types: Readonly<Record<string, DType>>,
+  constants: Readonly<Record<string, number>>,
+): KernelSource {
+  const lines = [COMMON];
+  for (const [name, dtype] of Object.entries(types)) {
+    const known = C_TYPES[dtype];
+    if (known === undefined) throw new ShapeError(`${source.name}: no kernel takes ${dtype}`);
+    lines.push(`using ${name} = ${known};`);
+  }
+  for (const [name, value] of Object.entries(constants)) lines.push(`constexpr int ${name} = ${value};`);
+  return { name: source.name, text: source.text.replace(INCLUDE, () => lines.join("\n")) };
+}
+
+/**
+ * Elements that a kernel may move at a time along a dimension of `length`: 16 bytes of the widest dtype, or 1 where the
+ * length, a stride or an address is no multiple of that. The last dimension of each tensor is dense.
+ */
+export function vectorWidth(length: number, tensors: readonly (Tensor | undefined)[]): number {
+  const present = tensors.filter((tensor) => tensor !== undefined);
+  const width = 16 / Math.max(...present.map(({ dtype }) => dtypeBytes(dtype)));
+  const fits = length % width === 0 &&
+    present.every((tensor) =>
+      tensor.pointer % BigInt(width * dtypeBytes(tensor.dtype)) === 0n &&
+      tensor.strides.every((stride, dim) =>
+        dim === tensor.rank - 1 || tensor.shape[dim] === 1 || stride % width === 0
+      )
+    );
+  return fits ? width : 1;
+}
+
+/** Threads for a block that walks `items` things: whole warps, at most `most`. */
+export function blockSize(gpu: GpuDevice, items: number, most = 256): number {
+  const { warpSize } = gpu.limits;
+  return Math.min(most, Math.max(1, Math.ceil(items / warpSize)) * warpSize);
+}
