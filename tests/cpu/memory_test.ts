@@ -1,7 +1,7 @@
 /** The CPU device's memory: the arena of activations, weights beside it, and what the autoencoder holds at once. */
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import { Arena } from "../../ffi/cpu/arena.ts";
+import { Arena } from "../../ffi/arena.ts";
 import { type CpuDevice, type CpuMemory, viewOf } from "../../ffi/cpu/device.ts";
 import { openCpu } from "../../ffi/cpu/open.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";

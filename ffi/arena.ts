@@ -1,4 +1,4 @@
-import { FfiError } from "../errors.ts";
+import { FfiError } from "./errors.ts";
 
 /**
  * Hands out ranges of one long piece of memory: best fit among the free ranges, which lie sorted by address and merge
@@ -57,7 +57,7 @@ export class Arena {
   /** Gives a block back and returns its size. Throws {@link FfiError} where no block in use starts. */
   free(start: number): number {
     const size = this.#used.get(start);
-    if (size === undefined) throw new FfiError(`cpu: no block in use starts at ${start}`);
+    if (size === undefined) throw new FfiError(`memory: no block in use starts at ${start}`);
     this.#used.delete(start);
     const [starts, sizes] = [this.#starts, this.#sizes];
     let at = firstAfter(starts, start);

@@ -1,0 +1,64 @@
+/** C's layouts in memory: structs of `int`s, and the arguments of a kernel. Little-endian, as all our machines are. */
+import { FfiError } from "./errors.ts";
+import { Float, type KernelArgument } from "./gpu.ts";
+import type { Tensor } from "./tensor.ts";
+
+/** A struct of `byteLength` bytes that is zero but for 32-bit integers at the given offsets (in bytes). */
+export function intStruct(
+  byteLength: number,
+  fields: readonly (readonly [offset: number, value: number])[],
+): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(byteLength);
+  const view = new DataView(bytes.buffer);
+  for (const [offset, value] of fields) view.setInt32(offset, value, true);
+  return bytes;
+}
+
+/** What a kernel's parameters can take at most, in bytes (CUDA C++ Programming Guide, function parameters). */
+const MOST_BYTES = 4096;
+
+/**
+ * A kernel's arguments, one behind the other at multiples of their own size: the layout of its parameters on the
+ * device. One buffer serves all launches, since a driver copies the arguments before the launch returns.
+ */
+export class ArgumentBuffer {
+  readonly buffer = new ArrayBuffer(MOST_BYTES);
+  /** Address of the buffer, which stays where it is. */
+  readonly address: bigint = Deno.UnsafePointer.value(Deno.UnsafePointer.of(new Uint8Array(this.buffer)));
+  readonly #ints = new Int32Array(this.buffer);
+  readonly #floats = new Float32Array(this.buffer);
+  readonly #longs = new BigInt64Array(this.buffer);
+  readonly #pointers = new BigUint64Array(this.buffer);
+
+  /**
+   * Writes the arguments and returns how many bytes they take.
+   *
+   * @param kernel its name, for messages. @param device on which all tensors must lie.
+   * @throws {FfiError} for a number that is no 32-bit integer, a tensor of another device, or too many arguments
+   */
+  pack(args: readonly KernelArgument[], kernel: string, device: Tensor["device"]): number {
+    let at = 0; // in units of 4 bytes
+    if (args.length * 8 > MOST_BYTES) throw new FfiError(`${kernel}: ${args.length} arguments are too many`);
+    for (let i = 0; i < args.length; i++) {
+      const arg = args[i];
+      if (typeof arg === "number") {
+        if ((arg | 0) !== arg) throw new FfiError(`${kernel}: argument ${i}, ${arg}, is no 32-bit integer`);
+        this.#ints[at++] = arg;
+      } else if (arg instanceof Float) {
+        this.#floats[at++] = arg.value;
+      } else {
+        at += at & 1;
+        if (typeof arg === "bigint") this.#longs[at >> 1] = arg;
+        else if (arg === undefined) this.#pointers[at >> 1] = 0n;
+        else {
+          if (arg.memory.device !== device) {
+            throw new FfiError(`${kernel}: argument ${i}, ${arg}, lies on ${arg.device.name}`);
+          }
+          this.#pointers[at >> 1] = arg.pointer;
+        }
+        at += 2;
+      }
+    }
+    return at * 4;
+  }
+}
