@@ -62,19 +62,24 @@ export function launch(gpu: GpuDevice, source: KernelSource, options: GpuLaunch)
   gpu.launch(kernel, shared === undefined ? { grid, block } : { grid, block, shared }, args);
 }
 
-/** The file's text with common.cuh, types and constants in the place of its include line. */
+/**
+ * The file's text with common.cuh, types and constants in the place of its include line. Compilers still speak of lines
+ * by the numbers that they have in the files.
+ */
 export function specialize(
   source: KernelSource,
   types: Readonly<Record<string, DType>>,
   constants: Readonly<Record<string, number>>,
 ): KernelSource {
-  const lines = [COMMON];
+  const lines = ['#line 1 "common.cuh"', COMMON];
   for (const [name, dtype] of Object.entries(types)) {
     const known = C_TYPES[dtype];
     if (known === undefined) throw new ShapeError(`${source.name}: no kernel takes ${dtype}`);
     lines.push(`using ${name} = ${known};`);
   }
   for (const [name, value] of Object.entries(constants)) lines.push(`constexpr int ${name} = ${value};`);
+  const includeAt = source.text.split(INCLUDE, 1)[0].split("\n").length;
+  lines.push(`#line ${includeAt + 1} "${source.name}"`);
   return { name: source.name, text: source.text.replace(INCLUDE, () => lines.join("\n")) };
 }
 

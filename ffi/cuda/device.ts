@@ -1,0 +1,616 @@
+import { setImmediate } from "node:timers";
+import type { DiskCache } from "../cache.ts";
+import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "../device.ts";
+import { FfiError, OutOfMemoryError } from "../errors.ts";
+import type {
+  AttentionPlan,
+  Dim3,
+  GpuDevice,
+  GpuEvent,
+  GpuKernel,
+  GpuLimits,
+  Graph,
+  KernelArgument,
+  KernelSource,
+  Launch,
+} from "../gpu.ts";
+import { MemoryScopes } from "../scope.ts";
+import { ArgumentBuffer } from "../struct.ts";
+import type { Tensor } from "../tensor.ts";
+import type { CudaContext } from "./context.ts";
+import { CublasLt } from "./cublaslt.ts";
+import { Cudnn } from "./cudnn.ts";
+import { type Driver, HEADER } from "./driver.ts";
+import { architecture, Nvrtc } from "./nvrtc.ts";
+import { ALIGNMENT, Segment } from "./segment.ts";
+import { Staging } from "./staging.ts";
+import { streamToDevice } from "./streamer.ts";
+
+const MIB = 2 ** 20;
+/** How much a segment grows at a time: activations come and go, weights come by the gigabyte. */
+const ACTIVATION_CHUNK = 64 * MIB;
+const WEIGHT_CHUNK = 256 * MIB;
+
+/** GPU memory: a block of one of the device's two segments. */
+class CudaMemory implements Memory {
+  readonly pointer: bigint;
+  /** Whether it was not freed so far. */
+  live = true;
+
+  constructor(
+    readonly device: CudaDevice,
+    readonly byteLength: number,
+    readonly segment: Segment,
+    readonly offset: number,
+  ) {
+    this.pointer = segment.pointer(offset);
+  }
+}
+
+/** A kernel, loaded. */
+class CudaKernel implements GpuKernel {
+  constructor(
+    readonly device: CudaDevice,
+    readonly name: string,
+    readonly handle: bigint,
+    /** Bytes of shared memory that its code declares. */
+    readonly declaredShared: number,
+    /** Bytes of dynamic shared memory that it may have now. */
+    public dynamicShared: number,
+  ) {}
+}
+
+/** A loaded cubin and those of its kernels that were asked for. */
+interface LoadedModule {
+  readonly handle: bigint;
+  readonly kernels: Map<string, CudaKernel>;
+}
+
+/**
+ * One NVIDIA GPU. All work goes to one stream, so that its order is the order of the calls.
+ *
+ * Memory is planned by that order. Activations and weights have a {@link Segment} each; the book-keeping is done on the
+ * host, best fit first, and a freed block is handed out again at once: work that still uses it was issued before the
+ * work that gets it next, and the stream keeps them apart. Nothing depends on timing, so the same sequence of requests
+ * gets the same addresses each time: a step that is repeated needs no memory beyond its first run, and a recorded step
+ * can be replayed. The addresses of the two segments never move, as growing only puts memory behind further ones.
+ *
+ * Recording captures the stream in the driver's "relaxed" mode. The stricter modes forbid, on the thread that records,
+ * calls that could wait for other work, and growing a segment or loading a module counts as such. These calls touch
+ * neither the stream nor what is recorded, and this device makes no others while it records.
+ */
+export class CudaDevice implements GpuDevice {
+  readonly kind = "cuda";
+  readonly name: string;
+  readonly limits: GpuLimits;
+  /** What libraries get to see of this device. */
+  readonly context: CudaContext;
+  readonly #driver: Driver;
+  readonly #cache: DiskCache | undefined;
+  readonly #gpuName: string;
+  readonly #totalBytes: number;
+  readonly #capability: readonly [major: number, minor: number];
+  readonly #mostThreads: number;
+  readonly #mostGrid: readonly [number, number, number];
+  readonly #mostBlock: readonly [number, number, number];
+  readonly #stream: bigint;
+  readonly #staging: Staging;
+  #closed = false;
+
+  readonly #activations: Segment;
+  readonly #weights: Segment;
+  readonly #scopes = new MemoryScopes((memory) => this.free(memory));
+  readonly #collected = new FinalizationRegistry<number>((offset) => this.#weights.free(offset));
+  /** The libraries' scratch, and smaller ones before it that graphs still use. They lie among the weights. */
+  readonly #workspaces: CudaMemory[] = [];
+  #workspaceBytes = 0;
+  #peak = 0;
+  #recording = false;
+  /** How many recorded graphs are in use. */
+  #graphs = 0;
+
+  #nvrtc: Nvrtc | undefined;
+  #cublasLt: CublasLt | undefined;
+  #cudnn: Cudnn | undefined;
+  /** By the text that was compiled. */
+  readonly #modules = new Map<string, LoadedModule>();
+
+  // One launch's sizes and arguments. They are written again by the next, so that launching allocates next to nothing.
+  readonly #grid: [number, number, number] = [1, 1, 1];
+  readonly #block: [number, number, number] = [1, 1, 1];
+  readonly #arguments = new ArgumentBuffer();
+  // Buffers made first: V8 may move what a small typed array makes for itself, and `#extra` has addresses.
+  readonly #argumentBytes = new BigUint64Array(new ArrayBuffer(8));
+  readonly #extra = new BigUint64Array(new ArrayBuffer(5 * 8));
+
+  /**
+   * Takes the GPU with this index; the device owns the driver from here on.
+   *
+   * @param cache keeps compiled kernels from run to run.
+   * @throws {FfiError} for a GPU that cannot be used
+   */
+  constructor(driver: Driver, index: number, cache?: DiskCache) {
+    this.name = `cuda:${index}`;
+    this.#driver = driver;
+    this.#cache = cache;
+    const handle = driver.deviceGet(index);
+    const attribute = (which: number) => driver.deviceGetAttribute(which, handle);
+    this.#gpuName = driver.deviceGetName(handle);
+    this.#totalBytes = driver.deviceTotalMem(handle);
+    this.#capability = [
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+    ];
+    this.limits = {
+      multiprocessors: attribute(HEADER.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
+      warpSize: attribute(HEADER.CU_DEVICE_ATTRIBUTE_WARP_SIZE),
+      sharedBytesPerBlock: attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+    };
+    this.#mostThreads = attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK);
+    this.#mostGrid = [
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X),
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y),
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z),
+    ];
+    this.#mostBlock = [
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X),
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y),
+      attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z),
+    ];
+    if (attribute(HEADER.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) !== 1) {
+      throw new FfiError(`${this.name}: ${this.#gpuName} has no virtual memory management here`, {
+        hint: "Pascal and newer GPUs have it; a virtual machine's driver may hide it",
+      });
+    }
+    driver.retainContext(handle);
+    this.#stream = driver.streamCreate();
+    this.#activations = new Segment(driver, this.#totalBytes, ACTIVATION_CHUNK);
+    this.#weights = new Segment(driver, this.#totalBytes, WEIGHT_CHUNK);
+    this.#staging = new Staging(driver, this.#stream);
+    this.context = {
+      driver,
+      stream: this.#stream,
+      capability: this.#capability,
+      workspace: (bytes) => this.#workspace(bytes),
+    };
+    this.#extra.set([
+      BigInt(HEADER.CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT),
+      this.#arguments.address,
+      BigInt(HEADER.CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT),
+      Deno.UnsafePointer.value(Deno.UnsafePointer.of(this.#argumentBytes)),
+      BigInt(HEADER.CU_LAUNCH_PARAM_END_AS_INT),
+    ]);
+  }
+
+  /** Opens the libraries that it names, to ask for their versions. */
+  properties(): DeviceProperties {
+    this.#checkOpen();
+    const [major, minor] = this.#capability;
+    const compiler = versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.#arch}`);
+    return {
+      description: `${this.#gpuName}, ${gibibytes(this.#totalBytes)}, compute capability ${major}.${minor}`,
+      providers: {
+        matmul: versionOr(() => `cuBLASLt ${this.#matmuls.version}`),
+        "convolution, attention": versionOr(() => `cuDNN ${this.#convolutions.version}`),
+        other: `CUDA kernels, compiled by ${compiler}`,
+        driver: `for CUDA ${this.#driver.driverGetVersion().join(".")}, ${this.#driver.path}`,
+      },
+      nativeBfloat16: major >= 8,
+    };
+  }
+
+  memoryUse(): MemoryUse {
+    return {
+      current: this.#current,
+      peak: this.#peak,
+      reserved: this.#activations.mapped + this.#workspaceBytes,
+      weights: this.#weights.used - this.#workspaceBytes,
+    };
+  }
+
+  // -- memory --
+
+  alloc(byteLength: number, purpose: MemoryPurpose = "activations"): CudaMemory {
+    this.#checkOpen();
+    if (purpose === "weights") {
+      const memory = this.#take(this.#weights, byteLength, "weights");
+      this.#collected.register(memory, memory.offset, memory);
+      return memory;
+    }
+    const memory = this.#take(this.#activations, byteLength, "activations");
+    this.#scopes.add(memory);
+    return memory;
+  }
+
+  free(memory: Memory): void {
+    const mine = this.#own(memory);
+    if (!mine.live) throw new FfiError(`${this.name}: memory was freed twice`);
+    mine.live = false;
+    if (mine.segment === this.#weights) this.#collected.unregister(mine);
+    else this.#scopes.remove(mine);
+    mine.segment.free(mine.offset);
+  }
+
+  scope<T>(body: () => T): T {
+    return this.#scopes.run(body);
+  }
+
+  async placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]> {
+    this.#refuseRecording("streaming weights");
+    const memories: CudaMemory[] = [];
+    try {
+      for (const bytes of parts) memories.push(this.alloc(bytes.byteLength, "weights"));
+      const transfers = parts.map((bytes, i) => ({ bytes, target: memories[i].pointer }));
+      await streamToDevice(this.#driver, this.#stream, transfers, onBytes);
+      return memories;
+    } catch (error) {
+      for (const memory of memories) this.free(memory);
+      throw error;
+    }
+  }
+
+  /** Returns at once; the host's bytes may change afterwards. */
+  upload(bytes: Uint8Array, memory: Memory): void {
+    this.#checkOpen();
+    this.#refuseRecording("an upload"); // it would read the staging memory again at each replay
+    this.#own(memory);
+    if (bytes.byteLength > memory.byteLength) {
+      throw new FfiError(
+        `${this.name}: ${bytes.byteLength} bytes do not fit into ${memory.byteLength} of memory`,
+      );
+    }
+    this.#staging.upload(bytes, memory.pointer);
+  }
+
+  /** The copy is made before it returns, so that the tensor's memory may be freed at once. */
+  download(tensor: Tensor): Promise<Uint8Array<ArrayBuffer>> {
+    this.#checkOpen();
+    this.#refuseRecording("a download");
+    if (tensor.device !== this) throw new FfiError(`${this.name}: ${tensor} lies on ${tensor.device.name}`);
+    if (!tensor.isContiguous) {
+      throw new FfiError(`${this.name}: download takes a contiguous tensor, not strided ${tensor}`);
+    }
+    const bytes = new Uint8Array(tensor.byteLength);
+    this.#staging.download(tensor.pointer, bytes);
+    return Promise.resolve(bytes);
+  }
+
+  // -- work --
+
+  matmul(plan: MatmulPlan): void {
+    this.#checkOpen();
+    this.#matmuls.matmul(plan);
+  }
+
+  conv(plan: ConvPlan): void {
+    this.#checkOpen();
+    this.#convolutions.conv(plan);
+  }
+
+  attention(plan: AttentionPlan): boolean {
+    this.#checkOpen();
+    // cuDNN has none in float32: who computes in it needs no cuDNN for attention.
+    if (plan.q.dtype === "f32") return false;
+    return this.#convolutions.attention(plan);
+  }
+
+  kernel(source: KernelSource, entry: string): CudaKernel {
+    this.#checkOpen();
+    let module = this.#modules.get(source.text);
+    if (module === undefined) {
+      const cubin = this.#compiler.compile(source, this.#arch, this.#cache);
+      module = { handle: this.#driver.moduleLoadData(cubin, source.name), kernels: new Map() };
+      this.#modules.set(source.text, module);
+    }
+    let kernel = module.kernels.get(entry);
+    if (kernel === undefined) {
+      const name = `${source.name}:${entry}`;
+      const handle = this.#driver.moduleGetFunction(module.handle, entry, source.name);
+      kernel = new CudaKernel(
+        this,
+        name,
+        handle,
+        this.#driver.funcGetAttribute(HEADER.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle),
+        this.#driver.funcGetAttribute(HEADER.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, handle),
+      );
+      module.kernels.set(entry, kernel);
+    }
+    return kernel;
+  }
+
+  launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void {
+    this.#checkOpen();
+    const { name } = kernel;
+    if (!(kernel instanceof CudaKernel) || kernel.device !== this) {
+      throw new FfiError(`${name}: this kernel was not loaded by ${this.name}`);
+    }
+    const { grid, block, shared = 0 } = launch;
+    writeDim3(this.#grid, grid, this.#mostGrid, name, "grid");
+    writeDim3(this.#block, block, this.#mostBlock, name, "block");
+    const threads = this.#block[0] * this.#block[1] * this.#block[2];
+    if (threads > this.#mostThreads) {
+      throw new FfiError(`${name}: a block of ${threads} threads, ${this.name} takes ${this.#mostThreads}`);
+    }
+    if (shared > kernel.dynamicShared) this.#raiseShared(kernel, shared);
+    const bytes = this.#arguments.pack(args, name, this);
+    this.#argumentBytes[0] = BigInt(bytes);
+    const extra = bytes === 0 ? null : this.#extra;
+    this.#driver.launchKernel(kernel.handle, this.#grid, this.#block, shared, this.#stream, extra, name);
+  }
+
+  event(): GpuEvent {
+    this.#checkOpen();
+    this.#refuseRecording("an event");
+    const event = this.#driver.eventCreate(true);
+    this.#driver.eventRecord(event, this.#stream);
+    return new CudaEvent(this.#driver, event);
+  }
+
+  /**
+   * Throws what `body` throws, and {@link FfiError} where the driver cannot record what it did; then nothing stays
+   * recorded.
+   */
+  record(body: () => void): Graph {
+    this.#checkOpen();
+    this.#refuseRecording("a recording");
+    const [driver, stream] = [this.#driver, this.#stream];
+    driver.streamBeginCapture(stream);
+    this.#recording = true;
+    try {
+      if ((body() as unknown) instanceof Promise) throw new TypeError("record takes a synchronous function");
+    } catch (error) {
+      try {
+        driver.graphDestroy(driver.streamEndCapture(stream));
+      } catch {
+        // A call that failed has made the recording invalid; the end says so once more.
+      }
+      throw error;
+    } finally {
+      this.#recording = false;
+    }
+    const captured = driver.streamEndCapture(stream);
+    try {
+      const executable = driver.graphInstantiate(captured);
+      this.#graphs++;
+      return new CudaGraph(driver, stream, executable, () => {
+        if (--this.#graphs === 0) this.#freeOldWorkspaces();
+      });
+    } finally {
+      driver.graphDestroy(captured);
+    }
+  }
+
+  async synchronize(): Promise<void> {
+    this.#checkOpen();
+    this.#refuseRecording("waiting");
+    // Timers, signals and other requests go on meanwhile; a timer of its own would wake up a millisecond late.
+    while (!this.#driver.streamQuery(this.#stream)) await new Promise((resolve) => setImmediate(resolve));
+  }
+
+  /** Waits for the work and gives all back. Throws what went wrong in that work, where nobody has seen it yet. */
+  [Symbol.dispose](): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    const lostBefore = this.#driver.isLost;
+    const failures: unknown[] = [];
+    const attempt = (work: () => void) => {
+      try {
+        work();
+      } catch (error) {
+        failures.push(error);
+      }
+    };
+    attempt(() => this.#driver.streamSynchronize(this.#stream));
+    attempt(() => this.#cudnn?.[Symbol.dispose]());
+    attempt(() => this.#cublasLt?.[Symbol.dispose]());
+    for (const { handle } of this.#modules.values()) attempt(() => this.#driver.moduleUnload(handle));
+    attempt(() => this.#nvrtc?.[Symbol.dispose]());
+    attempt(() => this.#staging[Symbol.dispose]());
+    attempt(() => this.#activations[Symbol.dispose]());
+    attempt(() => this.#weights[Symbol.dispose]());
+    attempt(() => this.#driver.streamDestroy(this.#stream));
+    attempt(() => this.#driver[Symbol.dispose]());
+    // With a lost context every step fails, and somebody was told already.
+    if (failures.length > 0 && !lostBefore) throw failures[0];
+  }
+
+  // -- helpers --
+
+  get #arch(): string {
+    return architecture(this.#capability);
+  }
+
+  get #compiler(): Nvrtc {
+    return this.#nvrtc ??= new Nvrtc(this.#driver.driverGetVersion()[0]);
+  }
+
+  get #matmuls(): CublasLt {
+    return this.#cublasLt ??= new CublasLt(this.context);
+  }
+
+  get #convolutions(): Cudnn {
+    return this.#cudnn ??= new Cudnn(this.context);
+  }
+
+  /** Bytes of activations and scratch. */
+  get #current(): number {
+    return this.#activations.used + this.#workspaceBytes;
+  }
+
+  #own(memory: Memory): CudaMemory {
+    if (memory instanceof CudaMemory && memory.device === this) return memory;
+    throw new FfiError(`${this.name}: memory of ${memory.device.name} is not mine`);
+  }
+
+  #checkOpen(): void {
+    if (this.#closed) throw new FfiError(`${this.name}: the device was closed`);
+    this.#driver.checkAlive();
+  }
+
+  #refuseRecording(what: string): void {
+    if (this.#recording) throw new FfiError(`${this.name}: ${what} cannot be part of a recording`);
+  }
+
+  #take(segment: Segment, byteLength: number, what: string): CudaMemory {
+    let offset = segment.alloc(byteLength);
+    if (offset === undefined && this.#trim()) offset = segment.alloc(byteLength);
+    if (offset === undefined) throw this.#outOfMemory(byteLength, what);
+    this.#peak = Math.max(this.#peak, this.#current);
+    return new CudaMemory(this, byteLength, segment, offset);
+  }
+
+  /** Gives unused memory at the ends of both segments back to the GPU; false where there is none to give. */
+  #trim(): boolean {
+    // Waiting would break a recording, and recorded work may use what is free outside of it.
+    if (this.#recording || this.#graphs > 0) return false;
+    this.#driver.streamSynchronize(this.#stream);
+    return this.#activations.trim() + this.#weights.trim() > 0;
+  }
+
+  #outOfMemory(byteLength: number, what: string): OutOfMemoryError {
+    const { current, weights } = this.memoryUse();
+    const { free, total } = this.#driver.memGetInfo();
+    return new OutOfMemoryError(
+      `${this.name}: out of memory: asked for ${mebibytes(byteLength)} for ${what}; ` +
+        `${mebibytes(weights)} are used by weights and ${mebibytes(current)} by activations, ` +
+        `${mebibytes(free)} of ${mebibytes(total)} are free on the GPU`,
+      {
+        hint: "A smaller --height and --width, fewer pictures at a time, bfloat16 instead of float32 (no " +
+          "--disable_bf16), or closing other programs that use the GPU (nvidia-smi lists them) leave more.",
+      },
+    );
+  }
+
+  /** See {@link CudaContext.workspace}. Recorded work keeps the piece that it was recorded with. */
+  #workspace(bytes: number): bigint {
+    const last = this.#workspaces.at(-1);
+    if (last !== undefined && last.byteLength >= bytes) return last.pointer;
+    if (!this.#recording && this.#graphs === 0) this.#freeOldWorkspaces(0);
+    const memory = this.#take(this.#weights, Math.ceil(bytes / ALIGNMENT) * ALIGNMENT, "a library's scratch");
+    this.#workspaces.push(memory);
+    this.#countWorkspaces();
+    return memory.pointer;
+  }
+
+  /** Frees all but the last `keep` pieces. */
+  #freeOldWorkspaces(keep = 1): void {
+    for (const memory of this.#workspaces.splice(0, this.#workspaces.length - keep)) this.free(memory);
+    this.#countWorkspaces();
+  }
+
+  #countWorkspaces(): void {
+    this.#workspaceBytes = this.#workspaces.reduce((sum, { byteLength }) => sum + byteLength, 0);
+    this.#peak = Math.max(this.#peak, this.#current);
+  }
+
+  /** More dynamic shared memory than a kernel has without asking must be asked for, once. */
+  #raiseShared(kernel: CudaKernel, bytes: number): void {
+    const { sharedBytesPerBlock } = this.limits;
+    if (kernel.declaredShared + bytes > sharedBytesPerBlock) {
+      throw new FfiError(
+        `${kernel.name}: ${kernel.declaredShared} + ${bytes} bytes of shared memory, ${this.name} has ` +
+          `${sharedBytesPerBlock} for a block`,
+      );
+    }
+    this.#driver.funcSetAttribute(
+      kernel.handle,
+      HEADER.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+      bytes,
+    );
+    kernel.dynamicShared = bytes;
+  }
+}
+
+/** A point in the stream. */
+class CudaEvent implements GpuEvent {
+  #handle: bigint | undefined;
+
+  constructor(private readonly driver: Driver, handle: bigint) {
+    this.#handle = handle;
+  }
+
+  since(earlier: GpuEvent): number {
+    if (!(earlier instanceof CudaEvent)) throw new FfiError("cuda: events of two kinds of devices");
+    this.driver.eventSynchronize(this.#open);
+    return this.driver.eventElapsedTime(earlier.#open, this.#open);
+  }
+
+  get #open(): bigint {
+    if (this.#handle === undefined) throw new FfiError("cuda: the event was disposed");
+    return this.#handle;
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#handle === undefined) return;
+    this.driver.eventDestroy(this.#handle);
+    this.#handle = undefined;
+  }
+}
+
+/** A recording, ready to run. */
+class CudaGraph implements Graph {
+  #executable: bigint | undefined;
+
+  constructor(
+    private readonly driver: Driver,
+    private readonly stream: bigint,
+    executable: bigint,
+    private readonly onDispose: () => void,
+  ) {
+    this.#executable = executable;
+  }
+
+  replay(): void {
+    if (this.#executable === undefined) throw new FfiError("cuda: the graph was disposed");
+    this.driver.graphLaunch(this.#executable, this.stream);
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#executable === undefined) return;
+    this.driver.graphExecDestroy(this.#executable);
+    this.#executable = undefined;
+    this.onDispose();
+  }
+}
+
+/** Fills in the sizes that were left out. Throws {@link FfiError} for one that the GPU does not take. */
+function writeDim3(
+  out: [number, number, number],
+  value: Dim3,
+  most: readonly [number, number, number],
+  kernel: string,
+  what: string,
+): void {
+  if (typeof value === "number") {
+    out[0] = value;
+    out[1] = out[2] = 1;
+  } else {
+    out[0] = value[0];
+    out[1] = value[1];
+    out[2] = value.length === 3 ? value[2] : 1;
+  }
+  for (let i = 0; i < 3; i++) {
+    if (!(Number.isInteger(out[i]) && out[i] >= 1 && out[i] <= most[i])) {
+      throw new FfiError(`${kernel}: ${what} [${out.join(", ")}], sizes are from 1 to [${most.join(", ")}]`);
+    }
+  }
+}
+
+/** A library's version, or why it does not open: in one line, without the list of places. */
+function versionOr(version: () => string): string {
+  try {
+    return version();
+  } catch (error) {
+    if (!(error instanceof FfiError)) throw error;
+    const [reason] = error.message.split(". Searched:");
+    return `${reason}${error.hint === undefined ? "" : `; ${error.hint}`}`;
+  }
+}
+
+function mebibytes(bytes: number): string {
+  return `${(bytes / MIB).toFixed(1)} MiB`;
+}
+
+function gibibytes(bytes: number): string {
+  return `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+}

@@ -1,0 +1,756 @@
+/**
+ * The CUDA driver API by FFI: the C functions in use, and {@link Driver}, which checks every status.
+ *
+ * Source: `cuda.h` of CUDA 13.0; all functions are there since 11.4. Handles (streams, events, modules, ...) and device
+ * addresses are 64-bit integers. A context is current per thread, so no call here is `nonblocking`, and every call
+ * that needs the context makes it current first.
+ */
+import { FfiError, OutOfMemoryError } from "../errors.ts";
+import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { intStruct } from "../struct.ts";
+
+const CUDA = {
+  // CUresult cuInit(unsigned int Flags)
+  cuInit: { parameters: ["u32"], result: "i32" },
+  // CUresult cuDriverGetVersion(int *driverVersion)
+  cuDriverGetVersion: { parameters: ["buffer"], result: "i32" },
+  // CUresult cuGetErrorName(CUresult error, const char **pStr)
+  cuGetErrorName: { parameters: ["i32", "buffer"], result: "i32" },
+  // CUresult cuGetErrorString(CUresult error, const char **pStr)
+  cuGetErrorString: { parameters: ["i32", "buffer"], result: "i32" },
+
+  // CUresult cuDeviceGetCount(int *count)
+  cuDeviceGetCount: { parameters: ["buffer"], result: "i32" },
+  // CUresult cuDeviceGet(CUdevice *device, int ordinal)
+  cuDeviceGet: { parameters: ["buffer", "i32"], result: "i32" },
+  // CUresult cuDeviceGetName(char *name, int len, CUdevice dev)
+  cuDeviceGetName: { parameters: ["buffer", "i32", "i32"], result: "i32" },
+  // CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
+  cuDeviceTotalMem_v2: { parameters: ["buffer", "i32"], result: "i32" },
+  // CUresult cuDeviceGetAttribute(int *pi, CUdevice_attribute attrib, CUdevice dev)
+  cuDeviceGetAttribute: { parameters: ["buffer", "i32", "i32"], result: "i32" },
+  // CUresult cuDevicePrimaryCtxRetain(CUcontext *pctx, CUdevice dev)
+  cuDevicePrimaryCtxRetain: { parameters: ["buffer", "i32"], result: "i32" },
+  // CUresult cuDevicePrimaryCtxRelease_v2(CUdevice dev)
+  cuDevicePrimaryCtxRelease_v2: { parameters: ["i32"], result: "i32" },
+  // CUresult cuCtxSetCurrent(CUcontext ctx)
+  cuCtxSetCurrent: { parameters: ["u64"], result: "i32" },
+
+  // CUresult cuStreamCreate(CUstream *phStream, unsigned int Flags)
+  cuStreamCreate: { parameters: ["buffer", "u32"], result: "i32" },
+  // CUresult cuStreamSynchronize(CUstream hStream)
+  cuStreamSynchronize: { parameters: ["u64"], result: "i32" },
+  // CUresult cuStreamQuery(CUstream hStream)
+  cuStreamQuery: { parameters: ["u64"], result: "i32" },
+  // CUresult cuStreamWaitEvent(CUstream hStream, CUevent hEvent, unsigned int Flags)
+  cuStreamWaitEvent: { parameters: ["u64", "u64", "u32"], result: "i32" },
+  // CUresult cuStreamDestroy_v2(CUstream hStream)
+  cuStreamDestroy_v2: { parameters: ["u64"], result: "i32" },
+  // CUresult cuEventCreate(CUevent *phEvent, unsigned int Flags)
+  cuEventCreate: { parameters: ["buffer", "u32"], result: "i32" },
+  // CUresult cuEventRecord(CUevent hEvent, CUstream hStream)
+  cuEventRecord: { parameters: ["u64", "u64"], result: "i32" },
+  // CUresult cuEventSynchronize(CUevent hEvent)
+  cuEventSynchronize: { parameters: ["u64"], result: "i32" },
+  // CUresult cuEventQuery(CUevent hEvent)
+  cuEventQuery: { parameters: ["u64"], result: "i32" },
+  // CUresult cuEventElapsedTime(float *pMilliseconds, CUevent hStart, CUevent hEnd)
+  cuEventElapsedTime: { parameters: ["buffer", "u64", "u64"], result: "i32" },
+  // CUresult cuEventDestroy_v2(CUevent hEvent)
+  cuEventDestroy_v2: { parameters: ["u64"], result: "i32" },
+
+  // CUresult cuMemGetInfo_v2(size_t *free, size_t *total)
+  cuMemGetInfo_v2: { parameters: ["buffer", "buffer"], result: "i32" },
+  // CUresult cuMemAlloc_v2(CUdeviceptr *dptr, size_t bytesize)
+  cuMemAlloc_v2: { parameters: ["buffer", "usize"], result: "i32" },
+  // CUresult cuMemFree_v2(CUdeviceptr dptr)
+  cuMemFree_v2: { parameters: ["u64"], result: "i32" },
+  // CUresult cuMemHostAlloc(void **pp, size_t bytesize, unsigned int Flags)
+  cuMemHostAlloc: { parameters: ["buffer", "usize", "u32"], result: "i32" },
+  // CUresult cuMemFreeHost(void *p)
+  cuMemFreeHost: { parameters: ["u64"], result: "i32" },
+  // CUresult cuMemGetAllocationGranularity(size_t *granularity, const CUmemAllocationProp *prop,
+  //     CUmemAllocationGranularity_flags option)
+  cuMemGetAllocationGranularity: { parameters: ["buffer", "buffer", "i32"], result: "i32" },
+  // CUresult cuMemAddressReserve(CUdeviceptr *ptr, size_t size, size_t alignment, CUdeviceptr addr,
+  //     unsigned long long flags)
+  cuMemAddressReserve: { parameters: ["buffer", "usize", "usize", "u64", "u64"], result: "i32" },
+  // CUresult cuMemAddressFree(CUdeviceptr ptr, size_t size)
+  cuMemAddressFree: { parameters: ["u64", "usize"], result: "i32" },
+  // CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
+  //     unsigned long long flags)
+  cuMemCreate: { parameters: ["buffer", "usize", "buffer", "u64"], result: "i32" },
+  // CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
+  cuMemRelease: { parameters: ["u64"], result: "i32" },
+  // CUresult cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocationHandle handle,
+  //     unsigned long long flags)
+  cuMemMap: { parameters: ["u64", "usize", "usize", "u64", "u64"], result: "i32" },
+  // CUresult cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessDesc *desc, size_t count)
+  cuMemSetAccess: { parameters: ["u64", "usize", "buffer", "usize"], result: "i32" },
+  // CUresult cuMemUnmap(CUdeviceptr ptr, size_t size)
+  cuMemUnmap: { parameters: ["u64", "usize"], result: "i32" },
+
+  // CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr dstDevice, const void *srcHost, size_t ByteCount, CUstream hStream)
+  cuMemcpyHtoDAsync_v2: { parameters: ["u64", "u64", "usize", "u64"], result: "i32" },
+  // CUresult cuMemcpyDtoHAsync_v2(void *dstHost, CUdeviceptr srcDevice, size_t ByteCount, CUstream hStream)
+  cuMemcpyDtoHAsync_v2: { parameters: ["u64", "u64", "usize", "u64"], result: "i32" },
+  // CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr dstDevice, CUdeviceptr srcDevice, size_t ByteCount, CUstream hStream)
+  cuMemcpyDtoDAsync_v2: { parameters: ["u64", "u64", "usize", "u64"], result: "i32" },
+  // CUresult cuMemsetD8Async(CUdeviceptr dstDevice, unsigned char uc, size_t N, CUstream hStream)
+  cuMemsetD8Async: { parameters: ["u64", "u8", "usize", "u64"], result: "i32" },
+  // CUresult cuMemsetD32Async(CUdeviceptr dstDevice, unsigned int ui, size_t N, CUstream hStream)
+  cuMemsetD32Async: { parameters: ["u64", "u32", "usize", "u64"], result: "i32" },
+
+  // CUresult cuModuleLoadData(CUmodule *module, const void *image)
+  cuModuleLoadData: { parameters: ["buffer", "buffer"], result: "i32" },
+  // CUresult cuModuleUnload(CUmodule hmod)
+  cuModuleUnload: { parameters: ["u64"], result: "i32" },
+  // CUresult cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const char *name)
+  cuModuleGetFunction: { parameters: ["buffer", "u64", "buffer"], result: "i32" },
+  // CUresult cuFuncGetAttribute(int *pi, CUfunction_attribute attrib, CUfunction hfunc)
+  cuFuncGetAttribute: { parameters: ["buffer", "i32", "u64"], result: "i32" },
+  // CUresult cuFuncSetAttribute(CUfunction hfunc, CUfunction_attribute attrib, int value)
+  cuFuncSetAttribute: { parameters: ["u64", "i32", "i32"], result: "i32" },
+  // CUresult cuLaunchKernel(CUfunction f, unsigned int gridDimX, unsigned int gridDimY, unsigned int gridDimZ,
+  //     unsigned int blockDimX, unsigned int blockDimY, unsigned int blockDimZ, unsigned int sharedMemBytes,
+  //     CUstream hStream, void **kernelParams, void **extra)
+  cuLaunchKernel: {
+    parameters: ["u64", "u32", "u32", "u32", "u32", "u32", "u32", "u32", "u64", "buffer", "buffer"],
+    result: "i32",
+  },
+
+  // CUresult cuStreamBeginCapture_v2(CUstream hStream, CUstreamCaptureMode mode)
+  cuStreamBeginCapture_v2: { parameters: ["u64", "i32"], result: "i32" },
+  // CUresult cuStreamEndCapture(CUstream hStream, CUgraph *phGraph)
+  cuStreamEndCapture: { parameters: ["u64", "buffer"], result: "i32" },
+  // CUresult cuStreamIsCapturing(CUstream hStream, CUstreamCaptureStatus *captureStatus)
+  cuStreamIsCapturing: { parameters: ["u64", "buffer"], result: "i32" },
+  // CUresult cuGraphGetNodes(CUgraph hGraph, CUgraphNode *nodes, size_t *numNodes)
+  cuGraphGetNodes: { parameters: ["u64", "buffer", "buffer"], result: "i32" },
+  // CUresult cuGraphInstantiateWithFlags(CUgraphExec *phGraphExec, CUgraph hGraph, unsigned long long flags)
+  cuGraphInstantiateWithFlags: { parameters: ["buffer", "u64", "u64"], result: "i32" },
+  // CUresult cuGraphLaunch(CUgraphExec hGraphExec, CUstream hStream)
+  cuGraphLaunch: { parameters: ["u64", "u64"], result: "i32" },
+  // CUresult cuGraphExecDestroy(CUgraphExec hGraphExec)
+  cuGraphExecDestroy: { parameters: ["u64"], result: "i32" },
+  // CUresult cuGraphDestroy(CUgraph hGraph)
+  cuGraphDestroy: { parameters: ["u64"], result: "i32" },
+} as const satisfies Deno.ForeignLibraryInterface;
+
+/** Values of cuda.h's enums, and sizes and offsets of its structs, in bytes; a test compares them with the header. */
+export const HEADER = {
+  CUDA_ERROR_OUT_OF_MEMORY: 2,
+  CUDA_ERROR_STUB_LIBRARY: 34,
+  CUDA_ERROR_DEVICE_UNAVAILABLE: 46,
+  CUDA_ERROR_NO_DEVICE: 100,
+  CUDA_ERROR_INVALID_DEVICE: 101,
+  CUDA_ERROR_INVALID_IMAGE: 200,
+  CUDA_ERROR_NO_BINARY_FOR_GPU: 209,
+  CUDA_ERROR_ECC_UNCORRECTABLE: 214,
+  CUDA_ERROR_INVALID_PTX: 218,
+  CUDA_ERROR_NVLINK_UNCORRECTABLE: 220,
+  CUDA_ERROR_UNSUPPORTED_PTX_VERSION: 222,
+  CUDA_ERROR_NOT_READY: 600,
+  CUDA_ERROR_ILLEGAL_ADDRESS: 700,
+  CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: 701,
+  CUDA_ERROR_LAUNCH_TIMEOUT: 702,
+  CUDA_ERROR_CONTEXT_IS_DESTROYED: 709,
+  CUDA_ERROR_ASSERT: 710,
+  CUDA_ERROR_HARDWARE_STACK_ERROR: 714,
+  CUDA_ERROR_ILLEGAL_INSTRUCTION: 715,
+  CUDA_ERROR_MISALIGNED_ADDRESS: 716,
+  CUDA_ERROR_INVALID_ADDRESS_SPACE: 717,
+  CUDA_ERROR_INVALID_PC: 718,
+  CUDA_ERROR_LAUNCH_FAILED: 719,
+  CUDA_ERROR_SYSTEM_NOT_READY: 802,
+  CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: 803,
+  CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE: 804,
+  CUDA_ERROR_UNKNOWN: 999,
+
+  CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: 1,
+  CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X: 2,
+  CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y: 3,
+  CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z: 4,
+  CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: 5,
+  CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y: 6,
+  CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z: 7,
+  CU_DEVICE_ATTRIBUTE_WARP_SIZE: 10,
+  CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: 16,
+  CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: 75,
+  CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: 76,
+  CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: 97,
+  CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: 102,
+
+  CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: 1,
+  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: 8,
+
+  CU_STREAM_NON_BLOCKING: 1,
+  CU_EVENT_DEFAULT: 0,
+  CU_EVENT_DISABLE_TIMING: 2,
+  CU_STREAM_CAPTURE_MODE_RELAXED: 2,
+  CU_STREAM_CAPTURE_STATUS_ACTIVE: 1,
+  CU_MEMHOSTALLOC_PORTABLE: 1,
+
+  CU_MEM_ALLOCATION_TYPE_PINNED: 1,
+  CU_MEM_LOCATION_TYPE_DEVICE: 1,
+  CU_MEM_ALLOC_GRANULARITY_RECOMMENDED: 1,
+  CU_MEM_ACCESS_FLAGS_PROT_READWRITE: 3,
+  "sizeof(CUmemAllocationProp)": 32,
+  "offsetof(CUmemAllocationProp, type)": 0,
+  "offsetof(CUmemAllocationProp, location.type)": 8,
+  "offsetof(CUmemAllocationProp, location.id)": 12,
+  "sizeof(CUmemAccessDesc)": 12,
+  "offsetof(CUmemAccessDesc, location.type)": 0,
+  "offsetof(CUmemAccessDesc, location.id)": 4,
+  "offsetof(CUmemAccessDesc, flags)": 8,
+
+  CU_LAUNCH_PARAM_END_AS_INT: 0,
+  CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT: 1,
+  CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT: 2,
+} as const;
+
+/** After these the context is lost: every later call fails in the same way (cuda.h, comments of `cudaError_enum`). */
+const FATAL: ReadonlySet<number> = new Set([
+  HEADER.CUDA_ERROR_ECC_UNCORRECTABLE,
+  HEADER.CUDA_ERROR_NVLINK_UNCORRECTABLE,
+  HEADER.CUDA_ERROR_ILLEGAL_ADDRESS,
+  HEADER.CUDA_ERROR_LAUNCH_TIMEOUT,
+  HEADER.CUDA_ERROR_CONTEXT_IS_DESTROYED,
+  HEADER.CUDA_ERROR_ASSERT,
+  HEADER.CUDA_ERROR_HARDWARE_STACK_ERROR,
+  HEADER.CUDA_ERROR_ILLEGAL_INSTRUCTION,
+  HEADER.CUDA_ERROR_MISALIGNED_ADDRESS,
+  HEADER.CUDA_ERROR_INVALID_ADDRESS_SPACE,
+  HEADER.CUDA_ERROR_INVALID_PC,
+  HEADER.CUDA_ERROR_LAUNCH_FAILED,
+]);
+
+const NO_GPU = "nvidia-smi lists the GPUs that the driver sees; CUDA_VISIBLE_DEVICES may hide some";
+const UPDATE_DRIVER =
+  "install a driver as new as the CUDA toolkit (nvidia-smi shows the newest CUDA it takes)";
+
+const HINTS: Readonly<Record<number, string>> = {
+  [HEADER.CUDA_ERROR_OUT_OF_MEMORY]: "nvidia-smi shows which programs use the GPU's memory",
+  [HEADER.CUDA_ERROR_STUB_LIBRARY]:
+    "this libcuda.so.1 is the toolkit's stub: install the NVIDIA driver, take the stubs off the search path",
+  [HEADER.CUDA_ERROR_DEVICE_UNAVAILABLE]:
+    "another process may hold the GPU in exclusive mode (nvidia-smi -q -d COMPUTE)",
+  [HEADER.CUDA_ERROR_NO_DEVICE]: NO_GPU,
+  [HEADER.CUDA_ERROR_INVALID_DEVICE]: NO_GPU,
+  [HEADER.CUDA_ERROR_INVALID_IMAGE]: UPDATE_DRIVER,
+  [HEADER.CUDA_ERROR_NO_BINARY_FOR_GPU]: UPDATE_DRIVER,
+  [HEADER.CUDA_ERROR_INVALID_PTX]: UPDATE_DRIVER,
+  [HEADER.CUDA_ERROR_UNSUPPORTED_PTX_VERSION]: UPDATE_DRIVER,
+  [HEADER.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES]: "the block has too many threads for the kernel's registers",
+  [HEADER.CUDA_ERROR_SYSTEM_NOT_READY]: "start nvidia-fabricmanager, which GPUs behind an NVSwitch need",
+  [HEADER.CUDA_ERROR_SYSTEM_DRIVER_MISMATCH]: "the driver was updated: reboot, or load its new kernel module",
+  [HEADER.CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE]:
+    "cuda-compat is not for this GPU: take it off LD_LIBRARY_PATH, update the driver instead",
+  [HEADER.CUDA_ERROR_UNKNOWN]:
+    "the module nvidia_uvm may be missing: run nvidia-smi, or nvidia-modprobe -u, as root",
+};
+
+const LOST =
+  "work issued before that call went wrong and took the GPU's context with it: start the program again";
+
+/** The driver whose context is current on this thread (every Worker has its own copy of this module). */
+let entered: Driver | undefined;
+
+/** Opens libcuda and initializes it. Throws {@link FfiError} without a driver or a GPU. */
+export function openDriver(): Driver {
+  const library = openLibrary("the NVIDIA driver (libcuda)", CUDA, {
+    sonames: ["libcuda.so.1"],
+    hint:
+      "install the NVIDIA driver, 470 (CUDA 11.4) or newer: libcuda.so.1 comes with it and not with the toolkit",
+  });
+  pinLibrary(library.path); // its threads outlive this program's last look at it
+  const driver = new Driver(library);
+  try {
+    driver.init();
+  } catch (error) {
+    driver[Symbol.dispose]();
+    throw error;
+  }
+  return driver;
+}
+
+/**
+ * Checked calls of the driver, named as in C without `cu`. Each throws an {@link FfiError} with the call's name and
+ * the driver's words, {@link OutOfMemoryError} where memory is short.
+ *
+ * A driver serves one context: that of {@link retainContext}. An error that ends the context (an illegal address, ...)
+ * shows in whatever call comes next; from then on all calls throw an error that names that first one.
+ *
+ * Arguments that C reads or writes during a call are typed arrays; host addresses that outlive it are bigints. It keeps
+ * nothing alive: whoever passes an address holds what is behind it.
+ */
+export class Driver implements Disposable {
+  readonly #library: OpenedLibrary<typeof CUDA>;
+  readonly #cu: OpenedLibrary<typeof CUDA>["symbols"];
+  // Where calls put their results.
+  readonly #out = new BigUint64Array(1);
+  readonly #out2 = new BigUint64Array(1);
+  readonly #int = new Int32Array(this.#out.buffer);
+  readonly #float = new Float32Array(this.#out.buffer);
+  /** `CUmemAllocationProp`: ordinary memory of the context's device. */
+  #memory = new Uint8Array();
+  /** `CUmemAccessDesc`: that device reads and writes it. */
+  #access = new Uint8Array();
+  #context: bigint | undefined;
+  #device = 0;
+  #failure: FfiError | undefined;
+  #closed = false;
+
+  constructor(library: OpenedLibrary<typeof CUDA>) {
+    this.#library = library;
+    this.#cu = library.symbols;
+  }
+
+  /** Where libcuda was found. */
+  get path(): string {
+    return this.#library.path;
+  }
+
+  /** Whether an error has ended the context. */
+  get isLost(): boolean {
+    return this.#failure !== undefined;
+  }
+
+  /** Throws where an error has ended the context, with that error's words. */
+  checkAlive(): void {
+    if (this.#failure === undefined) return;
+    throw new FfiError(`cuda: the GPU's context was lost earlier: ${this.#failure.message}`, {
+      cause: this.#failure,
+      hint: LOST,
+    });
+  }
+
+  // -- driver and devices --
+
+  init(): void {
+    this.#check(this.#cu.cuInit(0), "cuInit");
+  }
+
+  /** The newest CUDA version that the driver takes: `[13, 0]`. */
+  driverGetVersion(): [major: number, minor: number] {
+    this.#check(this.#cu.cuDriverGetVersion(this.#int), "cuDriverGetVersion");
+    return [Math.floor(this.#int[0] / 1000), this.#int[0] % 1000 / 10];
+  }
+
+  deviceGetCount(): number {
+    this.#check(this.#cu.cuDeviceGetCount(this.#int), "cuDeviceGetCount");
+    return this.#int[0];
+  }
+
+  /** The handle of the device with this index. */
+  deviceGet(ordinal: number): number {
+    this.#check(this.#cu.cuDeviceGet(this.#int, ordinal), "cuDeviceGet");
+    return this.#int[0];
+  }
+
+  deviceGetName(device: number): string {
+    const name = new Uint8Array(256);
+    this.#check(this.#cu.cuDeviceGetName(name, name.length, device), "cuDeviceGetName");
+    return new TextDecoder().decode(name.subarray(0, name.indexOf(0)));
+  }
+
+  /** Bytes. */
+  deviceTotalMem(device: number): number {
+    this.#check(this.#cu.cuDeviceTotalMem_v2(this.#out, device), "cuDeviceTotalMem");
+    return Number(this.#out[0]);
+  }
+
+  /** @param attribute `HEADER.CU_DEVICE_ATTRIBUTE_...` */
+  deviceGetAttribute(attribute: number, device: number): number {
+    this.#check(this.#cu.cuDeviceGetAttribute(this.#int, attribute, device), "cuDeviceGetAttribute");
+    return this.#int[0];
+  }
+
+  /** Takes the device's primary context, which libraries of the CUDA runtime share, for all calls of this driver. */
+  retainContext(device: number): void {
+    this.#check(this.#cu.cuDevicePrimaryCtxRetain(this.#out, device), "cuDevicePrimaryCtxRetain");
+    this.#context = this.#out[0];
+    this.#device = device;
+    this.#memory = intStruct(HEADER["sizeof(CUmemAllocationProp)"], [
+      [HEADER["offsetof(CUmemAllocationProp, type)"], HEADER.CU_MEM_ALLOCATION_TYPE_PINNED],
+      [HEADER["offsetof(CUmemAllocationProp, location.type)"], HEADER.CU_MEM_LOCATION_TYPE_DEVICE],
+      [HEADER["offsetof(CUmemAllocationProp, location.id)"], device],
+    ]);
+    this.#access = intStruct(HEADER["sizeof(CUmemAccessDesc)"], [
+      [HEADER["offsetof(CUmemAccessDesc, location.type)"], HEADER.CU_MEM_LOCATION_TYPE_DEVICE],
+      [HEADER["offsetof(CUmemAccessDesc, location.id)"], device],
+      [HEADER["offsetof(CUmemAccessDesc, flags)"], HEADER.CU_MEM_ACCESS_FLAGS_PROT_READWRITE],
+    ]);
+    this.enter();
+  }
+
+  /**
+   * Makes the context current on this thread, where it is not. Calls of this class do so by themselves; who calls
+   * another library for this device does so before.
+   */
+  enter(): void {
+    if (entered === this) return;
+    if (this.#context === undefined) throw new FfiError("cuda: no context was taken, or it was given back");
+    this.#check(this.#cu.cuCtxSetCurrent(this.#context), "cuCtxSetCurrent");
+    entered = this;
+  }
+
+  // -- streams and events --
+
+  /** A stream that does not wait for the legacy default stream. */
+  streamCreate(): bigint {
+    this.enter();
+    this.#check(this.#cu.cuStreamCreate(this.#out, HEADER.CU_STREAM_NON_BLOCKING), "cuStreamCreate");
+    return this.#out[0];
+  }
+
+  /** Blocks until all work of the stream is done. */
+  streamSynchronize(stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuStreamSynchronize(stream), "cuStreamSynchronize");
+  }
+
+  /** Whether all work of the stream is done. */
+  streamQuery(stream: bigint): boolean {
+    this.enter();
+    return this.#ready(this.#cu.cuStreamQuery(stream), "cuStreamQuery");
+  }
+
+  /** Later work of the stream waits for the event. */
+  streamWaitEvent(stream: bigint, event: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
+  }
+
+  streamDestroy(stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuStreamDestroy_v2(stream), "cuStreamDestroy");
+  }
+
+  /** @param timing whether {@link eventElapsedTime} takes it; without, it costs less */
+  eventCreate(timing: boolean): bigint {
+    this.enter();
+    const flags = timing ? HEADER.CU_EVENT_DEFAULT : HEADER.CU_EVENT_DISABLE_TIMING;
+    this.#check(this.#cu.cuEventCreate(this.#out, flags), "cuEventCreate");
+    return this.#out[0];
+  }
+
+  eventRecord(event: bigint, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuEventRecord(event, stream), "cuEventRecord");
+  }
+
+  /** Blocks until the work before the event is done. */
+  eventSynchronize(event: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuEventSynchronize(event), "cuEventSynchronize");
+  }
+
+  /** Whether the work before the event is done. */
+  eventQuery(event: bigint): boolean {
+    this.enter();
+    return this.#ready(this.#cu.cuEventQuery(event), "cuEventQuery");
+  }
+
+  /** Milliseconds between two events that have happened; resolution half a microsecond. */
+  eventElapsedTime(start: bigint, end: bigint): number {
+    this.enter();
+    this.#check(this.#cu.cuEventElapsedTime(this.#float, start, end), "cuEventElapsedTime");
+    return this.#float[0];
+  }
+
+  eventDestroy(event: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuEventDestroy_v2(event), "cuEventDestroy");
+  }
+
+  // -- memory --
+
+  /** Bytes of the GPU's memory: what no program uses, and all. */
+  memGetInfo(): { free: number; total: number } {
+    this.enter();
+    this.#check(this.#cu.cuMemGetInfo_v2(this.#out, this.#out2), "cuMemGetInfo");
+    return { free: Number(this.#out[0]), total: Number(this.#out2[0]) };
+  }
+
+  memAlloc(bytes: number): bigint {
+    this.enter();
+    this.#check(this.#cu.cuMemAlloc_v2(this.#out, BigInt(bytes)), "cuMemAlloc");
+    return this.#out[0];
+  }
+
+  /** Waits for all work that may use the memory. */
+  memFree(pointer: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemFree_v2(pointer), "cuMemFree");
+  }
+
+  /** Page-locked host memory, which copies read and write without the CPU; any context may use it. */
+  memHostAlloc(bytes: number): bigint {
+    this.enter();
+    const flags = HEADER.CU_MEMHOSTALLOC_PORTABLE;
+    this.#check(this.#cu.cuMemHostAlloc(this.#out, BigInt(bytes), flags), "cuMemHostAlloc");
+    return this.#out[0];
+  }
+
+  memFreeHost(address: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemFreeHost(address), "cuMemFreeHost");
+  }
+
+  /** Sizes and addresses of mapped memory are multiples of this many bytes. */
+  memGetAllocationGranularity(): number {
+    this.enter();
+    const option = HEADER.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+    this.#check(
+      this.#cu.cuMemGetAllocationGranularity(this.#out, this.#memory, option),
+      "cuMemGetAllocationGranularity",
+    );
+    return Number(this.#out[0]);
+  }
+
+  /** A range of addresses with no memory behind them. */
+  memAddressReserve(bytes: number): bigint {
+    this.enter();
+    this.#check(
+      this.#cu.cuMemAddressReserve(this.#out, BigInt(bytes), 0n, 0n, 0n),
+      "cuMemAddressReserve",
+    );
+    return this.#out[0];
+  }
+
+  memAddressFree(pointer: bigint, bytes: number): void {
+    this.enter();
+    this.#check(this.#cu.cuMemAddressFree(pointer, BigInt(bytes)), "cuMemAddressFree");
+  }
+
+  /** Memory of the device that has no address yet. */
+  memCreate(bytes: number): bigint {
+    this.enter();
+    this.#check(this.#cu.cuMemCreate(this.#out, BigInt(bytes), this.#memory, 0n), "cuMemCreate");
+    return this.#out[0];
+  }
+
+  /** Gives the handle up; the memory goes when it is not mapped (any more). */
+  memRelease(handle: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemRelease(handle), "cuMemRelease");
+  }
+
+  memMap(pointer: bigint, bytes: number, handle: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemMap(pointer, BigInt(bytes), 0n, handle, 0n), "cuMemMap");
+  }
+
+  /** Lets this device read and write mapped memory. */
+  memSetAccess(pointer: bigint, bytes: number): void {
+    this.enter();
+    this.#check(this.#cu.cuMemSetAccess(pointer, BigInt(bytes), this.#access, 1n), "cuMemSetAccess");
+  }
+
+  /** Takes whole mappings away. No work may use them any more. */
+  memUnmap(pointer: bigint, bytes: number): void {
+    this.enter();
+    this.#check(this.#cu.cuMemUnmap(pointer, BigInt(bytes)), "cuMemUnmap");
+  }
+
+  /** Issues a copy from the host; the host's bytes are read later when `source` is page-locked. */
+  memcpyHtoDAsync(target: bigint, source: bigint, bytes: number, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemcpyHtoDAsync_v2(target, source, BigInt(bytes), stream), "cuMemcpyHtoDAsync");
+  }
+
+  /** Issues a copy to the host; its bytes are written later when `target` is page-locked. */
+  memcpyDtoHAsync(target: bigint, source: bigint, bytes: number, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemcpyDtoHAsync_v2(target, source, BigInt(bytes), stream), "cuMemcpyDtoHAsync");
+  }
+
+  memcpyDtoDAsync(target: bigint, source: bigint, bytes: number, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemcpyDtoDAsync_v2(target, source, BigInt(bytes), stream), "cuMemcpyDtoDAsync");
+  }
+
+  /** Sets `count` bytes. */
+  memsetD8Async(target: bigint, value: number, count: number, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemsetD8Async(target, value, BigInt(count), stream), "cuMemsetD8Async");
+  }
+
+  /** Sets `count` 32-bit words. */
+  memsetD32Async(target: bigint, value: number, count: number, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuMemsetD32Async(target, value, BigInt(count), stream), "cuMemsetD32Async");
+  }
+
+  // -- modules and launches --
+
+  /** @param image a cubin. @param name its file's, for messages. */
+  moduleLoadData(image: Uint8Array<ArrayBuffer>, name: string): bigint {
+    this.enter();
+    const status = this.#cu.cuModuleLoadData(this.#out, image);
+    if (status !== 0) this.#fail(status, `cuModuleLoadData of ${name}`);
+    return this.#out[0];
+  }
+
+  moduleUnload(module: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuModuleUnload(module), "cuModuleUnload");
+  }
+
+  /** @param file of the module, for messages. */
+  moduleGetFunction(module: bigint, name: string, file: string): bigint {
+    this.enter();
+    const status = this.#cu.cuModuleGetFunction(this.#out, module, new TextEncoder().encode(`${name}\0`));
+    if (status !== 0) this.#fail(status, `cuModuleGetFunction of ${name} in ${file}`);
+    return this.#out[0];
+  }
+
+  /** @param attribute `HEADER.CU_FUNC_ATTRIBUTE_...` */
+  funcGetAttribute(attribute: number, kernel: bigint): number {
+    this.enter();
+    this.#check(this.#cu.cuFuncGetAttribute(this.#int, attribute, kernel), "cuFuncGetAttribute");
+    return this.#int[0];
+  }
+
+  /** @param attribute `HEADER.CU_FUNC_ATTRIBUTE_...` */
+  funcSetAttribute(kernel: bigint, attribute: number, value: number): void {
+    this.enter();
+    this.#check(this.#cu.cuFuncSetAttribute(kernel, attribute, value), "cuFuncSetAttribute");
+  }
+
+  /**
+   * @param extra `CU_LAUNCH_PARAM_...` and addresses, see cuda.h; the driver reads all of it before it returns. Null
+   *   for a kernel without parameters.
+   * @param name the kernel's, for messages
+   */
+  launchKernel(
+    kernel: bigint,
+    [gridX, gridY, gridZ]: readonly [number, number, number],
+    [blockX, blockY, blockZ]: readonly [number, number, number],
+    shared: number,
+    stream: bigint,
+    extra: BigUint64Array<ArrayBuffer> | null,
+    name: string,
+  ): void {
+    this.enter();
+    const status = this.#cu.cuLaunchKernel(
+      kernel,
+      gridX,
+      gridY,
+      gridZ,
+      blockX,
+      blockY,
+      blockZ,
+      shared,
+      stream,
+      null,
+      extra,
+    );
+    if (status !== 0) this.#fail(status, `cuLaunchKernel of ${name}`);
+  }
+
+  // -- graphs --
+
+  /** Work that is issued to the stream is recorded from here on. See device.ts for why the mode is "relaxed". */
+  streamBeginCapture(stream: bigint): void {
+    this.enter();
+    this.#check(
+      this.#cu.cuStreamBeginCapture_v2(stream, HEADER.CU_STREAM_CAPTURE_MODE_RELAXED),
+      "cuStreamBeginCapture",
+    );
+  }
+
+  /** Ends recording, also one that has failed: then it throws. */
+  streamEndCapture(stream: bigint): bigint {
+    this.enter();
+    this.#out[0] = 0n;
+    this.#check(this.#cu.cuStreamEndCapture(stream, this.#out), "cuStreamEndCapture");
+    return this.#out[0];
+  }
+
+  /** Whether the stream records, and nothing has made the recording invalid. */
+  streamIsCapturing(stream: bigint): boolean {
+    this.enter();
+    this.#check(this.#cu.cuStreamIsCapturing(stream, this.#int), "cuStreamIsCapturing");
+    return this.#int[0] === HEADER.CU_STREAM_CAPTURE_STATUS_ACTIVE;
+  }
+
+  /** How many kernels, copies, ... a graph has. */
+  graphNodeCount(graph: bigint): number {
+    this.enter();
+    this.#check(this.#cu.cuGraphGetNodes(graph, null, this.#out), "cuGraphGetNodes");
+    return Number(this.#out[0]);
+  }
+
+  graphInstantiate(graph: bigint): bigint {
+    this.enter();
+    this.#check(this.#cu.cuGraphInstantiateWithFlags(this.#out, graph, 0n), "cuGraphInstantiate");
+    return this.#out[0];
+  }
+
+  graphLaunch(executable: bigint, stream: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuGraphLaunch(executable, stream), "cuGraphLaunch");
+  }
+
+  graphExecDestroy(executable: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuGraphExecDestroy(executable), "cuGraphExecDestroy");
+  }
+
+  graphDestroy(graph: bigint): void {
+    this.enter();
+    this.#check(this.#cu.cuGraphDestroy(graph), "cuGraphDestroy");
+  }
+
+  /** Gives the context back; what was made in it goes with the last who holds it. */
+  [Symbol.dispose](): void {
+    if (this.#closed) return;
+    this.#closed = true;
+    try {
+      if (this.#context === undefined) return;
+      if (entered === this) {
+        this.#cu.cuCtxSetCurrent(0n);
+        entered = undefined;
+      }
+      this.#context = undefined;
+      this.#check(this.#cu.cuDevicePrimaryCtxRelease_v2(this.#device), "cuDevicePrimaryCtxRelease");
+    } finally {
+      this.#library.close();
+    }
+  }
+
+  // -- helpers --
+
+  #check(status: number, call: string): void {
+    if (status !== 0) this.#fail(status, call);
+  }
+
+  #ready(status: number, call: string): boolean {
+    if (status === HEADER.CUDA_ERROR_NOT_READY) return false;
+    this.#check(status, call);
+    return true;
+  }
+
+  #fail(status: number, call: string): never {
+    this.checkAlive();
+    const name = this.#text(status, "cuGetErrorName") ?? `error ${status}`;
+    const text = this.#text(status, "cuGetErrorString");
+    const message = `cuda: ${call} failed: ${name} (${status})${text === undefined ? "" : `, ${text}`}`;
+    if (FATAL.has(status)) {
+      this.#failure = new FfiError(message, { hint: LOST });
+      throw this.#failure;
+    }
+    const hint = HINTS[status];
+    const ErrorClass = status === HEADER.CUDA_ERROR_OUT_OF_MEMORY ? OutOfMemoryError : FfiError;
+    throw new ErrorClass(message, hint === undefined ? {} : { hint });
+  }
+
+  #text(status: number, call: "cuGetErrorName" | "cuGetErrorString"): string | undefined {
+    this.#out2[0] = 0n;
+    this.#cu[call](status, this.#out2);
+    const pointer = Deno.UnsafePointer.create(this.#out2[0]);
+    return pointer === null ? undefined : new Deno.UnsafePointerView(pointer).getCString();
+  }
+}

@@ -1,0 +1,41 @@
+import { DiskCache } from "../cache.ts";
+import { FfiError } from "../errors.ts";
+import { CudaDevice } from "./device.ts";
+import { openDriver } from "./driver.ts";
+
+export interface OpenCudaOptions {
+  /** Folder that keeps compiled kernels from run to run; nothing is kept when left out. */
+  readonly cacheDir?: string;
+  /** Gets a line about a cache that cannot be used. */
+  readonly onWarning?: (message: string) => void;
+}
+
+/**
+ * Opens an NVIDIA GPU as a device. Libraries for matrix products, convolutions and compiling are opened when they are
+ * first needed.
+ *
+ * @param index counts the GPUs that `CUDA_VISIBLE_DEVICES` leaves visible.
+ * @throws {FfiError} without a driver or a GPU, and for an index that no GPU has (the message lists those there are)
+ */
+export function openCuda(index: number, options: OpenCudaOptions = {}): CudaDevice {
+  const driver = openDriver();
+  try {
+    const count = driver.deviceGetCount();
+    if (index >= count) {
+      const names = Array.from(
+        { length: count },
+        (_, i) => `cuda:${i} ${driver.deviceGetName(driver.deviceGet(i))}`,
+      );
+      throw new FfiError(`there is no GPU cuda:${index}; there are: ${names.join(", ") || "none"}`, {
+        hint: "nvidia-smi lists the GPUs that the driver sees; CUDA_VISIBLE_DEVICES may hide some",
+      });
+    }
+    const cache = options.cacheDir === undefined
+      ? undefined
+      : new DiskCache(options.cacheDir, options.onWarning);
+    return new CudaDevice(driver, index, cache);
+  } catch (error) {
+    driver[Symbol.dispose]();
+    throw error;
+  }
+}

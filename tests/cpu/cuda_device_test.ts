@@ -1,0 +1,601 @@
+/** The CUDA device over a driver that needs no GPU (tests/support/fake_cuda.c). */
+import assert from "node:assert/strict";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
+import fc from "fast-check";
+import type { CudaDevice } from "../../ffi/cuda/device.ts";
+import { openCuda } from "../../ffi/cuda/open.ts";
+import type { Memory } from "../../ffi/device.ts";
+import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
+import { Float } from "../../ffi/gpu.ts";
+import { openDevice } from "../../ffi/open.ts";
+import { Tensor } from "../../ffi/tensor.ts";
+import { type FakeCuda, testFakeCuda, testFakeDevice } from "../support/fake_cuda.ts";
+
+const MIB = 2 ** 20;
+const PATTERN = new Uint8Array(21 * MIB);
+for (let i = 0; i < PATTERN.length; i++) PATTERN[i] = (i * 7 + (i >> 8)) & 255;
+/** The fake driver knows kernels by their names. */
+const SOURCE = { name: "fake.cu", text: "kernels" };
+
+/** A kernel that writes `value` into all of an i32 tensor. */
+function fill(device: CudaDevice, out: Tensor, value: number): void {
+  device.launch(device.kernel(SOURCE, "fill"), { grid: 1, block: 32 }, [out, value, out.size]);
+}
+
+async function ints(tensor: Tensor): Promise<number[]> {
+  const bytes = await (tensor.device as CudaDevice).download(tensor);
+  return [...new Int32Array(bytes.buffer)];
+}
+
+/** Bytes that differ from place to place and, by `start`, from call to call. */
+function counting(length: number, start = 0): Uint8Array<ArrayBuffer> {
+  return PATTERN.slice(start, start + length);
+}
+
+// -- memory --
+
+testFakeDevice("cuda: blocks are aligned, counted and given back; the peak stays", {}, (device, fake) => {
+  const before = device.memoryUse();
+  assert.deepEqual(before, { current: 0, peak: 0, reserved: 0, weights: 0 });
+  const small = device.alloc(1);
+  const large = device.alloc(3 * MIB);
+  const weight = device.alloc(5 * MIB, "weights");
+  for (const { pointer } of [small, large, weight]) assert.equal(pointer % 256n, 0n);
+  assert.deepEqual(device.memoryUse(), {
+    current: 256 + 3 * MIB,
+    peak: 256 + 3 * MIB,
+    reserved: 64 * MIB,
+    weights: 5 * MIB,
+  });
+  assert.equal(fake.used, (64 + 256) * MIB);
+  for (const memory of [large, weight, small]) device.free(memory);
+  const { current, peak, weights } = device.memoryUse();
+  assert.deepEqual({ current, peak, weights }, { current: 0, peak: 256 + 3 * MIB, weights: 0 });
+});
+
+testFakeDevice("cuda: freeing twice, and freeing another device's memory, are errors", {}, (device) => {
+  const memory = device.alloc(100);
+  device.free(memory);
+  assert.throws(() => device.free(memory), new FfiError("cuda:0: memory was freed twice"));
+  device.alloc(100); // takes the same place
+  assert.throws(() => device.free(memory), new FfiError("cuda:0: memory was freed twice"));
+  using other = openCuda(0);
+  assert.throws(() => other.free(memory), /memory of cuda:0 is not mine/);
+});
+
+testFakeDevice(
+  "cuda: a scope frees activations but not weights, and keeps what is returned",
+  {},
+  (device) => {
+    const kept = device.scope(() => {
+      const a = Tensor.empty(device, [100], "f32");
+      Tensor.empty(device, [1000], "f32");
+      device.alloc(4096, "weights");
+      return { nested: [a] };
+    });
+    assert.equal(device.memoryUse().current, 512);
+    assert.equal(device.memoryUse().weights, 4096);
+    kept.nested[0].dispose();
+    assert.throws(() =>
+      device.scope(() => {
+        Tensor.empty(device, [100], "f32");
+        throw new RangeError("stop");
+      }), RangeError);
+    assert.equal(device.memoryUse().current, 0);
+  },
+);
+
+testFakeDevice(
+  "cuda: memory grows behind the same addresses, and keeps its bytes",
+  {},
+  async (device, fake) => {
+    const first = new Tensor(device.alloc(60 * MIB), "u8", [60 * MIB]);
+    device.upload(counting(1000), first.memory);
+    const second = new Tensor(device.alloc(300 * MIB), "u8", [300 * MIB]);
+    // A block lies across two chunks here, and kernels see no seam.
+    assert.equal(second.pointer - first.pointer, BigInt(60 * MIB));
+    assert.equal(fake.used, 360 * MIB);
+    const end = second.narrow(0, 300 * MIB - 10, 10);
+    device.upload(counting(300), second.memory);
+    assert.deepEqual(await device.download(first.narrow(0, 0, 1000)), counting(1000));
+    assert.deepEqual(await device.download(second.narrow(0, 0, 300)), counting(300));
+    assert.deepEqual(await device.download(end), new Uint8Array(10));
+  },
+);
+
+testFakeDevice("cuda: the same requests get the same addresses each time", {}, (device) => {
+  const weight = device.alloc(1000, "weights");
+  const request = fc.record({ bytes: fc.integer({ min: 0, max: 4 * MIB }), keep: fc.boolean() });
+  fc.assert(
+    fc.property(fc.array(request, { maxLength: 60 }), (requests) => {
+      const run = () =>
+        device.scope(() =>
+          requests.map(({ bytes, keep }) => {
+            const memory = device.alloc(bytes);
+            if (!keep) device.free(memory);
+            return memory.pointer;
+          })
+        );
+      const addresses = run();
+      const { reserved, current } = device.memoryUse();
+      assert.equal(current, 0);
+      assert.deepEqual(run(), addresses);
+      assert.equal(device.memoryUse().reserved, reserved, "a repetition takes nothing");
+    }),
+    { numRuns: 50 },
+  );
+  device.free(weight);
+});
+
+testFakeDevice(
+  "cuda: where a chunk does not fit, the rest of the memory is taken as it is needed",
+  { memory: 100 * MIB },
+  (device, fake) => {
+    device.alloc(60 * MIB);
+    device.alloc(30 * MIB, "weights"); // 36 MiB are left, of 256 that a chunk has
+    assert.equal(fake.used, (64 + 30) * MIB);
+    device.alloc(6 * MIB, "weights");
+    assert.equal(fake.used, 100 * MIB);
+  },
+);
+
+testFakeDevice(
+  "cuda: a segment takes what the other one does not use, then says how much there is",
+  { memory: 200 * MIB },
+  (device, fake) => {
+    const activations = device.alloc(120 * MIB);
+    assert.throws(() => device.alloc(100 * MIB, "weights"), OutOfMemoryError);
+    device.free(activations);
+    const weights = device.alloc(100 * MIB, "weights"); // the activations' chunks are empty now
+    assert.equal(fake.used, 100 * MIB);
+    device.alloc(90 * MIB);
+    assert.throws(() => device.alloc(50 * MIB), (error: unknown) => {
+      assert(error instanceof OutOfMemoryError);
+      assert.equal(
+        error.message,
+        "cuda:0: out of memory: asked for 50.0 MiB for activations; 100.0 MiB are used by weights and 90.0 MiB by " +
+          "activations, 10.0 MiB of 200.0 MiB are free on the GPU",
+      );
+      assert.match(error.hint!, /--height and --width.*--disable_bf16.*nvidia-smi/);
+      return true;
+    });
+    device.alloc(10 * MIB); // nothing was lost on the way
+    device.free(weights);
+  },
+);
+
+testFakeDevice(
+  "cuda: out of memory is not final, other failures keep their call's name",
+  {},
+  (device, fake) => {
+    fake.fail("cuMemCreate", 1);
+    assert.throws(
+      () => device.alloc(10),
+      new FfiError("cuda: cuMemCreate failed: CUDA_ERROR_INVALID_VALUE (1)"),
+    );
+    fake.fail("cuMemCreate", 2);
+    device.alloc(10);
+  },
+);
+
+testFakeDevice(
+  "cuda: a library's scratch grows, counts as activations, and is one for all",
+  { memory: 512 * MIB },
+  (device, fake) => {
+    const { workspace } = device.context;
+    const small = workspace(1000);
+    assert.equal(workspace(500), small);
+    assert.equal(device.memoryUse().current, 1024);
+    workspace(5000);
+    assert.deepEqual(device.memoryUse(), { current: 5120, peak: 5120, reserved: 5120, weights: 0 });
+    assert.equal(fake.used, 256 * MIB);
+    // What a graph was recorded with stays as long as the graph.
+    const graph = device.record(() => fill(device, Tensor.empty(device, [4], "i32"), 1));
+    workspace(10_000);
+    assert.equal(device.memoryUse().reserved - 64 * MIB, 5120 + 10_240);
+    graph[Symbol.dispose]();
+    assert.equal(device.memoryUse().reserved - 64 * MIB, 10_240);
+    assert.throws(() => workspace(1024 * MIB), /asked for 1024.0 MiB for a library's scratch/);
+  },
+);
+
+// -- copies --
+
+testFakeDevice(
+  "cuda: what is uploaded comes back, whatever happens to the host's bytes",
+  {},
+  async (device) => {
+    const sizes = fc.array(fc.oneof(fc.nat(300), fc.nat(2 * MIB)), { minLength: 1, maxLength: 16 });
+    await fc.assert(
+      fc.asyncProperty(sizes, async (lengths) => {
+        // All are uploaded before anything is waited for: that can be more than the ring holds.
+        const tensors = lengths.map((length, i) => {
+          const bytes = counting(length, i);
+          const tensor = Tensor.fromBytes(device, bytes, [length], "u8");
+          bytes.fill(0);
+          return tensor;
+        });
+        for (const [i, tensor] of tensors.entries()) {
+          assert(Buffer.from(await device.download(tensor)).equals(counting(lengths[i], i)), `tensor ${i}`);
+        }
+        for (const tensor of tensors) tensor.dispose();
+      }),
+      { numRuns: 15 },
+    );
+  },
+);
+
+testFakeDevice(
+  "cuda: a download holds more than the staging memory, and needs no live tensor",
+  {},
+  async (device) => {
+    const length = 20 * MIB + 5;
+    const tensor = Tensor.fromBytes(device, counting(length), [length], "u8");
+    const downloaded = device.download(tensor);
+    tensor.dispose();
+    Tensor.fromBytes(device, new Uint8Array(length), [length], "u8");
+    assert(Buffer.from(await downloaded).equals(counting(length)));
+  },
+);
+
+testFakeDevice("cuda: copies that cannot be are refused", {}, (device) => {
+  const tensor = Tensor.fromInt32(device, [1, 2, 3, 4, 5, 6], [2, 3]);
+  assert.throws(() => device.upload(new Uint8Array(25), tensor.memory), /25 bytes do not fit into 24/);
+  assert.throws(() => device.download(tensor.permute([1, 0])), /contiguous tensor, not strided i32 \[3, 2\]/);
+  using other = openCuda(0);
+  assert.throws(() => other.download(tensor), /lies on cuda:0/);
+  assert.throws(() => other.upload(new Uint8Array(1), tensor.memory), /is not mine/);
+});
+
+testFakeDevice("cuda: weights are streamed into place", {}, async (device) => {
+  const parts = [counting(1000), counting(0), counting(3 * MIB, 5)];
+  const counts: number[] = [];
+  const placed = await device.placeAll(parts, (bytes) => counts.push(bytes));
+  assert.equal(counts.at(-1), 1000 + 3 * MIB);
+  for (const [i, memory] of placed.entries()) {
+    const tensor = new Tensor(memory, "u8", [parts[i].length]);
+    assert(Buffer.from(await device.download(tensor)).equals(parts[i]));
+  }
+  assert.equal(device.memoryUse().current, 0);
+  for (const memory of placed) device.free(memory);
+});
+
+testFakeDevice(
+  "cuda: weights that do not fit leave nothing behind",
+  { memory: 100 * MIB },
+  async (device) => {
+    const parts = [counting(10), new Uint8Array(200 * MIB)];
+    await assert.rejects(device.placeAll(parts), OutOfMemoryError);
+    assert.equal(device.memoryUse().weights, 0);
+  },
+);
+
+testFakeDevice("cuda: weights that nothing refers to any more go", {}, async (device) => {
+  setFlagsFromString("--expose-gc");
+  const gc: () => void = runInNewContext("gc");
+  (() => device.alloc(MIB, "weights"))();
+  for (let i = 0; i < 10 && device.memoryUse().weights > 0; i++) {
+    gc();
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+  assert.equal(device.memoryUse().weights, 0);
+});
+
+// -- kernels --
+
+testFakeDevice("cuda: arguments lie as C has them", {}, (device, fake) => {
+  const tensor = Tensor.fromInt32(device, [1, 2, 3, 4], [4]);
+  const kernel = device.kernel(SOURCE, "probe");
+  assert.equal(kernel.name, "fake.cu:probe");
+  device.launch(kernel, { grid: [5, 6], block: [32, 2, 3], shared: 100 }, [
+    -7,
+    tensor.narrow(0, 1, 2),
+    new Float(1.5),
+    3,
+    undefined,
+    new Float(-0.25),
+    -(2n ** 40n),
+    2 ** 31 - 1,
+  ]);
+  const { grid, block, shared, args } = fake.lastLaunch();
+  assert.deepEqual({ grid, block, shared }, { grid: [5, 6, 1], block: [32, 2, 3], shared: 100 });
+  const view = new DataView(args.buffer);
+  assert.equal(args.length, 52);
+  assert.equal(view.getInt32(0, true), -7);
+  assert.equal(view.getBigUint64(8, true), tensor.pointer + 4n);
+  assert.equal(view.getFloat32(16, true), 1.5);
+  assert.equal(view.getInt32(20, true), 3);
+  assert.equal(view.getBigUint64(24, true), 0n);
+  assert.equal(view.getFloat32(32, true), -0.25);
+  assert.equal(view.getBigInt64(40, true), -(2n ** 40n));
+  assert.equal(view.getInt32(48, true), 2 ** 31 - 1);
+  device.launch(kernel, { grid: 1, block: 1 }, []);
+  assert.equal(fake.lastLaunch().args.length, 0);
+});
+
+testFakeDevice("cuda: arguments of any kinds lie at multiples of their sizes", {}, (device, fake) => {
+  const kernel = device.kernel(SOURCE, "probe");
+  const argument = fc.oneof(
+    fc.integer(),
+    fc.bigInt({ min: -(2n ** 63n), max: 2n ** 63n - 1n }),
+    fc.float({ noNaN: true }).map((value) => new Float(value)),
+  );
+  fc.assert(fc.property(fc.array(argument, { maxLength: 40 }), (args) => {
+    device.launch(kernel, { grid: 1, block: 1 }, args);
+    const packed = fake.lastLaunch().args;
+    const view = new DataView(packed.buffer);
+    let at = 0;
+    for (const arg of args) {
+      if (typeof arg === "bigint") {
+        at = Math.ceil(at / 8) * 8;
+        assert.equal(view.getBigInt64(at, true), arg);
+        at += 8;
+      } else {
+        if (arg instanceof Float) assert.equal(view.getFloat32(at, true), arg.value);
+        else assert.equal(view.getInt32(at, true), arg);
+        at += 4;
+      }
+    }
+    assert.equal(packed.length, at);
+  }));
+});
+
+testFakeDevice("cuda: launches that cannot be are refused with the kernel's name", {}, (device, fake) => {
+  const kernel = device.kernel(SOURCE, "probe");
+  const refused = (
+    launch: Parameters<CudaDevice["launch"]>[1],
+    args: Parameters<CudaDevice["launch"]>[2],
+  ) => {
+    try {
+      device.launch(kernel, launch, args);
+    } catch (error) {
+      assert(error instanceof FfiError);
+      return error.message;
+    }
+    assert.fail("it was launched");
+  };
+  const one = { grid: 1, block: 1 };
+  assert.match(refused(one, [0.5]), /^fake.cu:probe: argument 0, 0.5, is no 32-bit integer/);
+  assert.match(refused(one, [1, 2 ** 31]), /argument 1, 2147483648, is no 32-bit integer/);
+  assert.match(refused(one, [NaN]), /argument 0, NaN, is no 32-bit integer/);
+  assert.match(refused(one, new Array(600).fill(1)), /600 arguments are too many/);
+  assert.match(
+    refused({ grid: 0, block: 1 }, []),
+    /grid \[0, 1, 1\], sizes are from 1 to \[2147483647, 65535, 65535\]/,
+  );
+  assert.match(refused({ grid: [1, 65536], block: 1 }, []), /grid \[1, 65536, 1\]/);
+  assert.match(refused({ grid: 1, block: [1, 1, 65] }, []), /block \[1, 1, 65\]/);
+  assert.match(refused({ grid: 1, block: [64, 32] }, []), /a block of 2048 threads, cuda:0 takes 1024/);
+  assert.match(refused({ ...one, shared: 232_448 }, []), /1024 \+ 232448 bytes of shared memory.*has 232448/);
+  assert.equal(fake.launches, 0);
+  using other = openCuda(0);
+  assert.match(refused(one, [Tensor.fromInt32(other, [1], [1])]), /argument 0, i32 \[1\], lies on cuda:0/);
+  assert.throws(() => other.launch(kernel, one, []), /was not loaded by cuda:0/);
+  fake.fail("cuLaunchKernel", 701);
+  assert.match(refused(one, []), /^cuda: cuLaunchKernel of fake.cu:probe failed: error 701/);
+});
+
+testFakeDevice(
+  "cuda: more shared memory than a kernel has by itself is asked for once",
+  {},
+  (device, fake) => {
+    const kernel = device.kernel(SOURCE, "probe");
+    device.launch(kernel, { grid: 1, block: 1, shared: 48 * 1024 }, []);
+    assert.equal(fake.lastLaunch().shared, 48 * 1024);
+    device.launch(kernel, { grid: 1, block: 1, shared: 200_000 }, []);
+    fake.fail("cuFuncSetAttribute", 1);
+    device.launch(kernel, { grid: 1, block: 1, shared: 150_000 }, []);
+  },
+);
+
+testFakeDevice("cuda: a text is compiled and loaded once", {}, (device, fake) => {
+  const kernel = device.kernel(SOURCE, "fill");
+  assert.equal(device.kernel({ ...SOURCE }, "fill"), kernel);
+  assert.notEqual(device.kernel(SOURCE, "probe"), kernel);
+  assert.equal(fake.compilations, 1);
+  device.kernel({ ...SOURCE, text: "other" }, "fill");
+  assert.equal(fake.compilations, 2);
+  assert.throws(
+    () => device.kernel(SOURCE, "missing"),
+    /cuModuleGetFunction of missing in fake.cu failed: CUDA_ERROR_NOT_FOUND/,
+  );
+  assert.throws(
+    () => device.kernel({ ...SOURCE, text: "#error" }, "fill"),
+    /^FfiError: fake.cu does not compile for sm_90a: fake.cu\(2\): error: #error$/,
+  );
+});
+
+// -- events, waiting, graphs --
+
+testFakeDevice("cuda: waiting leaves the loop to others", { patience: 20 }, async (device) => {
+  const tensor = Tensor.empty(device, [4], "i32");
+  fill(device, tensor, 3);
+  let turns = 0;
+  const other = (async () => {
+    for (; turns < 5; turns++) await new Promise((resolve) => setTimeout(resolve, 0));
+  })();
+  await device.synchronize();
+  await other;
+  assert.equal(turns, 5);
+  assert.deepEqual(await ints(tensor), [3, 3, 3, 3]);
+});
+
+testFakeDevice("cuda: events measure the time between them", {}, (device) => {
+  using start = device.event();
+  using end = device.event();
+  assert.equal(end.since(start), 1.5);
+  const gone = device.event();
+  gone[Symbol.dispose]();
+  gone[Symbol.dispose]();
+  assert.throws(() => gone.since(start), /the event was disposed/);
+});
+
+testFakeDevice(
+  "cuda: a recording runs when it is replayed, and may need new memory",
+  {},
+  async (device, fake) => {
+    const out = Tensor.fromInt32(device, [0, 0], [2]);
+    const kept: Memory[] = [];
+    const graph = device.record(() => {
+      fill(device, out, 5);
+      kept.push(device.alloc(100 * MIB)); // a chunk more
+      fill(device, new Tensor(kept[0], "i32", [100]), 6);
+    });
+    assert.deepEqual(await ints(out), [0, 0]);
+    for (const value of [1, 2]) {
+      fill(device, out, value);
+      graph.replay();
+      assert.deepEqual(await ints(out), [5, 5]);
+    }
+    assert.deepEqual(await ints(new Tensor(kept[0], "i32", [2])), [6, 6]);
+    assert.equal(fake.launches, 4);
+    graph[Symbol.dispose]();
+    graph[Symbol.dispose]();
+    assert.throws(() => graph.replay(), /the graph was disposed/);
+  },
+);
+
+testFakeDevice("cuda: a recording that fails leaves the device as it was", {}, async (device) => {
+  const out = Tensor.fromInt32(device, [1, 2], [2]);
+  const failing: readonly (readonly [() => unknown, RegExp])[] = [
+    [() => {
+      fill(device, out, 9);
+      throw new RangeError("stop");
+    }, /^RangeError: stop/],
+    [() => device.upload(new Uint8Array(4), out.memory), /an upload cannot be part of a recording/],
+    [() => device.download(out), /a download cannot be/],
+    [() => device.event(), /an event cannot be/],
+    [() => device.record(() => {}), /a recording cannot be/],
+    [
+      () => device.context.driver.streamSynchronize(device.context.stream),
+      /cuStreamSynchronize failed: error 900/,
+    ],
+    [() => Promise.resolve(), /record takes a synchronous function/],
+  ];
+  for (const [body, message] of failing) {
+    assert.throws(() => device.record(() => body() as void), message);
+    device.upload(Uint8Array.of(4), out.memory);
+    fill(device, out, 7);
+    assert.deepEqual(await ints(out), [7, 7]);
+  }
+  // A call that failed inside, and was caught there, has made the recording invalid all the same.
+  assert.throws(
+    () =>
+      device.record(() => {
+        try {
+          device.context.driver.streamQuery(device.context.stream);
+        } catch { /* as a library would */ }
+      }),
+    /cuStreamEndCapture failed: error 901/,
+  );
+  device.record(() => fill(device, out, 8))[Symbol.dispose]();
+});
+
+testFakeDevice(
+  "cuda: memory that recorded work may use is not given to the other segment",
+  { memory: 200 * MIB },
+  (device) => {
+    const graph = device.record(() => {
+      device.scope(() => fill(device, Tensor.empty(device, [40 * MIB], "i32"), 1));
+    });
+    assert.throws(() => device.alloc(100 * MIB, "weights"), OutOfMemoryError);
+    graph.replay();
+    graph[Symbol.dispose]();
+    device.alloc(100 * MIB, "weights");
+  },
+);
+
+// -- failures --
+
+testFakeCuda("cuda: after a lost context all calls name the first that failed", {}, async () => {
+  using device = openCuda(0);
+  const out = Tensor.fromInt32(device, [1, 2], [2]);
+  device.launch(device.kernel(SOURCE, "fault"), { grid: 1, block: 1 }, []);
+  const first =
+    "cuda: cuStreamQuery failed: CUDA_ERROR_ILLEGAL_ADDRESS (700), an illegal memory access was " +
+    "encountered";
+  await assert.rejects(device.synchronize(), (error: unknown) => {
+    assert(error instanceof FfiError);
+    assert.equal(error.message, first);
+    assert.match(error.hint!, /work issued before that call/);
+    return true;
+  });
+  const later = { name: "FfiError", message: `cuda: the GPU's context was lost earlier: ${first}` };
+  assert.throws(() => fill(device, out, 1), later);
+  assert.throws(() => device.alloc(1), later);
+  assert.throws(() => device.download(out), later);
+  assert.throws(() => device.event(), later);
+  assert.throws(() => device.context.driver.memGetInfo(), later);
+  assert.throws(() => device.kernel(SOURCE, "probe"), later);
+  out.dispose(); // a scope that ends does not hide the error
+});
+
+testFakeCuda("cuda: work that fails at the very end shows when the device is closed", {}, () => {
+  const device = openCuda(0);
+  device.launch(device.kernel(SOURCE, "fault"), { grid: 1, block: 1 }, []);
+  assert.throws(() => device[Symbol.dispose](), /cuStreamSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS/);
+});
+
+testFakeDevice(
+  "cuda: a closed device says so, and two devices live side by side",
+  { devices: 2 },
+  async (first) => {
+    const second = openCuda(1);
+    const a = Tensor.fromInt32(first, [1, 2], [2]);
+    const b = Tensor.fromInt32(second, [3, 4], [2]);
+    fill(second, b, 5);
+    assert.deepEqual(await ints(a), [1, 2]);
+    assert.deepEqual(await ints(b), [5, 5]);
+    const event = second.event();
+    event[Symbol.dispose]();
+    second[Symbol.dispose]();
+    second[Symbol.dispose]();
+    assert.throws(() => second.alloc(1), new FfiError("cuda:1: the device was closed"));
+    assert.deepEqual(await ints(a), [1, 2]);
+  },
+);
+
+// -- opening --
+
+testFakeCuda(
+  "cuda: openDevice opens GPUs by index and lists those there are",
+  { devices: 2 },
+  async (fake) => {
+    {
+      using device = await openDevice("cuda:1");
+      assert.equal(device.name, "cuda:1");
+      using other = await openDevice("cuda");
+      assert.equal(other.name, "cuda:0");
+      const { description, nativeBfloat16, providers } = device.properties();
+      assert.equal(description, "Fake GPU 1, 1.0 GiB, compute capability 9.0");
+      assert(nativeBfloat16);
+      assert.equal(providers.other, "CUDA kernels, compiled by NVRTC 13.0 for sm_90a");
+      assert.match(providers.driver, /^for CUDA 13.0, .*libcuda.so.1$/);
+    }
+    assert.equal(fake.alive, 0);
+    await assert.rejects(
+      openDevice("cuda:2"),
+      {
+        name: "FfiError",
+        message: "there is no GPU cuda:2; there are: cuda:0 Fake GPU 0, cuda:1 Fake GPU 1",
+      },
+    );
+    assert.equal(fake.alive, 0);
+  },
+);
+
+testFakeCuda("cuda: a machine without a GPU is told so", { devices: 0 }, async () => {
+  await assert.rejects(openDevice("cuda"), (error: unknown) => {
+    assert(error instanceof FfiError);
+    assert.match(error.message, /cuInit failed: CUDA_ERROR_NO_DEVICE \(100\)/);
+    assert.match(error.hint!, /nvidia-smi/);
+    return true;
+  });
+});
+
+testFakeCuda("cuda: a device that cannot be opened leaves nothing", {}, (fake: FakeCuda) => {
+  fake.fail("cuDevicePrimaryCtxRetain", 2);
+  assert.throws(() => openCuda(0), OutOfMemoryError);
+  assert.equal(fake.alive, 0);
+});
