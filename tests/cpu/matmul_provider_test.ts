@@ -110,6 +110,62 @@ forEachProvider("matmul", (test) => {
     }
   });
 
+  test("a batch is so many single products, in place", (device) => {
+    const batch = fc.record({
+      count: fc.integer({ min: 1, max: 4 }),
+      m: fc.integer({ min: 1, max: 20 }),
+      n: fc.integer({ min: 1, max: 20 }),
+      k: fc.integer({ min: 1, max: 40 }),
+      // The last two dimensions either way round; matrices behind one another or, as heads are, between rows.
+      a: fc.constantFrom([0, 1, 2], [0, 2, 1], [1, 0, 2]),
+      b: fc.constantFrom([0, 1, 2], [0, 2, 1], [1, 0, 2]),
+      out: fc.constantFrom([0, 1, 2], [1, 0, 2]),
+      gap: fc.integer({ min: 0, max: 3 }),
+      dtype: float,
+      bias: fc.boolean(),
+      seed: fc.nat(),
+    });
+    fc.assert(
+      fc.property(batch, ({ count, m, n, k, a, b, out, gap, dtype, bias, seed }) => {
+        device.scope(() => {
+          const place = (order: readonly number[]): Placement => ({ order, gap, where: "device" });
+          const x = sample(device, [count, m, k], dtype, place(a), noise(seed)).tensor;
+          const w = sample(device, [count, n, k], dtype, place(b), noise(seed + 1)).tensor;
+          const shift = bias ? sample(device, [n], dtype, place([0]), noise(seed + 2)).tensor : undefined;
+          const together = poisoned(device, [count, m, n], dtype, place(out));
+          const singly = poisoned(device, [count, m, n], dtype, place(out));
+          device.matmul({ a: x, b: w, bias: shift, out: together, alpha: 0.5 });
+          for (let i = 0; i < count; i++) {
+            const [ai, bi, outi] = [x, w, singly].map((tensor) => {
+              const [step, ...strides] = tensor.strides;
+              return new Tensor(
+                tensor.memory,
+                dtype,
+                tensor.shape.slice(1),
+                strides,
+                tensor.offset + i * step,
+              );
+            });
+            device.matmul({ a: ai, b: bi, bias: shift, out: outi, alpha: 0.5 });
+          }
+          assert.deepEqual(readBack(together), readBack(singly));
+        });
+      }),
+      { numRuns: 40 },
+    );
+  });
+
+  test("a batch beside a single matrix or another batch size is refused", (device) => {
+    const zeros = (...shape: number[]) => Tensor.empty(device, shape, "f32");
+    for (const b of [zeros(3, 4), zeros(5, 3, 4), zeros(1, 3, 4)]) {
+      assert.throws(
+        () => device.matmul({ a: zeros(2, 6, 4), b, out: zeros(2, 6, 3) }),
+        { name: "ShapeError", message: /matmul: .*a f32 \[2, 6, 4\], b f32 \[.*, out f32 \[2, 6, 3\]/ },
+      );
+    }
+    device.matmul({ a: zeros(0, 6, 4), b: zeros(0, 3, 4), out: zeros(0, 6, 3) });
+  });
+
   test("a freed weight's packing does not serve the tensor that comes to lie at its address", (device) => {
     const x = Tensor.fromFloat32(device, Float32Array.from({ length: 64 }, () => 1), [8, 8]);
     const out = Tensor.empty(device, [8, 8], "f32");

@@ -1,0 +1,189 @@
+/**
+ * cuDNN on one device: convolution and attention through its graph API. cudnn_backend.ts has the C functions and
+ * descriptors, cudnn_plan.ts the graphs and the choice of engines.
+ */
+import type { ConvPlan } from "../device.ts";
+import type { AttentionPlan } from "../gpu.ts";
+import type { Tensor } from "../tensor.ts";
+import type { CudaContext } from "./context.ts";
+import { CudnnBackend, CudnnError } from "./cudnn_backend.ts";
+import {
+  type AttentionLayouts,
+  type ConvLayouts,
+  CudnnPlanner,
+  type ExecutionPlan,
+  ID,
+  type Layout,
+  variantPack,
+} from "./cudnn_plan.ts";
+
+/** The first version with attention as one operation that NVIDIA's own frontend uses. */
+const ATTENTION_VERSION = 91301;
+/** Alignments above this make no difference to engines. */
+const MAX_ALIGNMENT = 16;
+
+/** A cuDNN handle and what plans for its GPU. */
+interface Session {
+  readonly handle: bigint;
+  readonly planner: CudnnPlanner;
+}
+
+/** Convolutions and attention, planned once for each layout of their tensors. */
+export class Cudnn implements Disposable {
+  /** E.g. `"9.14.0"`. */
+  readonly version: string;
+  readonly #backend: CudnnBackend;
+  #opened: Session | undefined;
+  readonly #plans = new Map<string, ExecutionPlan>();
+  /** Attention that no engine takes. */
+  readonly #refused = new Set<string>();
+  // An array on the heap of V8 could move; this one keeps its address.
+  readonly #scale = new Float32Array(new ArrayBuffer(4));
+  readonly #scalePointer = Deno.UnsafePointer.value(Deno.UnsafePointer.of(this.#scale));
+
+  /**
+   * Finds and opens libcudnn; the handle is made at the first use.
+   *
+   * @throws {FfiError} where it, or a library that it needs, is not installed
+   */
+  constructor(private readonly context: CudaContext) {
+    this.#backend = new CudnnBackend();
+    this.version = this.#backend.version;
+  }
+
+  /**
+   * Issues a convolution to the device's stream. `x`, `weight` and `out` are all f32, all bf16 or all f16, `bias` of
+   * their dtype or f32; all of them NCHW with `[o, c, kh, kw]` weights, or all NHWC with weights `[o, kh, kw, c]` in
+   * memory. Sums are in f32, and f32 inputs are multiplied as they are (no TF32).
+   *
+   * @throws {CudnnError} with the tensors, where no engine takes them, and for every other status
+   */
+  conv(plan: ConvPlan): void {
+    const { x, weight, bias, out, stride, padding } = plan;
+    if (out.size === 0) return;
+    const layouts: ConvLayouts = {
+      x: layoutOf(x),
+      weight: layoutOf(weight),
+      bias: bias && layoutOf(bias),
+      out: layoutOf(out),
+      stride,
+      padding,
+    };
+    const { x: input, weight: filter, bias: shift, out: result } = layouts;
+    const key = `conv ${text(input)} ${text(filter)} ${shift && text(shift)} ${
+      text(result)
+    } ${stride} ${padding}`;
+    this.context.driver.enter();
+    let prepared = this.#plans.get(key);
+    if (prepared === undefined) {
+      const { planner } = this.#session;
+      prepared = named(key, () => planner.conv(layouts));
+      this.#plans.set(key, prepared);
+    }
+    this.#execute(key, prepared, [
+      [ID.x, x.pointer],
+      [ID.weight, weight.pointer],
+      [ID.out, out.pointer],
+      ...(bias === undefined ? [] : [[ID.bias, bias.pointer] as const]),
+    ]);
+  }
+
+  /**
+   * Issues attention to the device's stream and returns true, or returns false where cuDNN does not do it: tensors that
+   * are not all bf16 or all f16, head sizes that are no multiple of 8 or above 256, versions before 9.13.1, GPUs that no
+   * engine is made for. Softmax and sums are in f32.
+   *
+   * @throws {CudnnError} with the tensors, where something goes wrong
+   */
+  attention(plan: AttentionPlan): boolean {
+    const { q, k, v, out, scale } = plan;
+    const headDim = q.shape[3];
+    if (this.#backend.versionNumber < ATTENTION_VERSION || headDim % 8 !== 0 || headDim > 256) return false;
+    if ((q.dtype !== "bf16" && q.dtype !== "f16") || [k, v, out].some(({ dtype }) => dtype !== q.dtype)) {
+      return false;
+    }
+    if (out.size === 0) return true;
+    const layouts: AttentionLayouts = { q: layoutOf(q), k: layoutOf(k), v: layoutOf(v), out: layoutOf(out) };
+    const key = `attention ${text(layouts.q)} ${text(layouts.k)} ${text(layouts.v)} ${text(layouts.out)}`;
+    if (this.#refused.has(key)) return false;
+    this.context.driver.enter();
+    let prepared = this.#plans.get(key);
+    if (prepared === undefined) {
+      const { planner } = this.#session;
+      try {
+        prepared = named(key, () => planner.attention(layouts));
+      } catch (error) {
+        if (!(error instanceof CudnnError && error.unsupported)) throw error;
+        this.#refused.add(key);
+        return false;
+      }
+      this.#plans.set(key, prepared);
+    }
+    this.#scale[0] = scale;
+    this.#execute(key, prepared, [
+      [ID.q, q.pointer],
+      [ID.k, k.pointer],
+      [ID.v, v.pointer],
+      [ID.out, out.pointer],
+      [ID.scale, this.#scalePointer],
+    ]);
+    return true;
+  }
+
+  [Symbol.dispose](): void {
+    if (this.#opened !== undefined) {
+      const { handle, planner } = this.#opened;
+      this.context.driver.enter();
+      for (const plan of this.#plans.values()) plan[Symbol.dispose]();
+      planner[Symbol.dispose]();
+      this.#backend.check(this.#backend.symbols.cudnnDestroy(handle), "cudnnDestroy");
+    }
+    this.#backend[Symbol.dispose]();
+  }
+
+  get #session(): Session {
+    if (this.#opened === undefined) {
+      const { cudnnCreate, cudnnSetStream } = this.#backend.symbols;
+      const out = new BigUint64Array(1);
+      this.#backend.check(cudnnCreate(out), "cudnnCreate");
+      const [handle] = out;
+      this.#backend.check(cudnnSetStream(handle, this.context.stream), "cudnnSetStream");
+      this.#opened = { handle, planner: new CudnnPlanner(this.#backend, { handle }) };
+    }
+    return this.#opened;
+  }
+
+  #execute(
+    key: string,
+    plan: ExecutionPlan,
+    addresses: readonly (readonly [id: number, pointer: bigint])[],
+  ): void {
+    const workspace = plan.workspaceBytes === 0 ? 0n : this.context.workspace(plan.workspaceBytes);
+    using pack = variantPack(this.#backend, addresses, workspace);
+    const { cudnnBackendExecute } = this.#backend.symbols;
+    const status = cudnnBackendExecute(this.#session.handle, plan.handle, pack.handle);
+    named(key, () => this.#backend.check(status, "cudnnBackendExecute"));
+  }
+}
+
+function layoutOf({ dtype, shape, strides, pointer }: Tensor): Layout {
+  const low = Number(BigInt.asUintN(4, pointer));
+  return { dtype, shape, strides, alignment: low === 0 ? MAX_ALIGNMENT : low & -low };
+}
+
+/** A layout in words: part of a plan's key and of messages. */
+function text({ dtype, shape, strides, alignment }: Layout): string {
+  return `${dtype} [${shape}] strides [${strides}]${
+    alignment === MAX_ALIGNMENT ? "" : ` aligned to ${alignment}`
+  }`;
+}
+
+/** Runs `body`; cuDNN's errors tell what it was about. */
+function named<T>(what: string, body: () => T): T {
+  try {
+    return body();
+  } catch (error) {
+    if (!(error instanceof CudnnError)) throw error;
+    throw new CudnnError(`${error.message}, for ${what}`, error.status);
+  }
+}

@@ -1,0 +1,28 @@
+/* A stand-in for libcuda.so.1 that says yes to what cuDNN calls while it builds a plan, and does nothing. */
+#define DOES_NOTHING(name) int name(void) { return 0; }
+#define GIVES_A_HANDLE(name) int name(void **handle) { *handle = (void *)1; return 0; }
+
+GIVES_A_HANDLE(cuLibraryLoadData)
+GIVES_A_HANDLE(cuLibraryGetKernel)
+DOES_NOTHING(cuCtxGetCurrent)
+DOES_NOTHING(cuCtxGetLimit)
+DOES_NOTHING(cuCtxPopCurrent)
+DOES_NOTHING(cuCtxPushCurrent)
+DOES_NOTHING(cuDeviceGet)
+DOES_NOTHING(cuDeviceGetCount)
+DOES_NOTHING(cuDriverGetVersion)
+DOES_NOTHING(cuGetErrorName)
+DOES_NOTHING(cuGetErrorString)
+DOES_NOTHING(cuKernelGetAttribute)
+DOES_NOTHING(cuKernelSetAttribute)
+DOES_NOTHING(cuLaunchCooperativeKernel)
+DOES_NOTHING(cuLaunchKernel)
+DOES_NOTHING(cuLaunchKernelEx)
+DOES_NOTHING(cuLibraryLoadFromFile)
+DOES_NOTHING(cuLibraryUnload)
+DOES_NOTHING(cuLinkAddData)
+DOES_NOTHING(cuLinkComplete)
+DOES_NOTHING(cuLinkCreate)
+DOES_NOTHING(cuLinkDestroy)
+DOES_NOTHING(cuOccupancyMaxPotentialClusterSize)
+DOES_NOTHING(cuStreamGetCtx)
