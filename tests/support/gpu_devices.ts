@@ -1,0 +1,35 @@
+import { FfiError } from "../../ffi/errors.ts";
+import { type GpuDevice, isGpu } from "../../ffi/gpu.ts";
+import { openDevice } from "../../ffi/open.ts";
+import { missingCompiler, openEmulatedGpu } from "./emulated_gpu.ts";
+import { ownDevice, type TestDevice, testOn } from "./test_device.ts";
+
+/**
+ * The GPU of this process's tests: in tests/gpu the real one, which all tests of a file share, since opening it takes
+ * long; elsewhere an emulated one for each test.
+ */
+export const TEST_GPU: TestDevice<GpuDevice> = Deno.mainModule.includes("/tests/gpu/")
+  ? await realGpu()
+  : ownDevice("emulated GPU", openEmulatedGpu, missingCompiler());
+
+/** Defines a test `<op>: <title> (<GPU>)`; skipped, with a word, where there is no such GPU. */
+export type DefineGpuTest = (title: string, body: (device: GpuDevice) => void | Promise<void>) => void;
+
+/** Calls `define` with how to define a test of `op` on {@link TEST_GPU}. */
+export function forEachGpu(op: string, define: (test: DefineGpuTest) => void): void {
+  define((title, body) => testOn(TEST_GPU, `${op}: ${title}`, body));
+}
+
+async function realGpu(): Promise<TestDevice<GpuDevice>> {
+  const name = "cuda";
+  try {
+    const device = await openDevice("cuda");
+    if (!isGpu(device)) throw new TypeError(`${device.name} is no GPU`);
+    addEventListener("unload", () => device[Symbol.dispose]());
+    return { name, skip: undefined, use: async (body) => await body(device) };
+  } catch (error) {
+    if (!(error instanceof FfiError)) throw error;
+    const [sentence] = error.message.split(". ");
+    return { name, skip: sentence, use: () => Promise.resolve() };
+  }
+}
