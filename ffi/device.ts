@@ -12,11 +12,15 @@ export interface Memory {
 }
 
 /**
- * One matrix product `out = alpha * a @ b^T + bias`, accumulated in f32.
+ * One matrix product `out = alpha * a @ b^T + bias`, accumulated in f32, or a batch of them.
  *
  * `a` is `[m, k]`, `b` is `[n, k]` (a Linear layer's own layout; a transposed view serves for `[k, n]`), `bias` is
  * `[n]`, `out` is `[m, n]`. Each may be strided with any row stride; one of a matrix's two strides is 1.
- * The dtypes of `a` and `b` are f32 or bf16, `out` is f32 or bf16.
+ * A batch is `[batch, m, k]`, `[batch, n, k]` and `[batch, m, n]` with any stride between its matrices; `bias` stays
+ * `[n]`, for all of them.
+ *
+ * The dtypes of `a` and `b` are f32 or bf16, `out` is f32 or bf16. The CPU takes all of these mixed; a GPU takes `a` and
+ * `b` of one dtype, `out` of that or f32, and `bias` of `out`'s dtype for an `out` with dense rows.
  */
 export interface MatmulPlan {
   readonly a: Tensor;
@@ -97,8 +101,14 @@ export interface Device extends Disposable {
    */
   scope<T>(body: () => T): T;
 
-  /** Makes host bytes available on the device. The CPU keeps using them where they are, without a copy. */
-  place(bytes: Uint8Array): Memory;
+  /**
+   * Makes host bytes available on the device, a memory for each part, for as long as weights live. The CPU keeps using
+   * them where they are, without a copy; a GPU streams them, those of a mapped file straight from the file.
+   *
+   * @param onBytes called now and then with how many bytes have arrived so far, of all parts.
+   * @throws OutOfMemoryError; FfiError for a file that was shortened meanwhile. Then nothing stays allocated.
+   */
+  placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]>;
   /** Copies host bytes into the start of `memory`. */
   upload(bytes: Uint8Array, memory: Memory): void;
   /** Waits for the work so far and copies a contiguous tensor's bytes to the host. */

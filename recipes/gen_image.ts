@@ -25,6 +25,7 @@ Examples:
   deno task generate --prompt "three red apples on a blue background" --seed 7 --output-file apples.png
   deno task generate --ckpt ~/models/FLUX.1-schnell --height 512 --width 768 --prompt "a lighthouse at night"
   deno task generate --disable_bf16 --json --verbose
+  deno task generate --ckpt ~/models/FLUX.1-schnell-configs --random-weights --device cuda --verbose
 `;
 
 const NAME = "gen_image";
@@ -50,11 +51,19 @@ async function generateImage(args: string[]): Promise<void> {
     ...definedOnly({ cacheDir: flags.cacheDir }),
     onWarning: note,
   });
-  const loading = new Progress("loading", 1, "");
-  using model = await Model.load(flags.ckpt ?? EMBEDDED_MODEL, device, {
-    onProgress: ({ loadedBytes, totalBytes }) => loading.update(loadedBytes / totalBytes),
-    onWarning: note,
-  }).finally(() => loading.stop());
+  const loadStart = performance.now();
+  const folder = flags.ckpt ?? EMBEDDED_MODEL;
+  let loading: Progress | undefined;
+  using model = flags.randomWeights
+    ? await Model.random(folder, device, flags.disable_bf16 ? "f32" : "bf16")
+    : await Model.load(folder, device, {
+      onProgress: ({ loadedBytes, totalBytes }) => {
+        loading ??= new Progress("loading", totalBytes, "bytes");
+        loading.update(loadedBytes);
+      },
+      onWarning: note,
+    }).finally(() => loading?.stop());
+  const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), flags.disable_bf16 ? baselineFp32 : bfloat16);
   if (flags.verbose) {
     const { description, providers } = device.properties();
@@ -97,9 +106,9 @@ async function generateImage(args: string[]): Promise<void> {
   if (flags.verbose) {
     const { text, steps, decode } = milliseconds;
     note(
-      `text ${text.toFixed(0)} ms, steps ${steps.map((ms) => ms.toFixed(0)).join(" ")} ms, decode ${
-        decode.toFixed(0)
-      } ms`,
+      `load ${load.toFixed(0)} ms, text ${text.toFixed(0)} ms, steps ${
+        steps.map((ms) => ms.toFixed(0)).join(" ")
+      } ms, decode ${decode.toFixed(0)} ms`,
     );
   }
   if (flags.json) {
@@ -112,7 +121,7 @@ async function generateImage(args: string[]): Promise<void> {
       ...settings,
       seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
       seconds: Number(seconds.toFixed(3)),
-      milliseconds,
+      milliseconds: { load, ...milliseconds },
     }));
   } else {
     printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);

@@ -8,11 +8,11 @@ import type {
   MemoryUse,
 } from "../device.ts";
 import type { DType } from "../dtype.ts";
-import { FfiError, OutOfMemoryError } from "../errors.ts";
+import { FfiError, OutOfMemoryError, ShapeError } from "../errors.ts";
 import { MemoryScopes } from "../scope.ts";
-import { Arena } from "./arena.ts";
+import { Arena } from "../arena.ts";
 import { convBands } from "./bands.ts";
-import type { Tensor } from "../tensor.ts";
+import { Tensor } from "../tensor.ts";
 import { ffiAllowed } from "../library.ts";
 import { Converter } from "./convert.ts";
 import type { CpuProvider } from "./provider.ts";
@@ -163,6 +163,13 @@ export class CpuDevice implements Device {
     return this.#scopes.run(body);
   }
 
+  placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<CpuMemory[]> {
+    const memories = parts.map((bytes) => this.place(bytes));
+    onBytes?.(parts.reduce((sum, { byteLength }) => sum + byteLength, 0));
+    return Promise.resolve(memories);
+  }
+
+  /** Host bytes as memory of this device, where they are. */
   place(bytes: Uint8Array): CpuMemory {
     return {
       device: this,
@@ -191,7 +198,7 @@ export class CpuDevice implements Device {
   }
 
   matmul(plan: MatmulPlan): void {
-    this.#withRoom(() => this.#open.matmul(plan));
+    for (const one of matricesOf(plan)) this.#withRoom(() => this.#open.matmul(one));
   }
 
   conv(plan: ConvPlan): void {
@@ -263,6 +270,25 @@ export class CpuDevice implements Device {
       },
     );
   }
+}
+
+/** The single products of a plan. Throws {@link ShapeError} where only some operands are batches, or of other sizes. */
+function matricesOf(plan: MatmulPlan): readonly MatmulPlan[] {
+  const { a, b, out } = plan;
+  if (a.rank === 2 && b.rank === 2 && out.rank === 2) return [plan];
+  const [batch] = out.shape;
+  if ([a, b, out].some(({ rank, shape }) => rank !== 3 || shape[0] !== batch)) {
+    throw new ShapeError(`matmul: matrices are all of rank 2, or a batch each: a ${a}, b ${b}, out ${out}`);
+  }
+  const entry = (tensor: Tensor, i: number) => {
+    const [, rows, columns] = tensor.shape;
+    const [step, ...strides] = tensor.strides;
+    return new Tensor(tensor.memory, tensor.dtype, [rows, columns], strides, tensor.offset + i * step);
+  };
+  return Array.from(
+    { length: batch },
+    (_, i) => ({ ...plan, a: entry(a, i), b: entry(b, i), out: entry(out, i) }),
+  );
 }
 
 /** Address of the first byte; 0 where native code may not be called, since then nobody asks. */

@@ -23,6 +23,8 @@ const LIBC = {
   mmap: { parameters: ["pointer", "usize", "i32", "i32", "i32", "i64"], result: "pointer" },
   // int munmap(void *addr, size_t length)
   munmap: { parameters: ["pointer", "usize"], result: "i32" },
+  // ssize_t pread(int fd, void *buf, size_t count, off_t offset): on another thread, so that reads go side by side
+  pread: { parameters: ["i32", "pointer", "usize", "i64"], result: "isize", nonblocking: true },
 } as const satisfies Deno.ForeignLibraryInterface;
 
 // Values of sys/mman.h and fcntl.h. All but O_CLOEXEC are the same on Linux (glibc, musl) and macOS.
@@ -49,21 +51,37 @@ function openLibc(): OpenedLibrary<typeof LIBC> | null {
   return libc;
 }
 
+/** Which file a buffer shows. */
+const FILES = new WeakMap<ArrayBufferLike, MappedFile>();
+
+/** The mapped file that `bytes` is a view of, or undefined for ordinary memory. */
+export function mappedFileOf(bytes: Uint8Array): MappedFile | undefined {
+  return FILES.get(bytes.buffer);
+}
+
 /** A file's bytes. Dispose it (`using`) when nothing looks at them any more. */
 export class MappedFile implements Disposable {
   #bytes: Uint8Array<ArrayBuffer> | undefined;
   readonly #unmap: (() => void) | undefined;
 
-  /** Made by {@link mapFile}; `unmap` is undefined when the bytes lie in ordinary memory. */
+  readonly #identity: string;
+
+  /**
+   * Made by {@link mapFile}; `unmap` is undefined when the bytes lie in ordinary memory. `identity` is the same as long
+   * as the path leads to the same file.
+   */
   constructor(
     readonly path: string,
     bytes: Uint8Array<ArrayBuffer>,
     unmap: (() => void) | undefined,
+    identity: string,
   ) {
     this.#bytes = bytes;
     this.#unmap = unmap;
+    this.#identity = identity;
     this.byteLength = bytes.byteLength;
     this.mapped = unmap !== undefined;
+    if (this.mapped) FILES.set(bytes.buffer, this);
   }
 
   /** Size of the file. */
@@ -103,6 +121,23 @@ export class MappedFile implements Disposable {
     return Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes));
   }
 
+  /**
+   * The same file, open for reads that go side by side on other threads. Only of a {@link mapped} file.
+   *
+   * @throws {FfiError} when another file is at the path by now
+   */
+  openReader(): FileReader {
+    const { symbols } = openLibc()!;
+    const fd = symbols.open(new TextEncoder().encode(`${this.path}\0`), O_RDONLY | O_CLOEXEC);
+    if (fd >= 0 && identityAt(this.path) === this.#identity) {
+      return { path: this.path, fd, [Symbol.dispose]: () => void symbols.close(fd) };
+    }
+    if (fd >= 0) symbols.close(fd);
+    throw new FfiError(`${this.path} is not the file any more that it was when it was opened`, {
+      hint: "another program has replaced or removed it: load the model again when that is done",
+    });
+  }
+
   /** Unmaps the file. Every view of it becomes empty first, so that a late reader finds nothing, not a segfault. */
   [Symbol.dispose](): void {
     if (this.#bytes === undefined) return;
@@ -128,7 +163,7 @@ export function mapFile(path: string): MappedFile {
   if (library === null || size === 0) {
     const bytes = Deno.readFileSync(path);
     if (bytes.byteLength !== size) throw changedSize(path, size, bytes.byteLength);
-    return new MappedFile(path, bytes, undefined);
+    return new MappedFile(path, bytes, undefined, identityOf(stat));
   }
 
   const { symbols } = library;
@@ -152,9 +187,62 @@ export function mapFile(path: string): MappedFile {
       unmap();
       throw changedSize(path, size, actual);
     }
-    return new MappedFile(path, new Uint8Array(Deno.UnsafePointerView.getArrayBuffer(pointer, size)), unmap);
+    const bytes = new Uint8Array(Deno.UnsafePointerView.getArrayBuffer(pointer, size));
+    return new MappedFile(path, bytes, unmap, identityOf(stat));
   } finally {
     symbols.close(fd); // the mapping holds the file by itself
+  }
+}
+
+/** A file that is open for {@link readInto}. */
+export interface FileReader extends Disposable {
+  readonly path: string;
+  readonly fd: number;
+}
+
+/**
+ * Reads `length` bytes from `offset` on into memory at the address `target`, on another thread. Neither the memory nor
+ * the reader may go away before the promise settles.
+ *
+ * @throws {FfiError} when the file ends before that, or the disk fails
+ */
+export async function readInto(
+  target: bigint,
+  { path, fd }: FileReader,
+  offset: number,
+  length: number,
+): Promise<void> {
+  const { symbols } = openLibc()!;
+  for (let done = 0; done < length;) {
+    const pointer = Deno.UnsafePointer.create(target + BigInt(done));
+    const count = Number(await symbols.pread(fd, pointer, BigInt(length - done), BigInt(offset + done)));
+    if (count === 0) {
+      throw new FfiError(
+        `${path} has become shorter while it was read: nothing is at byte ${offset + done}`,
+        {
+          hint: "another program has written to it: load the model again when that is done",
+        },
+      );
+    }
+    if (count < 0) {
+      throw new FfiError(`${path} could not be read at byte ${offset + done}`, {
+        hint: "the system's log (dmesg) says what is wrong with the disk or the network drive",
+      });
+    }
+    done += count;
+  }
+}
+
+/** What stays the same while a path leads to the same file. */
+function identityOf({ dev, ino }: Deno.FileInfo): string {
+  return `${dev}:${ino}`;
+}
+
+function identityAt(path: string): string | undefined {
+  try {
+    return identityOf(Deno.statSync(path));
+  } catch {
+    return undefined; // gone, or closed to this user by now
   }
 }
 

@@ -5,8 +5,10 @@ import { castWeights, type Weights } from "./weights.ts";
 
 /**
  * The plan with all weights in `dtype`; activations follow, since every operator computes in its weights' dtype.
+ * On a GPU the weights of `plan` that have another dtype are consumed: neither it nor another plan of the same model
+ * works afterwards.
  *
- * @throws UsageError when another recipe has chosen a dtype before.
+ * @throws UsageError when another recipe has chosen a dtype before, or a plan has consumed the weights.
  */
 export function castPlan(plan: Plan, dtype: DType): Plan {
   if (plan.recipes.length > 0) {

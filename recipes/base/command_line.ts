@@ -135,6 +135,10 @@ export function createParser(name: string, description: string) {
       wholeNumber(1, MAX_SEQUENCE_LENGTH),
     )
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
+    .option(
+      "--random-weights",
+      "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
+    )
     .option("--json", "print one JSON object instead of a line")
     .option("--verbose", "say what runs where, and how long each part took")
     .configureOutput({ outputError: (text, write) => write(text) })
@@ -183,15 +187,22 @@ export function printLine(text: string): void {
   }
 }
 
-/** A progress bar on stderr, or nothing where stderr is no terminal. `unit` stands behind the numbers. */
+/**
+ * A progress bar on stderr, or nothing where stderr is no terminal. `unit` stands behind the numbers; those of "bytes"
+ * show as GB, with GB/s since the bar was made.
+ */
 export class Progress {
   readonly #bar: SingleBar | undefined;
+  readonly #started = performance.now();
 
   constructor(label: string, total: number, unit: string) {
     if (!Deno.stderr.isTerminal()) return;
+    const bytes = unit === "bytes";
     this.#bar = new SingleBar({
       stream: process.stderr,
-      format: `${label} {bar} {value}/{total} ${unit} {duration_formatted}`,
+      format: `${label} {bar} {value}/{total} ${bytes ? "GB  {rate} GB/s" : unit} {duration_formatted}`,
+      formatValue: (value: number, _options: unknown, type: string) =>
+        bytes && (type === "value" || type === "total") ? gigabytes(value) : String(value),
       barCompleteChar: "█",
       barIncompleteChar: "░",
       // A killed program must leave the terminal as it was: the cursor shown, long lines wrapped.
@@ -199,14 +210,19 @@ export class Progress {
       linewrap: true,
       barsize: 30,
     });
-    this.#bar.start(total, 0);
+    this.#bar.start(total, 0, { rate: gigabytes(0) });
   }
 
   update(done: number): void {
-    this.#bar?.update(done);
+    const seconds = (performance.now() - this.#started) / 1000;
+    this.#bar?.update(done, { rate: gigabytes(done / seconds) });
   }
 
   stop(): void {
     this.#bar?.stop();
   }
+}
+
+function gigabytes(bytes: number): string {
+  return (bytes / 1e9).toFixed(bytes < 1e9 ? 3 : 1);
 }

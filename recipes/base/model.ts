@@ -1,5 +1,7 @@
 import { z } from "zod";
 import type { Device } from "../../ffi/device.ts";
+import type { DType } from "../../ffi/dtype.ts";
+import { elementCount } from "../../ffi/tensor.ts";
 import { type AutoencoderConfig, autoencoderConfigSchema, autoencoderWeightShapes } from "./autoencoder.ts";
 import {
   CheckpointError,
@@ -11,7 +13,8 @@ import {
 import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
 import type { Component } from "./plan.ts";
-import { printable } from "./safetensors.ts";
+import { randomWeights } from "./random_weights.ts";
+import { fileDTypeBits, printable } from "./safetensors.ts";
 import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
 import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "./tokenizer.ts";
@@ -27,7 +30,7 @@ export interface ModelConfigs {
 }
 
 export interface LoadOptions {
-  /** Called after each part: how many bytes of weights are in place, of all. */
+  /** Called before the first byte and again and again: how many bytes of weights are in place, of all. */
   readonly onProgress?:
     | ((event: { component: Component; loadedBytes: number; totalBytes: number }) => void)
     | undefined;
@@ -48,59 +51,75 @@ const modelIndexSchema = z.looseObject({
   scheduler: z.tuple([z.unknown(), z.literal("FlowMatchEulerDiscreteScheduler")]),
 });
 
+/** What a model folder has besides weights. */
+interface ModelParts {
+  /** The folder's name, for messages and metadata. */
+  readonly name: string;
+  readonly folder: string;
+  readonly configs: ModelConfigs;
+  readonly scheduler: FlowMatchEulerScheduler;
+  readonly clipTokenizer: TextTokenizer;
+  readonly t5Tokenizer: TextTokenizer;
+}
+
 /**
  * A model folder in diffusers' layout, open: configs, tokenizers, schedule, and the weights on the device as the
  * checkpoint has them. The files stay mapped until it is disposed.
  */
 export class Model implements Disposable {
+  /** The folder's name, for messages and metadata. */
+  readonly name: string;
+  readonly configs: ModelConfigs;
+  readonly scheduler: FlowMatchEulerScheduler;
+  readonly clipTokenizer: TextTokenizer;
+  readonly t5Tokenizer: TextTokenizer;
+
   private constructor(
-    /** The folder's name, for messages and metadata. */
-    readonly name: string,
-    readonly configs: ModelConfigs,
-    readonly scheduler: FlowMatchEulerScheduler,
-    readonly clipTokenizer: TextTokenizer,
-    readonly t5Tokenizer: TextTokenizer,
+    parts: ModelParts,
     readonly weights: Readonly<Record<Component, Weights>>,
     private readonly checkpoints: readonly ComponentWeights[],
-  ) {}
+  ) {
+    this.name = parts.name;
+    this.configs = parts.configs;
+    this.scheduler = parts.scheduler;
+    this.clipTokenizer = parts.clipTokenizer;
+    this.t5Tokenizer = parts.t5Tokenizer;
+  }
+
+  /**
+   * The model of a folder's configs and tokenizers with random weights, made on the device; weights in the folder are
+   * not looked at. It draws noise, in the time that the real one takes.
+   *
+   * @param dtype of the weights; the recipe's own saves a cast. @param seed the same one makes the same weights.
+   * @throws ModelError that names the file and what is wrong with it; OutOfMemoryError.
+   */
+  static async random(path: string, device: Device, dtype: DType, seed = 0): Promise<Model> {
+    const parts = readParts(path);
+    const weights = randomWeights(device, parts.configs, weightShapes(parts.configs), dtype, seed);
+    await device.synchronize();
+    return new Model({ ...parts, name: `${parts.name} with random weights` }, weights, []);
+  }
 
   /**
    * Opens a model folder.
    *
    * @throws ModelError, CheckpointError or SafetensorsError that names the file and what is wrong with it; one
-   * CheckpointError with all that is wrong where several parts' weights are.
+   * CheckpointError with all that is wrong where several parts' weights are; FfiError or OutOfMemoryError when they
+   * cannot be brought to the device.
    */
   static async load(path: string, device: Device, options: LoadOptions = {}): Promise<Model> {
-    const folder = resolveModelFolder(path);
-    readJson(folder, "model_index.json", modelIndexSchema);
-    const configs: ModelConfigs = {
-      text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
-      text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
-      transformer: readJson(folder, "transformer/config.json", transformerConfigSchema),
-      vae: readJson(folder, "vae/config.json", autoencoderConfigSchema),
-    };
-    const scheduler = new FlowMatchEulerScheduler(
-      readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema),
-    );
-    const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
-    const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
-    checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-
-    const shapesOf: Record<Component, (has: (name: string) => boolean) => WeightShapes> = {
-      text_encoder: (has) => clipWeightShapes(configs.text_encoder, has),
-      text_encoder_2: (has) => t5WeightShapes(configs.text_encoder_2, has),
-      transformer: () => transformerWeightShapes(configs.transformer),
-      vae: () => autoencoderWeightShapes(configs.vae),
-    };
+    const own = readParts(path);
+    const { folder, configs } = own;
     const checkpoints: ComponentWeights[] = [];
+    const weights: Partial<Record<Component, Weights>> = {};
     try {
       // All files are checked before the first byte is placed: a missing shard shows at once.
       const errors: FluxError[] = [];
-      const opened = (Object.keys(shapesOf) as Component[]).flatMap((component) => {
+      const opened = COMPONENTS.flatMap((component) => {
         try {
           const checkpoint = openComponent(folder, component);
           checkpoints.push(checkpoint);
-          const shapes = shapesOf[component]((name) => checkpoint.has(name));
+          const shapes = weightShapes(configs, (name) => checkpoint.has(name))[component];
           const { unused } = checkpoint.checkShapes(shapes);
           const strangers = unused.filter((name) => !EXPECTED_LEFTOVERS.test(name));
           if (strangers.length > 0) {
@@ -131,25 +150,19 @@ export class Model implements Disposable {
           errors[0].hint!,
         );
       }
-      const totalBytes = opened.reduce((sum, { checkpoint }) => sum + checkpoint.byteLength, 0);
-      let loadedBytes = 0;
-      const weights: Partial<Record<Component, Weights>> = {};
-      for (const { component, checkpoint, shapes } of opened) {
-        weights[component] = placeWeights(device, checkpoint, shapes.keys());
-        await device.synchronize();
-        loadedBytes += checkpoint.byteLength;
-        options.onProgress?.({ component, loadedBytes, totalBytes });
+      const parts = opened.map((part) => ({ ...part, byteLength: bytesOf(part.checkpoint, part.shapes) }));
+      const totalBytes = parts.reduce((sum, { byteLength }) => sum + byteLength, 0);
+      let before = 0;
+      for (const { component, checkpoint, shapes, byteLength } of parts) {
+        const report = (bytes: number) =>
+          options.onProgress?.({ component, loadedBytes: before + bytes, totalBytes });
+        report(0);
+        weights[component] = await placeWeights(device, checkpoint, shapes.keys(), report);
+        before += byteLength;
       }
-      return new Model(
-        basenameOf(folder),
-        configs,
-        scheduler,
-        clipTokenizer,
-        t5Tokenizer,
-        weights as Record<Component, Weights>,
-        checkpoints,
-      );
+      return new Model(own, weights as Record<Component, Weights>, checkpoints);
     } catch (error) {
+      for (const placed of Object.values(weights)) freeAll(placed);
       for (const checkpoint of checkpoints) checkpoint[Symbol.dispose]();
       throw error;
     }
@@ -164,11 +177,59 @@ export class Model implements Disposable {
     }
   }
 
-  /** Closes the files. No plan made of this model may run afterwards. */
+  /** Frees the weights and closes the files. No plan made of this model may run afterwards. */
   [Symbol.dispose](): void {
+    if (this.#closed) return;
     this.#closed = true;
+    for (const weights of Object.values(this.weights)) freeAll(weights);
     for (const checkpoint of this.checkpoints) checkpoint[Symbol.dispose]();
   }
+}
+
+/** Size of the weights that the model reads. */
+function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
+  return [...shapes].reduce(
+    (sum, [name, shape]) => sum + elementCount(shape) * fileDTypeBits(checkpoint.info(name).dtype) / 8,
+    0,
+  );
+}
+
+function freeAll(weights: Weights): void {
+  for (const name of weights.names) weights.free(name);
+}
+
+/** Configs, schedule and tokenizers of a model folder, checked against each other. */
+function readParts(path: string): ModelParts {
+  const folder = resolveModelFolder(path);
+  readJson(folder, "model_index.json", modelIndexSchema);
+  const configs: ModelConfigs = {
+    text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
+    text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
+    transformer: readJson(folder, "transformer/config.json", transformerConfigSchema),
+    vae: readJson(folder, "vae/config.json", autoencoderConfigSchema),
+  };
+  const scheduler = new FlowMatchEulerScheduler(
+    readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema),
+  );
+  const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
+  const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
+  checkFit(folder, configs, clipTokenizer, t5Tokenizer);
+  return { name: basenameOf(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer };
+}
+
+const COMPONENTS: readonly Component[] = ["text_encoder", "text_encoder_2", "transformer", "vae"];
+
+/** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */
+function weightShapes(
+  configs: ModelConfigs,
+  has: (name: string) => boolean = () => false,
+): Record<Component, WeightShapes> {
+  return {
+    text_encoder: clipWeightShapes(configs.text_encoder, has),
+    text_encoder_2: t5WeightShapes(configs.text_encoder_2, has),
+    transformer: transformerWeightShapes(configs.transformer),
+    vae: autoencoderWeightShapes(configs.vae),
+  };
 }
 
 /** Weights that published checkpoints carry beside those that are read: a second name of T5's table, buffers. */

@@ -1,56 +1,106 @@
-import type { Device } from "../../ffi/device.ts";
+import type { Device, Memory } from "../../ffi/device.ts";
 import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
+import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import type { ComponentWeights } from "./checkpoint.ts";
-import { ModelError } from "./errors.ts";
+import { ModelError, UsageError } from "./errors.ts";
 import type { Ops } from "./ops.ts";
 
 /** A component's weights on a device, by their names in the checkpoint. */
 export interface Weights {
   readonly names: readonly string[];
   has(name: string): boolean;
-  /** Throws {@link ModelError} when there is none of this name. */
+  /** Throws {@link ModelError} when there is none of this name, {@link UsageError} when it was freed. */
   get(name: string): Tensor;
+  /** Gives a weight's memory back, with the last of the names that share it. Once more does nothing. */
+  free(name: string): void;
 }
 
-/** Weights out of a map. */
+/** Weights out of a map; several names may share a memory. */
 export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
+  const freed = new Set<string>();
+  const names = new Map<Memory, number>();
+  for (const { memory } of tensors.values()) names.set(memory, (names.get(memory) ?? 0) + 1);
+  const find = (name: string) => {
+    const tensor = tensors.get(name);
+    if (tensor === undefined) throw new ModelError(`the model has no weight ${name}`);
+    return tensor;
+  };
   return {
     names: [...tensors.keys()],
     has: (name) => tensors.has(name),
     get(name) {
-      const tensor = tensors.get(name);
-      if (tensor === undefined) throw new ModelError(`the model has no weight ${name}`);
+      const tensor = find(name);
+      if (freed.has(name)) {
+        throw new UsageError(
+          `the weight ${name} is gone from ${tensor.device.name}: a recipe with another dtype took the model's ` +
+            "weights, or the model was disposed",
+          { hint: "load the model once for each dtype, or give all pipelines the same plan" },
+        );
+      }
       return tensor;
+    },
+    free(name) {
+      const { memory } = find(name);
+      if (freed.has(name)) return;
+      freed.add(name);
+      const left = names.get(memory)! - 1;
+      names.set(memory, left);
+      if (left === 0) memory.device.free(memory);
     },
   };
 }
 
-/** Makes the named weights of a checkpoint available on the device; on the CPU they stay in the mapped file. */
-export function placeWeights(device: Device, component: ComponentWeights, names: Iterable<string>): Weights {
-  const tensors = new Map<string, Tensor>();
-  for (const name of names) {
+/**
+ * Makes the named weights of a checkpoint available on the device; on the CPU they stay in the mapped file.
+ *
+ * @param onBytes called now and then with how many bytes are in place so far.
+ */
+export async function placeWeights(
+  device: Device,
+  component: ComponentWeights,
+  names: Iterable<string>,
+  onBytes?: (bytes: number) => void,
+): Promise<Weights> {
+  const wanted = Array.from(names, (name) => {
     const { dtype, shape, bytes } = component.get(name);
     if (!isDType(dtype)) {
       throw new ModelError(`${component.folder}: weight ${name} is ${dtype}, which no operator takes`);
     }
-    tensors.set(name, new Tensor(device.place(bytes), dtype, shape));
-  }
-  return weightsFrom(tensors);
+    return { name, dtype, shape, bytes };
+  });
+  const memories = await device.placeAll(wanted.map(({ bytes }) => bytes), onBytes);
+  return weightsFrom(
+    new Map(wanted.map(({ name, dtype, shape }, i) => [name, new Tensor(memories[i], dtype, shape)])),
+  );
 }
 
 /**
  * The same weights in `dtype`; those that have it already are shared. New ones go with the plan that holds them, when
- * nothing refers to it any more. The old ones stay (a mapped file takes no memory; a recipe on a GPU frees what it
- * replaces).
+ * nothing refers to it any more.
+ *
+ * On a GPU each old weight is freed as soon as its cast is issued, since a large model does not fit there twice:
+ * `weights` is consumed, and asking it for one of those throws {@link UsageError}. On the CPU the old ones stay, as a
+ * mapped file takes no memory.
  */
 export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
+  const made = new Map<Tensor, Tensor>();
+  const convert = (weight: Tensor) => {
+    let result = made.get(weight);
+    if (result === undefined) {
+      const memory = weight.device.alloc(weight.size * dtypeBytes(dtype), "weights");
+      made.set(weight, result = ops.cast(weight, dtype, memory));
+    }
+    return result;
+  };
   return weightsFrom(
     new Map(weights.names.map((name) => {
       const weight = weights.get(name);
       if (weight.dtype === dtype) return [name, weight];
-      const memory = weight.device.alloc(weight.size * dtypeBytes(dtype), "weights");
-      return [name, ops.cast(weight, dtype, memory)];
+      const result = convert(weight);
+      // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
+      if (isGpu(weight.device)) weights.free(name);
+      return [name, result];
     })),
   );
 }
@@ -64,6 +114,7 @@ export function under(weights: Weights, module: string): Weights {
     },
     has: (name) => weights.has(prefix + name),
     get: (name) => weights.get(prefix + name),
+    free: (name) => weights.free(prefix + name),
   };
 }
 

@@ -4,6 +4,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { readPngText } from "../../recipes/base/image.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
+import { withModelCopy } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
@@ -120,6 +121,25 @@ Deno.test("gen_image keeps compiled kernels in --cache-dir and makes damaged one
   assert.equal((await run(...args, "--cache-dir", cache)).stderr, "");
 });
 
+Deno.test("gen_image --random-weights draws from configs and tokenizers alone, and says so", () =>
+  withModelCopy("schnell-like", async (folder) => {
+    for (const part of ["text_encoder", "text_encoder_2", "transformer", "vae"]) {
+      for (const { name } of [...Deno.readDirSync(join(folder, part))]) {
+        if (name !== "config.json") Deno.removeSync(join(folder, part, name));
+      }
+    }
+    const output = join(folder, "a.png");
+    const args = ["--ckpt", folder, "--output-file", output, "--cache-dir", join(folder, "cache")];
+    args.push("--random-weights", "--json", "--height", "32", "--width", "32", "--num_inference_steps", "1");
+    const { code, stdout, stderr } = await run(...args);
+    assert.equal(code, 0, stderr);
+    assert.equal(JSON.parse(stdout).model, "schnell-like with random weights");
+    assert.match(
+      readPngText(await Deno.readFile(output)).parameters,
+      /Model: schnell-like with random weights/,
+    );
+  }));
+
 Deno.test("gen_image says in --verbose what runs where", async () => {
   const folder = await Deno.makeTempDir();
   const args = [
@@ -136,7 +156,7 @@ Deno.test("gen_image says in --verbose what runs where", async () => {
   assert.equal(code, 0);
   assert.match(stderr, /schnell-like on cpu .*01_bfloat16/);
   assert.match(stderr, /matmul: (oneDNN|WebAssembly)/);
-  assert.match(stderr, /steps \d+ \d+ \d+ \d+ ms/);
+  assert.match(stderr, /load \d+ ms, text \d+ ms, steps \d+ \d+ \d+ \d+ ms/);
 });
 
 Deno.test("gen_image ends wrong calls with one clear line and an exit code", async (test) => {

@@ -1,0 +1,235 @@
+/** What of the native libraries and GPUs that this project can use is on this machine. Computes nothing. */
+import { HEADER, openDriver } from "./cuda/driver.ts";
+import { FfiError, messageOf } from "./errors.ts";
+import { LibraryNotFoundError, type OpenedLibrary, openLibrary, pinLibrary } from "./library.ts";
+
+export type LibraryName =
+  | "NVIDIA driver"
+  | "NVML"
+  | "NVRTC"
+  | "cuBLASLt"
+  | "cuDNN"
+  | "CUPTI"
+  | "NCCL"
+  | "oneDNN";
+
+/** A library that was looked for. */
+export interface FoundLibrary {
+  readonly name: LibraryName;
+  /** What it is for, in a few words. */
+  readonly purpose: string;
+  /** The path, or the bare file name where the loader's own search found it; undefined when there is none. */
+  readonly path: string | undefined;
+  /** E.g. `"9.14.0"`; undefined when there is none, or it does not tell. */
+  readonly version: string | undefined;
+  /** Why it cannot be used, or undefined when it can. */
+  readonly problem: string | undefined;
+  /** The command that installs it. */
+  readonly install: string;
+}
+
+export interface FoundGpu {
+  /** As given to openDevice: `"cuda:0"`. */
+  readonly device: string;
+  readonly description: string;
+  readonly memoryBytes: number;
+  /** E.g. `"9.0"`. */
+  readonly computeCapability: string;
+}
+
+export interface Inventory {
+  readonly libraries: readonly FoundLibrary[];
+  readonly gpus: readonly FoundGpu[];
+  /** Of the NVIDIA driver, e.g. `"580.159.04"`, and the newest CUDA version that it takes. */
+  readonly driverVersion: string | undefined;
+  readonly cudaVersion: string | undefined;
+}
+
+/** A library that is opened only to ask for its version. */
+interface Probe {
+  readonly name: LibraryName;
+  readonly purpose: string;
+  readonly install: string;
+  readonly open: () => { readonly path: string; readonly version: string | undefined };
+}
+
+/** A probe by the library's version function alone. */
+function probe<const S extends Deno.ForeignLibraryInterface>(
+  what: Omit<Probe, "open"> & { readonly sonames: readonly string[] },
+  symbols: S,
+  version: (symbols: OpenedLibrary<S>["symbols"]) => string | undefined,
+): Probe {
+  const open = () => {
+    const library = openLibrary(what.name, symbols, { sonames: what.sonames });
+    pinLibrary(library.path); // none of these is made to be unmapped before the process ends
+    return { path: library.path, version: version(library.symbols) };
+  };
+  const { name, purpose, install } = what;
+  return { name, purpose, install, open };
+}
+
+const PROBES: readonly Probe[] = [
+  probe(
+    {
+      name: "NVML",
+      purpose: "the driver's version",
+      sonames: ["libnvidia-ml.so.1"],
+      install: "it comes with the NVIDIA driver",
+    },
+    {
+      // nvmlReturn_t nvmlInit_v2(void)
+      nvmlInit_v2: { parameters: [], result: "i32" },
+      // nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
+      nvmlSystemGetDriverVersion: { parameters: ["buffer", "u32"], result: "i32" },
+      // nvmlReturn_t nvmlShutdown(void)
+      nvmlShutdown: { parameters: [], result: "i32" },
+    },
+    (nvml) => {
+      if (nvml.nvmlInit_v2() !== 0) return undefined;
+      const text = new Uint8Array(80);
+      const status = nvml.nvmlSystemGetDriverVersion(text, text.length);
+      nvml.nvmlShutdown();
+      return status === 0 ? new TextDecoder().decode(text.subarray(0, text.indexOf(0))) : undefined;
+    },
+  ),
+  probe(
+    {
+      name: "NVRTC",
+      purpose: "compiles kernels",
+      sonames: ["libnvrtc.so.13", "libnvrtc.so.12"],
+      install: "pip install nvidia-cuda-nvrtc",
+    },
+    // nvrtcResult nvrtcVersion(int *major, int *minor)
+    { nvrtcVersion: { parameters: ["buffer", "buffer"], result: "i32" } },
+    (nvrtc) => {
+      const [major, minor] = [new Int32Array(1), new Int32Array(1)];
+      return nvrtc.nvrtcVersion(major, minor) === 0 ? `${major[0]}.${minor[0]}` : undefined;
+    },
+  ),
+  probe(
+    {
+      name: "cuBLASLt",
+      purpose: "matrix products",
+      sonames: ["libcublasLt.so.13", "libcublasLt.so.12"],
+      install: "pip install nvidia-cublas",
+    },
+    // size_t cublasLtGetVersion(void)
+    { cublasLtGetVersion: { parameters: [], result: "usize" } },
+    (cublas) => dotted(Number(cublas.cublasLtGetVersion())),
+  ),
+  probe(
+    {
+      name: "cuDNN",
+      purpose: "convolutions, attention",
+      sonames: ["libcudnn.so.9"],
+      install: "pip install nvidia-cudnn-cu13",
+    },
+    // size_t cudnnGetVersion(void)
+    { cudnnGetVersion: { parameters: [], result: "usize" } },
+    (cudnn) => dotted(Number(cudnn.cudnnGetVersion())),
+  ),
+  probe(
+    {
+      name: "CUPTI",
+      purpose: "traces of kernels",
+      sonames: ["libcupti.so.13", "libcupti.so.12"],
+      install: "pip install nvidia-cuda-cupti",
+    },
+    // CUptiResult cuptiGetVersion(uint32_t *version)
+    { cuptiGetVersion: { parameters: ["buffer"], result: "i32" } },
+    (cupti) => {
+      const version = new Uint32Array(1);
+      return cupti.cuptiGetVersion(version) === 0 ? dotted(version[0]) : undefined;
+    },
+  ),
+  probe(
+    {
+      name: "NCCL",
+      purpose: "several GPUs",
+      sonames: ["libnccl.so.2"],
+      install: "pip install nvidia-nccl-cu13",
+    },
+    // ncclResult_t ncclGetVersion(int *version)
+    { ncclGetVersion: { parameters: ["buffer"], result: "i32" } },
+    (nccl) => {
+      const version = new Int32Array(1);
+      return nccl.ncclGetVersion(version) === 0 ? dotted(version[0]) : undefined;
+    },
+  ),
+  probe(
+    {
+      name: "oneDNN",
+      purpose: "the CPU's matrix products and convolutions",
+      sonames: ["libdnnl.so.2"],
+      install: "apt-get install libdnnl2",
+    },
+    // const dnnl_version_t *dnnl_version(void): starts with int major, minor, patch
+    { dnnl_version: { parameters: [], result: "pointer" } },
+    (dnnl) => {
+      const pointer = dnnl.dnnl_version();
+      if (pointer === null) return undefined;
+      const view = new Deno.UnsafePointerView(pointer);
+      return [0, 4, 8].map((offset) => view.getInt32(offset)).join(".");
+    },
+  ),
+];
+
+const DRIVER = {
+  name: "NVIDIA driver",
+  purpose: "the GPU",
+  install: "install NVIDIA's driver, e.g. apt-get install nvidia-driver-580-server",
+} as const;
+
+/** The version numbers of NVIDIA's libraries: 130100 is 13.1.0, cuDNN's 91400 is 9.14.0. */
+function dotted(version: number): string {
+  const major = Math.floor(version / 10_000);
+  return [major, Math.floor(version % 10_000 / 100), version % 100].join(".");
+}
+
+/**
+ * Looks for all libraries and GPUs. What is missing is in the result, not an error.
+ *
+ * @throws {FfiError} when this process may not use FFI
+ */
+export function takeInventory(): Inventory {
+  const { driver, gpus, cudaVersion } = findGpus();
+  const libraries = PROBES.map(({ name, purpose, install, open }): FoundLibrary => {
+    try {
+      return { name, purpose, install, ...open(), problem: undefined };
+    } catch (error) {
+      if (!(error instanceof LibraryNotFoundError)) throw error;
+      return { name, purpose, install, path: undefined, version: undefined, problem: shortReason(error) };
+    }
+  });
+  const driverVersion = libraries.find(({ name }) => name === "NVML")!.version;
+  return { libraries: [driver, ...libraries], gpus, driverVersion, cudaVersion };
+}
+
+function findGpus(): { driver: FoundLibrary; gpus: FoundGpu[]; cudaVersion: string | undefined } {
+  try {
+    using driver = openDriver();
+    const version = driver.driverGetVersion().join(".");
+    const gpus = Array.from({ length: driver.deviceGetCount() }, (_, index): FoundGpu => {
+      const device = driver.deviceGet(index);
+      const attribute = (name: keyof typeof HEADER) => driver.deviceGetAttribute(HEADER[name], device);
+      const major = attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR");
+      return {
+        device: `cuda:${index}`,
+        description: driver.deviceGetName(device),
+        memoryBytes: driver.deviceTotalMem(device),
+        computeCapability: `${major}.${attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")}`,
+      };
+    });
+    const found = { path: driver.path, version: `CUDA ${version}`, problem: undefined };
+    return { driver: { ...DRIVER, ...found }, gpus, cudaVersion: version };
+  } catch (error) {
+    if (!(error instanceof FfiError)) throw error;
+    const missing = { path: undefined, version: undefined, problem: shortReason(error) };
+    return { driver: { ...DRIVER, ...missing }, gpus: [], cudaVersion: undefined };
+  }
+}
+
+/** One line, without the list of places that were searched. */
+function shortReason(error: unknown): string {
+  return messageOf(error).split(". Searched:")[0];
+}

@@ -1,0 +1,118 @@
+/**
+ * Says what this machine has of what the recipes need: `deno task doctor`. Looks only, and works without a GPU.
+ */
+import { Command } from "@commander-js/extra-typings";
+import {
+  type FoundGpu,
+  type FoundLibrary,
+  type Inventory,
+  type LibraryName,
+  takeInventory,
+} from "../ffi/inventory.ts";
+import { baselineFp32 } from "./00_baseline_fp32.ts";
+import { bfloat16 } from "./01_bfloat16.ts";
+import { printLine, runProgram } from "./base/command_line.ts";
+import type { Recipe } from "./base/plan.ts";
+
+const NAME = "doctor";
+
+/** The recipes that are written, in the ladder's order. */
+const RECIPES: readonly Recipe[] = [baselineFp32, bfloat16];
+
+/** What a kind of device needs, and what makes it faster. */
+const NEEDS = {
+  cpu: { required: [], faster: ["oneDNN"] },
+  cuda: { required: ["NVIDIA driver", "NVRTC", "cuBLASLt", "cuDNN"], faster: [] },
+} as const satisfies Record<string, Record<"required" | "faster", readonly LibraryName[]>>;
+
+type Kind = keyof typeof NEEDS;
+const KINDS = Object.keys(NEEDS) as Kind[];
+
+/** Whether a recipe runs on a kind of device here. */
+export interface Readiness {
+  readonly recipe: string;
+  readonly device: Kind;
+  /** All that it needs is there. */
+  readonly ready: boolean;
+  readonly missing: readonly LibraryName[];
+  /** What it runs without, but slower. */
+  readonly fasterWith: readonly LibraryName[];
+}
+
+/** What each recipe lacks here, on each kind of device that it is for. */
+export function readiness(inventory: Inventory, recipes: readonly Recipe[] = RECIPES): Readiness[] {
+  const absent = (name: LibraryName) =>
+    inventory.libraries.find((library) => library.name === name)?.problem !== undefined;
+  return recipes.flatMap(({ name, devices }) =>
+    KINDS.filter((kind) => devices.includes(kind)).map((device) => {
+      const missing = NEEDS[device].required.filter(absent);
+      const fasterWith = NEEDS[device].faster.filter(absent);
+      return { recipe: name, device, ready: missing.length === 0, missing, fasterWith };
+    })
+  );
+}
+
+/** The report as text, a table for each question. */
+export function describe(inventory: Inventory, recipes: readonly Readiness[]): string {
+  const { libraries, gpus, driverVersion, cudaVersion } = inventory;
+  const driver = `driver ${driverVersion ?? "unknown"}, takes CUDA up to ${cudaVersion}`;
+  const gaps = [...new Set(recipes.flatMap(({ missing, fasterWith }) => [...missing, ...fasterWith]))];
+  return [
+    "Libraries",
+    ...table(libraries.map(libraryRow)),
+    "",
+    "GPUs",
+    ...(gpus.length === 0 ? ["  none: --device cpu works without one"] : table(gpus.map(gpuRow))),
+    ...(gpus.length === 0 ? [] : [`  ${driver}`]),
+    "",
+    "Recipes",
+    ...table(recipes.map(recipeRow)),
+    ...(gaps.length === 0 ? [] : ["", "To install"]),
+    ...table(gaps.map((name) => [name, libraries.find((library) => library.name === name)!.install])),
+  ].join("\n");
+}
+
+function libraryRow({ name, version, path, purpose, problem }: FoundLibrary): string[] {
+  if (path === undefined) return [name, "-", purpose, problem ?? ""];
+  const where = path.includes("/") ? path : `${path} (on the loader's own path)`;
+  return [name, version ?? "version unknown", purpose, where];
+}
+
+function gpuRow({ device, description, memoryBytes, computeCapability }: FoundGpu): string[] {
+  return [
+    device,
+    description,
+    `${(memoryBytes / 2 ** 30).toFixed(1)} GiB`,
+    `compute capability ${computeCapability}`,
+  ];
+}
+
+function recipeRow({ recipe, device, ready, missing, fasterWith }: Readiness): string[] {
+  const faster = fasterWith.length === 0 ? "" : ` (faster with ${fasterWith.join(", ")})`;
+  return [recipe, device, ready ? `ready${faster}` : `needs ${missing.join(", ")}`];
+}
+
+/** Lines with aligned columns; the last one may be long. */
+function table(rows: readonly (readonly string[])[]): string[] {
+  const widths = (rows[0] ?? []).map((_, column) => Math.max(...rows.map((row) => row[column].length)));
+  return rows.map((row) =>
+    `  ${row.map((cell, column) => cell.padEnd(widths[column])).join("  ")}`.trimEnd()
+  );
+}
+
+function runDoctor(args: string[]): Promise<void> {
+  const { json } = new Command(NAME)
+    .description("Says which libraries and GPUs are found, and which recipes can run.")
+    .option("--json", "print one JSON object instead of tables")
+    .allowExcessArguments(false)
+    .configureOutput({ outputError: (text, write) => write(text) })
+    .exitOverride()
+    .parse(args, { from: "user" })
+    .opts();
+  const inventory = takeInventory();
+  const recipes = readiness(inventory);
+  printLine(json ? JSON.stringify({ ...inventory, recipes }) : describe(inventory, recipes));
+  return Promise.resolve();
+}
+
+if (import.meta.main) Deno.exit(await runProgram(NAME, () => runDoctor(Deno.args)));
