@@ -1,7 +1,13 @@
+import { Float } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import ACTIVATION_CU from "./activation.cu" with { type: "text" };
 import ACTIVATION_WAT from "./activation.wat" with { type: "text" };
 import { onCpu } from "./cpu.ts";
-import { Tensor } from "../ffi/tensor.ts";
+import { launchElementwise } from "./elementwise.ts";
+import { gpuOf } from "./gpu.ts";
 import { address, elementSize, share, wasmKernels } from "./wasm.ts";
+
+const SOURCE = { name: "activation.cu", text: ACTIVATION_CU };
 
 /**
  * `x * sigmoid(c1 x + c3 x^3)` element by element, which SiLU and both GELUs are; `reference` computes the same.
@@ -16,6 +22,17 @@ export function activate(
   reference: (out: Float32Array, x: Float32Array) => void,
   out: Tensor = Tensor.empty(x.device, x.shape, x.dtype),
 ): Tensor {
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    launchElementwise(gpu, SOURCE, {
+      entry: "activate",
+      types: { T: x.dtype },
+      out,
+      inputs: [x],
+      args: [new Float(c1), new Float(c3)],
+    });
+    return out;
+  }
   const wasm = wasmKernels("activation.wat", ACTIVATION_WAT, out, [x]);
   if (wasm === undefined) return onCpu(out, [x], reference);
   const { perJob, jobs } = share(x.size, 1);

@@ -1,6 +1,15 @@
+import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
+import ADD_CU from "./add.cu" with { type: "text" };
 import { expect } from "./check.ts";
+import { contiguous } from "./contiguous.ts";
 import { eachPiece, onCpu } from "./cpu.ts";
+import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { IN_FLIGHT } from "./launch_shapes.ts";
+
+const SOURCE = { name: "add.cu", text: ADD_CU };
+/** Blocks that a grid can have along y; a block takes several repeats of `b` where there are more. */
+const MOST_ROWS = 65535;
 
 /**
  * Sum of two tensors. `b`'s shape equals `a`'s or its last dimensions (a position embedding `[tokens, hidden]` under
@@ -16,11 +25,35 @@ export function add(a: Tensor, b: Tensor): Tensor {
     () => `${b} is not a suffix of ${a}`,
   );
   const out = Tensor.empty(a.device, a.shape, a.dtype);
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    addOnGpu(gpu, out, a, b);
+    return out;
+  }
   if (b.size === a.size && a.isContiguous && b.isContiguous) {
     eachPiece(out, [a, b], (o, x, y) => void onCpu(o, [x, y], addReference));
     return out;
   }
   return onCpu(out, [a, b], addReference);
+}
+
+function addOnGpu(gpu: GpuDevice, out: Tensor, a: Tensor, b: Tensor): void {
+  if (out.size === 0) return;
+  gpu.scope(() => {
+    const [to, x, y] = [out, contiguous(a), contiguous(b)].map((tensor) => tensor.reshape([tensor.size]));
+    const width = vectorWidth(b.size, [to, x, y]);
+    const count = b.size / width;
+    const repeats = a.size / b.size;
+    const block = blockSize(gpu, Math.ceil(count / IN_FLIGHT));
+    launch(gpu, SOURCE, {
+      entry: "add",
+      types: { T: a.dtype, U: b.dtype },
+      constants: { N: width, VECTORS: IN_FLIGHT },
+      grid: [Math.ceil(count / (block * IN_FLIGHT)), Math.min(repeats, MOST_ROWS)],
+      block,
+      args: [to, x, y, BigInt(count), BigInt(repeats)],
+    });
+  });
 }
 
 /** `b` repeats along `a`. */

@@ -1,9 +1,13 @@
 import { viewOf } from "../ffi/cpu/device.ts";
 import type { DType } from "../ffi/dtype.ts";
+import type { AttentionPlan, GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { cast } from "./cast.ts";
 import { expect, expectShape } from "./check.ts";
+import { denseRows } from "./contiguous.ts";
 import { readFloat32 } from "./cpu.ts";
+import { gpuOf } from "./gpu.ts";
+import { softmaxOnGpu } from "./softmax.ts";
 import SOFTMAX_WAT from "./softmax.wat" with { type: "text" };
 import { address, elementSize, share, wasmKernels } from "./wasm.ts";
 
@@ -15,6 +19,9 @@ export interface AttentionOptions {
   /** Added to the scaled logits: `[heads, queries, keys]`, the same for the whole batch. */
   readonly bias?: Tensor;
 }
+
+/** Bytes of logits that a GPU has at a time, about. */
+const LOGITS_BYTES = 512 * 2 ** 20;
 
 /**
  * Scaled dot-product attention (Vaswani et al. 2017): `softmax(scale * q k^T + bias) v`, logits and softmax in f32.
@@ -39,6 +46,11 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   const { device } = q;
   const out = Tensor.empty(device, q.shape, q.dtype);
   const scale = options.scale ?? headDim ** -0.5;
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    attentionOnGpu(gpu, q, k, v, out, scale, options);
+    return out;
+  }
   // A block of rows at a time, so that the logits stay in the cache and never take queries * keys of memory.
   const rows = Math.min(queries, Math.max(64, Math.floor(2 ** 20 / keys)));
   for (let b = 0; b < batch; b++) {
@@ -61,6 +73,69 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
     }
   }
   return out;
+}
+
+/** Attention by a library where one takes it, else by matrix products. */
+function attentionOnGpu(
+  gpu: GpuDevice,
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  out: Tensor,
+  scale: number,
+  options: AttentionOptions,
+): void {
+  gpu.scope(() => {
+    const plan = { q: denseRows(q), k: denseRows(k), v: denseRows(v), out, scale };
+    if (options.bias === undefined && !options.causal && gpu.attention(plan)) return;
+    const rowBytes = 4 * q.shape[2] * k.shape[1];
+    attentionByMatmul(gpu, plan, options, Math.max(1, Math.floor(LOGITS_BYTES / rowBytes)));
+  });
+}
+
+/**
+ * Attention as two matrix products over all heads with a softmax between them, for at most `rows` queries at a time, in
+ * parts of about the same size.
+ */
+export function attentionByMatmul(
+  gpu: GpuDevice,
+  { q, k, v, out, scale }: AttentionPlan,
+  { bias, causal }: AttentionOptions,
+  rows: number,
+): void {
+  const [batch, queries, heads] = q.shape;
+  const keys = k.shape[1];
+  const part = Math.ceil(queries / Math.ceil(queries / rows));
+  for (let b = 0; b < batch; b++) {
+    const [qHeads, kHeads, vHeads, outHeads] = [q, k, v, out].map((x) => headsOf(x, b));
+    for (let start = 0; start < queries; start += part) {
+      const count = Math.min(part, queries - start);
+      gpu.scope(() => {
+        const logits = Tensor.empty(gpu, [heads, count, keys], "f32");
+        gpu.matmul({ a: qHeads.narrow(1, start, count), b: kHeads, out: logits, alpha: scale });
+        const weights = softmaxOnGpu(
+          gpu,
+          logits,
+          q.dtype,
+          bias?.narrow(1, start, count),
+          causal ? start : undefined,
+        );
+        gpu.matmul({ a: weights, b: vHeads.permute([0, 2, 1]), out: outHeads.narrow(1, start, count) });
+      });
+    }
+  }
+}
+
+/** Sample `b` of `[batch, tokens, heads, headDim]` as a batch of matrices, `[heads, tokens, headDim]`. */
+function headsOf({ memory, dtype, shape, strides, offset }: Tensor, b: number): Tensor {
+  const order = [2, 1, 3];
+  return new Tensor(
+    memory,
+    dtype,
+    order.map((dim) => shape[dim]),
+    order.map((dim) => strides[dim]),
+    offset + b * strides[0],
+  );
 }
 
 /** {@link softmaxRows} of f32 `logits` `[rows, keys]`, which are overwritten; the result in `dtype`. */

@@ -62,11 +62,28 @@ template <> __device__ __forceinline__ bf16 fromFloat<bf16>(float x) {
 #endif
   return y;
 }
+template <> __device__ __forceinline__ f16 fromFloat<f16>(float x) {
+  f16 y;
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  unsigned raw = __float_as_uint(x), magnitude = raw & 0x7fffffffu, half;
+  if (magnitude > 0x7f800000u) half = 0x7fffu;
+  else if (magnitude >= 0x477ff000u) half = 0x7c00u;  // 65520 and more
+  else if (magnitude < 0x38800000u) {
+    // Below 2^-14 the steps of f16 are those of f32 between 0.5 and 1: the addition rounds.
+    half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  y.bits = (unsigned short)(half | (raw >> 16 & 0x8000u));
+#endif
+  return y;
+}
 template <> __device__ __forceinline__ unsigned char fromFloat<unsigned char>(float x) { return (unsigned char)x; }
 
 // -- several elements at a time ----------------------------------------------------------------------------------
 
-// N elements that move together; 16 bytes with one instruction. The host chooses N = 1 for odd sizes and addresses.
+// N elements that move together, with one instruction for 16, 8, 4 and 2 bytes: the address is a multiple of that. The
+// host chooses N = 1 for odd sizes and addresses.
 template <typename T, int N> struct alignas(sizeof(T) * N) Vec {
   T v[N];
 };
@@ -75,16 +92,52 @@ template <int N, typename T> __device__ __forceinline__ Vec<T, N> loadVec(const 
   Vec<T, N> value;
   if (sizeof(value) == 16) {
     *reinterpret_cast<uint4*>(&value) = *reinterpret_cast<const uint4*>(p);
+  } else if (sizeof(value) == 8) {
+    *reinterpret_cast<unsigned long long*>(&value) = *reinterpret_cast<const unsigned long long*>(p);
+  } else if (sizeof(value) == 4) {
+    *reinterpret_cast<unsigned*>(&value) = *reinterpret_cast<const unsigned*>(p);
+  } else if (sizeof(value) == 2) {
+    *reinterpret_cast<unsigned short*>(&value) = *reinterpret_cast<const unsigned short*>(p);
   } else {
     for (int i = 0; i < N; i++) value.v[i] = p[i];
   }
   return value;
 }
+// To global memory.
 template <int N, typename T> __device__ __forceinline__ void storeVec(T* p, const Vec<T, N>& value) {
   if (sizeof(value) == 16) {
-    *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&value);
+    const uint4 words = *reinterpret_cast<const uint4*>(&value);
+#ifdef __CUDA_ARCH__
+    // NVIDIA's compilers take an assignment apart, and do not put it together again everywhere.
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 : : "l"(p), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
+#else
+    *reinterpret_cast<uint4*>(p) = words;
+#endif
+  } else if (sizeof(value) == 8) {
+    *reinterpret_cast<unsigned long long*>(p) = *reinterpret_cast<const unsigned long long*>(&value);
+  } else if (sizeof(value) == 4) {
+    *reinterpret_cast<unsigned*>(p) = *reinterpret_cast<const unsigned*>(&value);
+  } else if (sizeof(value) == 2) {
+    *reinterpret_cast<unsigned short*>(p) = *reinterpret_cast<const unsigned short*>(&value);
   } else {
     for (int i = 0; i < N; i++) p[i] = value.v[i];
+  }
+}
+
+// -- strided tensors ---------------------------------------------------------------------------------------------
+
+// Adds the place of entry `index` of DIMS dimensions to two offsets. size[0], the outermost, is not read.
+template <int DIMS>
+__device__ __forceinline__ void addPlace(unsigned index, const int* size, const long long* toStride, long long& to,
+                                         const long long* fromStride, long long& from) {
+#pragma unroll
+  for (int dim = DIMS - 1; dim >= 0; dim--) {
+    unsigned outer = dim > 0 ? index / (unsigned)size[dim] : 0;
+    unsigned at = dim > 0 ? index - outer * (unsigned)size[dim] : index;
+    to += at * toStride[dim];
+    from += at * fromStride[dim];
+    index = outer;
   }
 }
 
@@ -131,4 +184,23 @@ __device__ __forceinline__ float blockMax(float x, float* partial) {
   float largest = partial[0];
   for (int i = 1; i < warps; i++) largest = fmaxf(largest, partial[i]);
   return largest;
+}
+
+// Sum over the THREADS threads that share a row: neighbouring lanes of a warp (a power of two of them) or the whole
+// block, for which `partial` is as above. All threads of the block take part.
+template <int THREADS> __device__ __forceinline__ float rowSum(float x, float* partial) {
+  if constexpr (THREADS > WARP) {
+    return blockSum(x, partial);
+  } else {
+    for (int mask = THREADS / 2; mask > 0; mask /= 2) x += shuffleXor(x, mask);
+    return x;
+  }
+}
+template <int THREADS> __device__ __forceinline__ float rowMax(float x, float* partial) {
+  if constexpr (THREADS > WARP) {
+    return blockMax(x, partial);
+  } else {
+    for (int mask = THREADS / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffleXor(x, mask));
+    return x;
+  }
 }

@@ -1,10 +1,19 @@
 import { Tensor } from "../ffi/tensor.ts";
 import { copyStrided } from "./cpu.ts";
+import { gpuOf } from "./gpu.ts";
+import { copyStridedOnGpu } from "./strided_copy.ts";
 
 /** The same elements laid out densely in row-major order: the tensor itself where it is so already, else a copy. */
 export function contiguous(x: Tensor): Tensor {
   if (x.isContiguous) return x;
   const out = Tensor.empty(x.device, x.shape, x.dtype);
-  copyStrided(out, x);
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) copyStridedOnGpu(gpu, out, x);
+  else copyStrided(out, x);
   return out;
+}
+
+/** The tensor itself where its last dimension is dense, whatever the other strides are, else a dense copy. */
+export function denseRows(x: Tensor): Tensor {
+  return x.strides.at(-1) === 1 || x.shape.at(-1) === 1 ? x : contiguous(x);
 }

@@ -1,6 +1,11 @@
 import { Tensor } from "../ffi/tensor.ts";
-import { expectShape } from "./check.ts";
+import { expect, expectShape } from "./check.ts";
 import { onCpu } from "./cpu.ts";
+import { launchElementwise } from "./elementwise.ts";
+import EULER_STEP_CU from "./euler_step.cu" with { type: "text" };
+import { gpuOf } from "./gpu.ts";
+
+const SOURCE = { name: "euler_step.cu", text: EULER_STEP_CU };
 
 /**
  * One explicit Euler step of the flow's ODE: `sample + dt * velocity`.
@@ -12,7 +17,21 @@ import { onCpu } from "./cpu.ts";
 export function eulerStep(sample: Tensor, velocity: Tensor, dt: Tensor): Tensor {
   expectShape("eulerStep", "velocity", velocity, sample.shape);
   expectShape("eulerStep", "dt", dt, [1]);
-  return onCpu(Tensor.empty(sample.device, sample.shape, "f32"), [sample, velocity, dt], eulerStepReference);
+  const out = Tensor.empty(sample.device, sample.shape, "f32");
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    const floats = sample.dtype === "f32" && dt.dtype === "f32";
+    expect(floats, "eulerStep", () => `sample is ${sample} and dt ${dt}, expected f32`);
+    launchElementwise(gpu, SOURCE, {
+      entry: "eulerStep",
+      types: { T: velocity.dtype },
+      out,
+      inputs: [sample, velocity],
+      args: [dt],
+    });
+    return out;
+  }
+  return onCpu(out, [sample, velocity, dt], eulerStepReference);
 }
 
 /** Element by element. */

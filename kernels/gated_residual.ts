@@ -1,6 +1,12 @@
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
+import { denseRows } from "./contiguous.ts";
 import { onCpu } from "./cpu.ts";
+import GATED_RESIDUAL_CU from "./gated_residual.cu" with { type: "text" };
+import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { tokenLaunch } from "./launch_shapes.ts";
+
+const SOURCE = { name: "gated_residual.cu", text: GATED_RESIDUAL_CU };
 
 /**
  * Residual connection with adaLN-Zero's gate: `residual + gate * x`, one gate for each sample.
@@ -13,6 +19,22 @@ export function gatedResidual(residual: Tensor, x: Tensor, gate: Tensor): Tensor
   expectShape("gatedResidual", "x", x, residual.shape);
   expectShape("gatedResidual", "gate", gate, [batch, hidden]);
   const out = Tensor.empty(x.device, x.shape, residual.dtype);
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    if (out.size === 0) return out;
+    gpu.scope(() => {
+      const [r, xs, g] = [residual, x, gate].map(denseRows);
+      const width = vectorWidth(hidden, [out, r, xs, g]);
+      const strides = [r.strides[0], r.strides[1], xs.strides[0], xs.strides[1], g.strides[0]].map(BigInt);
+      launch(gpu, SOURCE, {
+        entry: "gatedResidual",
+        types: { T: residual.dtype, X: x.dtype, G: gate.dtype },
+        ...tokenLaunch(gpu, x.shape, width),
+        args: [out, r, xs, g, tokens, hidden, ...strides],
+      });
+    });
+    return out;
+  }
   return onCpu(
     out,
     [residual, x, gate],

@@ -1,43 +1,51 @@
 // Layer norm over the last dimension: (x - mean) / sqrt(variance + eps) * weight + bias.
 //
-//   out, x   [rows, hidden] T      weight, bias   [hidden] T or null
+//   out [rows, hidden] T      x   rows of T, strided (kernels/rows.ts)      weight, bias   [hidden] W or null
 //
-// One block a row; each thread keeps its part of the row in registers, so that the row is read once.
-// Bytes moved: rows * hidden * 2 * sizeof(T). Floor at FLUX's 4352 x 3072 in bf16: 53.5 MB, 18 us at 3.0 TB/s.
-// T: the dtype. N: elements that move at a time, a divisor of hidden. VECTORS: how many such pieces a thread holds.
+// THREADS threads share a row and keep it in registers, so that it is read once: a block a row at FLUX's 3072, several
+// rows a block where they are short.
+// Bytes moved: rows * hidden * 2 * sizeof(T). Floor at FLUX's 4352 x 3072: bf16 53.5 MB, 18 us at 3.0 TB/s; f32 36 us.
+// T, W: the dtypes. N: elements that move at a time, a divisor of hidden. THREADS, BLOCK, VECTORS: see kernels/rows.ts.
 #include "common.cuh"
 
-extern "C" __global__ void layerNorm(T* out, const T* x, const T* weight, const T* bias, int hidden, float eps) {
+extern "C" __global__ void __launch_bounds__(BLOCK)
+layerNorm(T* out, const T* x, const W* weight, const W* bias, unsigned rows, int hidden, unsigned inner,
+          long long outerStride, long long innerStride, float eps) {
   __shared__ float partial[32];
-  const long long row = (long long)blockIdx.x * hidden;
+  const unsigned row = blockIdx.x * (BLOCK / THREADS) + threadIdx.x / THREADS;
+  const int lane = threadIdx.x % THREADS;
+  // Threads without a row take part in the sums all the same.
+  const int length = row < rows ? hidden : 0;
+  x += row / inner * outerStride + row % inner * innerStride;
+  out += (long long)row * hidden;
   Vec<T, N> held[VECTORS];
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
-    int at = (j * blockDim.x + threadIdx.x) * N;
-    if (at >= hidden) continue;
-    held[j] = loadVec<N>(x + row + at);
+    int at = (j * THREADS + lane) * N;
+    if (at >= length) continue;
+    held[j] = loadVec<N>(x + at);
 #pragma unroll
     for (int i = 0; i < N; i++) sum += toFloat(held[j].v[i]);
   }
-  float mean = blockSum(sum, partial) / hidden;
+  float mean = rowSum<THREADS>(sum, partial) / hidden;
   // The variance from differences, not from squares: activations of T5 and FLUX have means far from zero.
   float squares = 0.0f;
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
-    if ((j * blockDim.x + threadIdx.x) * N >= hidden) continue;
+    if ((j * THREADS + lane) * N >= length) continue;
 #pragma unroll
     for (int i = 0; i < N; i++) {
       float difference = toFloat(held[j].v[i]) - mean;
       squares += difference * difference;
     }
   }
-  float factor = rsqrtf(blockSum(squares, partial) / hidden + eps);
+  float factor = rsqrtf(rowSum<THREADS>(squares, partial) / hidden + eps);
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
-    int at = (j * blockDim.x + threadIdx.x) * N;
-    if (at >= hidden) continue;
-    Vec<T, N> w, b, result;
+    int at = (j * THREADS + lane) * N;
+    if (at >= length) continue;
+    Vec<W, N> w, b;
     if (weight) w = loadVec<N>(weight + at);
     if (bias) b = loadVec<N>(bias + at);
 #pragma unroll
@@ -45,8 +53,13 @@ extern "C" __global__ void layerNorm(T* out, const T* x, const T* weight, const 
       float y = (toFloat(held[j].v[i]) - mean) * factor;
       if (weight) y *= toFloat(w.v[i]);
       if (bias) y += toFloat(b.v[i]);
-      result.v[i] = fromFloat<T>(y);
+      held[j].v[i] = fromFloat<T>(y);
     }
-    storeVec(out + row + at, result);
+  }
+  // Apart from the loads of the weights, which would wait for the stores.
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int at = (j * THREADS + lane) * N;
+    if (at < length) storeVec(out + at, held[j]);
   }
 }

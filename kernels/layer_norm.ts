@@ -1,10 +1,10 @@
 import { Float } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
-import { expectShape } from "./check.ts";
-import { contiguous } from "./contiguous.ts";
+import { expect, expectShape } from "./check.ts";
 import { onCpu } from "./cpu.ts";
-import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import LAYER_NORM_CU from "./layer_norm.cu" with { type: "text" };
+import { rowLaunch, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "layer_norm.cu", text: LAYER_NORM_CU };
 
@@ -13,8 +13,9 @@ const SOURCE = { name: "layer_norm.cu", text: LAYER_NORM_CU };
  *
  * @param x `[..., hidden]`.
  * @param eps added to the variance.
- * @param weight `[hidden]`. @param bias `[hidden]`.
- * @returns `x`'s shape and dtype; statistics in f32.
+ * @param weight `[hidden]`. @param bias `[hidden]`, on a GPU in the weight's dtype.
+ * @returns `x`'s shape (dense) and dtype; statistics in f32.
+ * @throws ShapeError where the sizes do not fit.
  */
 export function layerNorm(x: Tensor, eps: number, weight?: Tensor, bias?: Tensor): Tensor {
   const hidden = x.shape.at(-1)!;
@@ -22,21 +23,40 @@ export function layerNorm(x: Tensor, eps: number, weight?: Tensor, bias?: Tensor
   if (bias !== undefined) expectShape("layerNorm", "bias", bias, [hidden]);
   const out = Tensor.empty(x.device, x.shape, x.dtype);
   const gpu = gpuOf(out);
-  if (gpu !== undefined) {
-    const source = contiguous(x);
+  if (gpu === undefined) {
+    return onCpu(out, [x, weight, bias], (o, xs, w, b) => layerNormReference(o, xs, w, b, hidden, eps));
+  }
+  const affine = weight ?? bias;
+  expect(
+    affine?.dtype === (bias ?? affine)?.dtype,
+    "layerNorm",
+    () => `weight is ${weight}, bias is ${bias}: they take one dtype`,
+  );
+  gpu.scope(() => {
+    const { source, count, inner, outerStride, innerStride } = rowsOf(x);
     const width = vectorWidth(hidden, [out, source, weight, bias]);
-    const block = blockSize(gpu, hidden / width);
+    const { constants, grid, block } = rowLaunch(gpu.limits, count, hidden / width);
     launch(gpu, SOURCE, {
       entry: "layerNorm",
-      types: { T: x.dtype },
-      constants: { N: width, VECTORS: Math.ceil(hidden / (width * block)) },
-      grid: x.size / hidden,
+      types: { T: x.dtype, W: affine?.dtype ?? x.dtype },
+      constants: { ...constants, N: width },
+      grid,
       block,
-      args: [out, source, weight, bias, hidden, new Float(eps)],
+      args: [
+        out,
+        source,
+        weight,
+        bias,
+        count,
+        hidden,
+        inner,
+        BigInt(outerStride),
+        BigInt(innerStride),
+        new Float(eps),
+      ],
     });
-    return out;
-  }
-  return onCpu(out, [x, weight, bias], (o, xs, w, b) => layerNormReference(o, xs, w, b, hidden, eps));
+  });
+  return out;
 }
 
 /** `x` `[rows, hidden]`; `weight` and `bias` `[hidden]` or empty. */

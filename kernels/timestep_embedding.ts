@@ -1,7 +1,12 @@
 import type { DType } from "../ffi/dtype.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect } from "./check.ts";
+import { contiguous } from "./contiguous.ts";
 import { onCpu } from "./cpu.ts";
+import { blockSize, gpuOf, launch } from "./gpu.ts";
+import TIMESTEP_EMBEDDING_CU from "./timestep_embedding.cu" with { type: "text" };
+
+const SOURCE = { name: "timestep_embedding.cu", text: TIMESTEP_EMBEDDING_CU };
 
 /**
  * Sinusoidal embedding of a scalar (Vaswani et al. 2017; Ho et al. 2020), cosines first, as diffusers'
@@ -14,6 +19,21 @@ export function timestepEmbedding(timesteps: Tensor, width: number, dtype: DType
   expect(timesteps.dtype === "f32", "timestepEmbedding", () => `timesteps are ${timesteps}, expected f32`);
   expect(width % 2 === 0, "timestepEmbedding", () => `width ${width} is odd`);
   const out = Tensor.empty(timesteps.device, [timesteps.size, width], dtype);
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    if (out.size === 0) return out;
+    gpu.scope(() => {
+      const block = blockSize(gpu, width / 2);
+      launch(gpu, SOURCE, {
+        entry: "timestepEmbedding",
+        types: { T: dtype },
+        grid: [Math.ceil(width / 2 / block), timesteps.size],
+        block,
+        args: [out, contiguous(timesteps), width / 2],
+      });
+    });
+    return out;
+  }
   return onCpu(out, [timesteps], (o, t) => timestepEmbeddingReference(o, t, width));
 }
 

@@ -2,7 +2,13 @@ import { isAligned, viewOf } from "../ffi/cpu/device.ts";
 import { dtypeBytes } from "../ffi/dtype.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
+import { contiguous } from "./contiguous.ts";
 import { onCpu } from "./cpu.ts";
+import { gpuOf, launch } from "./gpu.ts";
+import { IN_FLIGHT, rowBlock, wordBytes } from "./launch_shapes.ts";
+import UPSAMPLE_NEAREST_CU from "./upsample_nearest.cu" with { type: "text" };
+
+const SOURCE = { name: "upsample_nearest.cu", text: UPSAMPLE_NEAREST_CU };
 
 /**
  * Each pixel becomes a square of 2 x 2.
@@ -13,6 +19,28 @@ export function upsampleNearest(x: Tensor): Tensor {
   expectShape("upsampleNearest", "x", x, [null, null, null, null]);
   const [batch, channels, height, width] = x.shape;
   const out = Tensor.empty(x.device, [batch, channels, 2 * height, 2 * width], x.dtype);
+  const gpu = gpuOf(out);
+  if (gpu !== undefined) {
+    if (out.size === 0) return out;
+    gpu.scope(() => {
+      const source = contiguous(x);
+      const rows = batch * channels * height;
+      const size = dtypeBytes(x.dtype);
+      // What a thread stores at a time is twice what it loads.
+      const stored = wordBytes([out.pointer, 2n * source.pointer, 2 * width * size]);
+      const pixels = stored / 2 / size;
+      const block = rowBlock(width / pixels);
+      launch(gpu, SOURCE, {
+        entry: "upsampleNearest",
+        types: { T: x.dtype },
+        constants: { N: pixels, ROWS: IN_FLIGHT },
+        grid: Math.ceil(rows / (block[1] * IN_FLIGHT)),
+        block,
+        args: [out, source, rows, width],
+      });
+    });
+    return out;
+  }
   const unit = ({ 2: "bf16", 4: "i32" } as const)[dtypeBytes(x.dtype)]; // elements move as they are, bit by bit
   if (unit === undefined || !x.isContiguous || !isAligned(x, dtypeBytes(x.dtype))) {
     return onCpu(out, [x], (o, xs) => upsampleNearestReference(o, xs, width));

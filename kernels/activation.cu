@@ -1,0 +1,34 @@
+// x * sigmoid(c1 x + c3 x^3), element by element: SiLU (1, 0), quick GELU (1.702, 0) and GELU's tanh form, since
+// (1 + tanh u) / 2 = sigmoid(2u).
+//
+//   out, x   count * N elements of T; out may be x
+//
+// Each thread holds VECTORS pieces of N elements, so that as many loads are in flight.
+// Bytes moved: elements * 2 * sizeof(T). Floor at FLUX's 4352 x 12288 in bf16: 214 MB, 71 us at 3.0 TB/s; at the
+// autoencoder's 128 x 1024 x 1024: 537 MB, 179 us.
+#include "common.cuh"
+
+// The bound on x^2 keeps 0 * x^2 at 0. The quotient is a product with a reciprocal: two units in the last place, and 0
+// where the result is below 1e-36.
+__device__ __forceinline__ float gate(float x, float c1, float c3) {
+  float u = x * fmaf(c3, fminf(x * x, 1e30f), c1);
+  return __fdividef(x, 1.0f + expf(-u));
+}
+
+extern "C" __global__ void activate(T* out, const T* x, long long count, float c1, float c3) {
+  long long first = (long long)blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
+  Vec<T, N> held[VECTORS];
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    long long at = first + j * blockDim.x;
+    if (at < count) held[j] = loadVec<N>(x + at * N);
+  }
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    long long at = first + j * blockDim.x;
+    if (at >= count) return;
+#pragma unroll
+    for (int i = 0; i < N; i++) held[j].v[i] = fromFloat<T>(gate(toFloat(held[j].v[i]), c1, c3));
+    storeVec(out + at * N, held[j]);
+  }
+}

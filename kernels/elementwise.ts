@@ -1,0 +1,40 @@
+import type { DType } from "../ffi/dtype.ts";
+import type { GpuDevice, KernelArgument, KernelSource } from "../ffi/gpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import { contiguous } from "./contiguous.ts";
+import { blockSize, launch, vectorWidth } from "./gpu.ts";
+import { IN_FLIGHT } from "./launch_shapes.ts";
+
+/** A kernel `entry(out, ...inputs, long long count, ...args)` that walks dense tensors of one size side by side. */
+export interface Elementwise {
+  readonly entry: string;
+  readonly types: Readonly<Record<string, DType>>;
+  /** Dense. */
+  readonly out: Tensor;
+  /** Of `out`'s size; strided ones are copied first. */
+  readonly inputs: readonly Tensor[];
+  readonly args?: readonly KernelArgument[];
+}
+
+/**
+ * Launches a kernel that computes each element of `out` from the elements at the same place of `inputs`. It gets the
+ * constants `N` and `VECTORS` and `count`, the number of pieces of `N` elements.
+ */
+export function launchElementwise(gpu: GpuDevice, source: KernelSource, options: Elementwise): void {
+  const { entry, types, out, inputs, args = [] } = options;
+  if (out.size === 0) return;
+  gpu.scope(() => {
+    const flat = [out, ...inputs.map(contiguous)].map((tensor) => tensor.reshape([tensor.size]));
+    const width = vectorWidth(out.size, flat);
+    const count = out.size / width;
+    const block = blockSize(gpu, Math.ceil(count / IN_FLIGHT));
+    launch(gpu, source, {
+      entry,
+      types,
+      constants: { N: width, VECTORS: IN_FLIGHT },
+      grid: Math.ceil(count / (block * IN_FLIGHT)),
+      block,
+      args: [...flat, BigInt(count), ...args],
+    });
+  });
+}

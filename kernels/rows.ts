@@ -1,0 +1,72 @@
+import type { GpuLimits } from "../ffi/gpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import { contiguous } from "./contiguous.ts";
+
+/** Threads of a block whose rows take a warp or less each: some rows a block, so that blocks are not too many. */
+const SMALL_BLOCK = 128;
+/** The most threads that a block has on any GPU. */
+const LARGEST_BLOCK = 1024;
+
+/** What a kernel that works on rows is compiled for and started with; see `rowSum` in common.cuh. */
+export interface RowLaunch {
+  readonly constants: {
+    /** Threads that share a row: a part of a warp, or the whole block. */
+    readonly THREADS: number;
+    /** Threads of a block. */
+    readonly BLOCK: number;
+    /** Vectors that each thread holds of its row, at most. */
+    readonly VECTORS: number;
+  };
+  readonly grid: number;
+  readonly block: number;
+}
+
+/**
+ * Shares rows of `vectors` vectors among threads so that each holds up to four of them (two where a row takes less than
+ * a warp): enough bytes on their way to hide the memory's latency. Only rows of more than 4096 vectors take more.
+ */
+export function rowLaunch({ warpSize }: GpuLimits, rows: number, vectors: number): RowLaunch {
+  let threads = 1;
+  while (threads < warpSize && threads * 2 < vectors) threads *= 2;
+  if (threads * 4 < vectors) {
+    threads = Math.min(LARGEST_BLOCK, Math.ceil(vectors / (4 * warpSize)) * warpSize);
+  }
+  const block = threads <= warpSize ? SMALL_BLOCK : threads;
+  return {
+    constants: { THREADS: threads, BLOCK: block, VECTORS: Math.ceil(vectors / threads) },
+    grid: Math.ceil(rows * threads / block),
+    block,
+  };
+}
+
+/**
+ * The rows (last dimension) of a tensor, as a kernel finds them: row `r` starts at
+ * `floor(r / inner) * outerStride + (r % inner) * innerStride`.
+ */
+export interface Rows {
+  /** The tensor itself, or a dense copy where its strides do not come down to two. */
+  readonly source: Tensor;
+  readonly count: number;
+  readonly inner: number;
+  readonly outerStride: number;
+  readonly innerStride: number;
+}
+
+/** Finds the {@link Rows} of `x`, each of which is dense. A copy lasts as long as the scope around. */
+export function rowsOf(x: Tensor): Rows {
+  const hidden = x.shape.at(-1)!;
+  const levels: { size: number; stride: number }[] = [];
+  for (const [dim, size] of x.shape.slice(0, -1).entries()) {
+    if (size === 1) continue;
+    const stride = x.strides[dim];
+    const outer = levels.at(-1);
+    if (outer !== undefined && outer.stride === size * stride) {
+      levels[levels.length - 1] = { size: outer.size * size, stride };
+    } else levels.push({ size, stride });
+  }
+  const dense = hidden === 1 || x.strides.at(-1) === 1;
+  if (!dense || levels.length > 2) return rowsOf(contiguous(x));
+  const inner = levels.at(-1) ?? { size: 1, stride: hidden };
+  const outerStride = levels.length === 2 ? levels[0].stride : 0;
+  return { source: x, count: x.size / hidden, inner: inner.size, outerStride, innerStride: inner.stride };
+}

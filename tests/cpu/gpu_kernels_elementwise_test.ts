@@ -1,0 +1,109 @@
+/** The elementwise and copying kernels on the emulated GPU, and how they are launched at FLUX's sizes. */
+import assert from "node:assert/strict";
+import type { Memory } from "../../ffi/device.ts";
+import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
+import type { Dim3, GpuDevice, KernelArgument, KernelSource, Launch } from "../../ffi/gpu.ts";
+import { MemoryScopes } from "../../ffi/scope.ts";
+import { Tensor } from "../../ffi/tensor.ts";
+import { add } from "../../kernels/add.ts";
+import { cast } from "../../kernels/cast.ts";
+import { concat } from "../../kernels/concat.ts";
+import { contiguous } from "../../kernels/contiguous.ts";
+import { gatedResidual } from "../../kernels/gated_residual.ts";
+import { modulate } from "../../kernels/modulate.ts";
+import { multiply } from "../../kernels/multiply.ts";
+import { silu } from "../../kernels/silu.ts";
+import { toPixels } from "../../kernels/to_pixels.ts";
+import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
+import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
+
+elementwiseSuite();
+
+interface Launched {
+  readonly constants: Readonly<Record<string, number>>;
+  readonly blocks: number;
+  readonly threads: number;
+  readonly args: readonly KernelArgument[];
+}
+
+const count = (size: Dim3) => typeof size === "number" ? size : size.reduce<number>((a, b) => a * b, 1);
+
+/** The launches of `body` on a GPU that has any amount of memory and computes nothing. */
+function launchesOf(body: (tensor: (shape: readonly number[], dtype: DType) => Tensor) => void): Launched[] {
+  const launches: Launched[] = [];
+  const scopes = new MemoryScopes(() => {});
+  const gpu = {
+    kind: "cuda",
+    name: "null GPU",
+    limits: { multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
+    alloc: (byteLength: number): Memory => ({ device: gpu, pointer: 1n << 40n, byteLength }),
+    scope: <T>(inner: () => T): T => scopes.run(inner),
+    kernel: ({ text }: KernelSource) => ({ name: text }),
+    launch: ({ name }: { name: string }, { grid, block }: Launch, args: readonly KernelArgument[]) => {
+      const constants = [...name.matchAll(/^constexpr int (\w+) = (\d+);$/gm)].map(([, key, value]) =>
+        [key, Number(value)] as const
+      );
+      launches.push({
+        constants: Object.fromEntries(constants),
+        blocks: count(grid),
+        threads: count(block),
+        args,
+      });
+    },
+  } as unknown as GpuDevice;
+  body((shape, dtype) => Tensor.empty(gpu, shape, dtype));
+  return launches;
+}
+
+for (const dtype of ["bf16", "f32"] as const) {
+  Deno.test(`FLUX's shapes in ${dtype} move 16 bytes at a time and fill the GPU`, () => {
+    const tokens = [1, 4352, 3072];
+    const wide = [1, 4352, 12288];
+    const picture = [1, 128, 1024, 1024];
+    const launches = launchesOf((tensor) => {
+      silu(tensor(wide, dtype));
+      silu(tensor(picture, dtype));
+      add(tensor(picture, dtype), tensor(picture, dtype));
+      multiply(tensor([1, 512, 10240], dtype), tensor([1, 512, 10240], dtype));
+      cast(tensor(wide, dtype), dtype === "f32" ? "bf16" : "f32");
+      toPixels(tensor([1, 3, 1024, 1024], dtype));
+      const [shift, scale, gate] = tensor([1, 3 * 3072], dtype).chunk(3, 1);
+      modulate(tensor(tokens, dtype), scale, shift);
+      gatedResidual(tensor(tokens, dtype), tensor(tokens, dtype), gate);
+    });
+    for (const { constants, blocks, threads } of launches) {
+      // cast's pieces are 16 bytes of the wider dtype, f32.
+      const width = 16 / dtypeBytes(dtype);
+      assert.ok(constants.N === width || constants.N === 4, `N is ${constants.N}`);
+      assert.ok(blocks >= 132 && threads >= 128, `${blocks} blocks of ${threads} threads`);
+    }
+    assert.equal(launches.length, 8);
+
+    const [upsampled] = launchesOf((tensor) => void upsampleNearest(tensor([1, 256, 512, 512], dtype)));
+    assert.equal(2 * upsampled.constants.N * dtypeBytes(dtype), 16);
+    const copies = launchesOf((tensor) => {
+      concat([tensor(tokens, dtype), tensor(wide, dtype)], 2);
+      concat([tensor([1, 256, 24, 128], dtype), tensor([1, 4096, 24, 128], dtype)], 1);
+    });
+    assert.deepEqual(copies.map(({ constants }) => constants.BYTES), [16, 16, 16, 16]);
+    // All but the 256 text tokens, 1.5 MB.
+    assert.ok(copies.toSpliced(2, 1).every(({ blocks }) => blocks >= 132));
+    const transposes = launchesOf((tensor) => {
+      contiguous(tensor(picture, dtype).permute([0, 2, 3, 1]));
+      contiguous(tensor([1, 1024, 1024, 128], dtype).permute([0, 3, 1, 2]));
+    });
+    assert.ok(transposes.every(({ constants }) => constants.E * dtypeBytes(dtype) === 4));
+  });
+}
+
+Deno.test("what has more elements than an int counts is launched with 64-bit sizes", () => {
+  const size = 2 ** 32 + 8;
+  const [activated, copied] = launchesOf((tensor) => {
+    silu(tensor([size], "bf16"));
+    contiguous(tensor([2 ** 20, 8192], "bf16").narrow(1, 0, 4096));
+  });
+  assert.equal(activated.args.at(-3), BigInt(size / 8));
+  assert.ok(activated.blocks * activated.threads * 4 >= size / 8 && activated.blocks < 2 ** 31);
+  assert.equal(copied.args[5], 16n);
+  assert.ok(copied.blocks < 2 ** 31);
+});
