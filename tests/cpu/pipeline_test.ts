@@ -7,86 +7,18 @@ import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { ModelError, UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline, type GenerateOptions, type GenerateResult } from "../../recipes/base/pipeline.ts";
-import { packLatents } from "../../recipes/base/latents.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
-import { assertClose, relativeError } from "../support/compare.ts";
-import { editJson, withModelCopy } from "../support/folders.ts";
-import { Golden, goldenPath, valuesOf } from "../support/golden.ts";
+import { draw, pixelsOf } from "../support/drawing.ts";
+import { withModelCopy } from "../support/folders.ts";
+import { goldenPath } from "../support/golden.ts";
+import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
+import { ownDevice } from "../support/test_device.ts";
 
-interface Run {
-  readonly model: string;
-  readonly prompt: string | string[];
-  readonly prompt_2?: string | string[];
-  readonly seed: number;
-  readonly num_inference_steps: number;
-  readonly sigmas?: number[];
-  readonly height: number;
-  readonly width: number;
-  readonly guidance_scale: number;
-  readonly max_sequence_length: number;
-  readonly num_images_per_prompt?: number;
-  /** Of the scheduler's config; 1000, the golden models' own, when left out. */
-  readonly num_train_timesteps?: number;
-}
-
-const RUNS: Record<string, Run> = JSON.parse(Deno.readTextFileSync(goldenPath("pipelines/runs.json")));
-
-function optionsOf(run: Run): GenerateOptions {
-  return {
-    prompt: run.prompt,
-    ...(run.prompt_2 === undefined ? {} : { prompt2: run.prompt_2 }),
-    seed: run.seed,
-    numInferenceSteps: run.num_inference_steps,
-    ...(run.sigmas === undefined ? {} : { sigmas: run.sigmas }),
-    height: run.height,
-    width: run.width,
-    guidanceScale: run.guidance_scale,
-    maxSequenceLength: run.max_sequence_length,
-    numImagesPerPrompt: run.num_images_per_prompt ?? 1,
-  };
-}
-
-interface Trace {
-  readonly result: GenerateResult;
-  /** Packed latents after each step, the starting noise first. */
-  readonly latents: readonly Float32Array[];
-}
-
-/** Runs the model of a folder with one recipe. */
-async function generate(
-  folder: string,
-  recipe: Recipe,
-  options: GenerateOptions,
-  provider: CpuProviderName = "auto",
-): Promise<Trace> {
-  using device = await openCpu({ provider });
-  using model = await Model.load(folder, device);
-  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), recipe));
-  const latents: Promise<Float32Array>[] = [];
-  const result = await pipeline.generate({
-    ...options,
-    onProgress: (event) => {
-      options.onProgress?.(event);
-      latents.push(valuesOf(packLatents(pipeline.plan.ops, event.latents())));
-    },
-  });
-  return { result, latents: await Promise.all(latents) };
-}
-
-/** Runs a golden run, with its own scheduler config. */
-async function generateRun(run: Run, recipe: Recipe, provider: CpuProviderName): Promise<Trace> {
-  if (run.num_train_timesteps === undefined) {
-    return generate(goldenPath(run.model), recipe, optionsOf(run), provider);
-  }
-  const traces: Trace[] = [];
-  await withModelCopy(run.model, async (folder) => {
-    editJson(join(folder, "scheduler", "scheduler_config.json"), {
-      num_train_timesteps: run.num_train_timesteps,
-    });
-    traces.push(await generate(folder, recipe, optionsOf(run), provider));
-  });
-  return traces[0];
+/** Runs the model of a folder on a CPU device of its own. */
+async function generate(folder: string, recipe: Recipe, options: GenerateOptions): Promise<GenerateResult> {
+  using device = await openCpu();
+  return (await draw(device, folder, recipe, options)).result;
 }
 
 /** The golden model without guidance, which most tests here use. */
@@ -109,46 +41,9 @@ async function openPipeline(folder: string) {
   };
 }
 
-function pixelsOf(result: GenerateResult): Uint8Array {
-  return Uint8Array.from(result.images.flatMap((image) => [...image.rgb]));
-}
-
 /** "auto" is oneDNN where it is installed; WebAssembly has to be right everywhere. */
 const PROVIDERS: readonly CpuProviderName[] = ["auto", "wasm"];
-const CASES = PROVIDERS.flatMap((provider) =>
-  Object.entries(RUNS).map(([name, run]) => ({ provider, name, run }))
-);
-
-for (const { provider, name, run } of CASES) {
-  Deno.test(`pipeline ${name} equals diffusers' in float32, step by step (${provider})`, async () => {
-    using device = await openCpu();
-    using golden = new Golden(`pipelines/${name}.fp32.safetensors`, device);
-    const { result, latents } = await generateRun(run, baselineFp32, provider);
-    assert.deepEqual(latents[0], golden.values("initial"), "starting latents differ in their bits");
-    for (let step = 0; step < run.num_inference_steps; step++) {
-      assertClose(latents[step + 1], golden.values(`step${step}`), 1e-4, `latents after step ${step}`);
-    }
-    const expected = golden.values("pixels");
-    const pixels = pixelsOf(result);
-    assert.equal(pixels.length, expected.length);
-    const worst = pixels.reduce((most, pixel, i) => Math.max(most, Math.abs(pixel - expected[i])), 0);
-    assert.ok(worst <= 2, `a pixel differs by ${worst}/255`);
-    // A picture that is one flat colour would pass nearly anything.
-    assert.ok(new Set(pixels).size > 20, "the golden picture is flat");
-  });
-
-  Deno.test(`pipeline ${name} in bfloat16 is no farther from float32 than diffusers' bfloat16 (${provider})`, async () => {
-    using device = await openCpu();
-    using exact = new Golden(`pipelines/${name}.fp32.safetensors`, device);
-    using theirs = new Golden(`pipelines/${name}.bf16.safetensors`, device);
-    const { latents } = await generateRun(run, bfloat16, provider);
-    assert.deepEqual(latents[0], theirs.values("initial"), "starting latents differ in their bits");
-    // bfloat16 noise is the rounded float32 noise, so that the two runs draw the same picture.
-    const last = `step${run.num_inference_steps - 1}`;
-    const limit = 1.1 * relativeError(theirs.values(last), exact.values(last));
-    assertClose(latents.at(-1)!, exact.values(last), limit, "latents after the last step");
-  });
-}
+for (const provider of PROVIDERS) pipelineSuite(ownDevice(provider, () => openCpu({ provider })));
 
 const QUICK: GenerateOptions = {
   prompt: "a red apple",
@@ -160,7 +55,7 @@ const QUICK: GenerateOptions = {
 
 Deno.test("pipeline reports every step and its sigma, and fills in the settings", async () => {
   const events: [number, number][] = [];
-  const { result } = await generate(SCHNELL, baselineFp32, {
+  const result = await generate(SCHNELL, baselineFp32, {
     ...QUICK,
     onProgress: ({ step, steps, sigma }) => {
       assert.equal(steps, 2);
@@ -173,8 +68,7 @@ Deno.test("pipeline reports every step and its sigma, and fills in the settings"
 });
 
 Deno.test("pipeline draws the same picture for the same seed and another for another", async () => {
-  const draw = async (seed: number) =>
-    pixelsOf((await generate(SCHNELL, bfloat16, { ...QUICK, seed })).result);
+  const draw = async (seed: number) => pixelsOf(await generate(SCHNELL, bfloat16, { ...QUICK, seed }));
   const first = await draw(5);
   assert.deepEqual(await draw(5), first);
   assert.notDeepEqual(await draw(6), first);
@@ -182,7 +76,7 @@ Deno.test("pipeline draws the same picture for the same seed and another for ano
 
 Deno.test("pipeline rounds odd sizes down to multiples of 16, with a word", async () => {
   const warnings: string[] = [];
-  const { result } = await generate(SCHNELL, baselineFp32, {
+  const result = await generate(SCHNELL, baselineFp32, {
     ...QUICK,
     height: 47,
     width: 33,

@@ -1,0 +1,31 @@
+/**
+ * The golden tests of small models on the emulated GPU: the kernels put together. Attention is computed by matrix products
+ * and the softmax kernel in the first suite, as by a library in the second.
+ */
+import assert from "node:assert/strict";
+import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
+import { Model } from "../../recipes/base/model.ts";
+import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import { compose, eagerPlan } from "../../recipes/base/plan.ts";
+import { openEmulatedGpu } from "../support/emulated_gpu.ts";
+import { componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
+import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
+import { goldenPath } from "../support/golden.ts";
+import { TEST_GPU } from "../support/gpu_devices.ts";
+import { ownDevice, testOn } from "../support/test_device.ts";
+
+componentSuite(TEST_GPU, OTHER_ORDER);
+pipelineSuite(
+  ownDevice("emulated GPU with attention", () => openEmulatedGpu({ attention: true }), TEST_GPU.skip),
+);
+
+testOn(TEST_GPU, "a run gives back all memory that it took", async (device) => {
+  using model = await Model.load(goldenPath("schnell-like"), device);
+  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), baselineFp32));
+  const { weights } = device.memoryUse();
+  const options = { prompt: "a red apple", seed: 1, height: 32, width: 32, numInferenceSteps: 2 };
+  await pipeline.generate({ ...options, onProgress: (event) => event.latents() });
+  const use = device.memoryUse();
+  assert.ok(use.peak > 0);
+  assert.deepEqual([use.current, use.weights], [0, weights]);
+});

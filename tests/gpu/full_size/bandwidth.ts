@@ -1,0 +1,205 @@
+/**
+ * How close the memory-bound kernels come to the machine's copy rate, at the shapes that FLUX.1 has at 1024 x 1024.
+ *
+ *     deno run -A tests/gpu/full_size/bandwidth.ts --device cuda --json bandwidth.json
+ *
+ * Each kernel is recorded a few times in one graph, over inputs that together are larger than the second-level cache,
+ * so that neither the host nor the cache counts. Prints a table, and ends with exit code 1 when a kernel is below its
+ * bar.
+ */
+import { Command } from "@commander-js/extra-typings";
+import type { DType } from "../../../ffi/dtype.ts";
+import { FfiError } from "../../../ffi/errors.ts";
+import { type GpuDevice, isGpu } from "../../../ffi/gpu.ts";
+import { openDevice } from "../../../ffi/open.ts";
+import { Tensor } from "../../../ffi/tensor.ts";
+import { fillRandom } from "../../../kernels/random_fill.ts";
+import { eagerOps as ops } from "../../../recipes/base/ops.ts";
+
+/** Of the copy rate. */
+const BAR = 0.8;
+/** More than the caches of the GPUs that this is for: 50 MB on an H100, 256 MB on an MI300X. */
+const FLUSHED_BYTES = 600e6;
+const ROUNDS = 20;
+
+const flags = new Command("bandwidth")
+  .option("--device <name>", "as for generate", "cuda")
+  .option("--json <file>", "where the rates go as JSON too")
+  .parse(Deno.args, { from: "user" })
+  .opts();
+
+using opened = await openDevice(flags.device, { onWarning: console.error });
+if (!isGpu(opened)) throw new FfiError(`${opened.name} is no GPU`);
+const device: GpuDevice = opened;
+
+/** A kernel under test: its inputs, what it computes, and the bytes that it cannot avoid to move. */
+interface Case {
+  readonly name: string;
+  /** Makes one set of inputs. */
+  readonly inputs: () => Tensor[];
+  readonly run: (...inputs: Tensor[]) => Tensor;
+  /** Bytes read and written, from the inputs and the output. */
+  readonly bytes?: (inputs: readonly Tensor[], out: Tensor) => number;
+}
+
+const [TOKENS, TEXT, HIDDEN, HEADS, HEAD_DIM, MLP] = [4352, 256, 3072, 24, 128, 12288];
+const bf16 = (...shape: number[]) => random(shape, "bf16");
+const f32 = (...shape: number[]) => random(shape, "f32");
+
+/** Group norm reads the picture twice: for the statistics, and to change it. */
+const twiceRead = ([x]: readonly Tensor[], out: Tensor) => 2 * x.byteLength + out.byteLength;
+
+const CASES: readonly Case[] = [
+  { name: "layerNorm", inputs: () => [bf16(1, TOKENS, HIDDEN)], run: (x) => ops.layerNorm(x, 1e-6) },
+  {
+    name: "modulate and layer norm (adaLayerNorm)",
+    inputs: () => [bf16(1, TOKENS, HIDDEN), bf16(1, HIDDEN), bf16(1, HIDDEN)],
+    run: (x, scale, shift) => ops.adaLayerNorm(x, scale, shift, 1e-6),
+    bytes: ([x], out) => 2 * (x.byteLength + out.byteLength), // two kernels
+  },
+  {
+    name: "rmsNorm of heads",
+    inputs: () => [bf16(1, TOKENS, HEADS, HEAD_DIM), bf16(HEAD_DIM)],
+    run: (x, weight) => ops.rmsNorm(x, weight, 1e-6),
+  },
+  {
+    name: "rms norm and rope (qkNormRope)",
+    inputs: () => [
+      bf16(1, TOKENS, HEADS, HEAD_DIM),
+      bf16(HEAD_DIM),
+      f32(TOKENS, HEAD_DIM),
+      f32(TOKENS, HEAD_DIM),
+    ],
+    run: (x, weight, cos, sin) => ops.qkNormRope(x, weight, cos, sin, 1e-6),
+    bytes: ([x, , cos, sin], out) => 2 * (x.byteLength + out.byteLength) + cos.byteLength + sin.byteLength,
+  },
+  { name: "geluTanh", inputs: () => [bf16(1, TOKENS, MLP)], run: (x) => ops.geluTanh(x) },
+  { name: "silu of a picture", inputs: () => [bf16(1, 128, 1024, 1024)], run: (x) => ops.silu(x) },
+  {
+    name: "add",
+    inputs: () => [bf16(1, 128, 1024, 1024), bf16(1, 128, 1024, 1024)],
+    run: (a, b) => ops.add(a, b),
+  },
+  {
+    name: "multiply (T5)",
+    inputs: () => [bf16(1, TEXT, 10240), bf16(1, TEXT, 10240)],
+    run: (a, b) => ops.multiply(a, b),
+  },
+  {
+    name: "gatedResidual",
+    inputs: () => [bf16(1, TOKENS, HIDDEN), bf16(1, TOKENS, HIDDEN), bf16(1, HIDDEN)],
+    run: (residual, x, gate) => ops.gatedResidual(residual, x, gate),
+  },
+  {
+    name: "concat of text and image",
+    inputs: () => [bf16(1, TEXT, HEADS, HEAD_DIM), bf16(1, TOKENS - TEXT, HEADS, HEAD_DIM)],
+    run: (text, image) => ops.concat([text, image], 1),
+  },
+  {
+    name: "concat of attention and MLP",
+    inputs: () => [bf16(1, TOKENS, HIDDEN), bf16(1, TOKENS, MLP)],
+    run: (attended, mlp) => ops.concat([attended, mlp], 2),
+  },
+  {
+    name: "contiguous of image tokens",
+    inputs: () => [bf16(1, TOKENS, 64)],
+    run: (x) => ops.contiguous(x.narrow(1, TEXT, TOKENS - TEXT).permute([0, 2, 1])),
+    bytes: (_, out) => 2 * out.byteLength,
+  },
+  { name: "cast to f32", inputs: () => [bf16(1, TOKENS, MLP)], run: (x) => ops.cast(x, "f32") },
+  { name: "cast to bf16", inputs: () => [f32(1, TOKENS, MLP)], run: (x) => ops.cast(x, "bf16") },
+  {
+    name: "groupNorm, NCHW",
+    inputs: () => [bf16(1, 128, 1024, 1024), bf16(128), bf16(128)],
+    run: (x, weight, bias) => ops.groupNorm(x, 32, weight, bias, 1e-6),
+    bytes: twiceRead,
+  },
+  {
+    name: "groupNorm, NHWC",
+    inputs: () => [bf16(1, 1024, 1024, 128).permute([0, 3, 1, 2]), bf16(128), bf16(128)],
+    run: (x, weight, bias) => ops.groupNorm(x, 32, weight, bias, 1e-6),
+    bytes: twiceRead,
+  },
+  { name: "upsampleNearest", inputs: () => [bf16(1, 256, 512, 512)], run: (x) => ops.upsampleNearest(x) },
+  { name: "toPixels", inputs: () => [f32(8, 3, 1024, 1024)], run: (x) => ops.toPixels(x) },
+  {
+    name: "fillRandom",
+    inputs: () => [Tensor.empty(device, [2 ** 28], "bf16")],
+    run: (x) => {
+      fillRandom(x, { seed: 1, stream: 0, kind: "normal", scale: 1, shift: 0 });
+      return x;
+    },
+    bytes: (_, out) => out.byteLength,
+  },
+];
+
+const copied = 2 ** 30;
+const copyRate = rateOf({
+  name: "copy",
+  inputs: () => [Tensor.empty(device, [copied], "u8"), Tensor.empty(device, [copied], "u8")],
+  run: copy,
+  bytes: () => 2 * copied,
+});
+console.log(
+  `${device.properties().description}: copies at ${(copyRate / 1e12).toFixed(2)} TB/s, read and written`,
+);
+const rates = CASES.map((one) => {
+  const rate = rateOf(one);
+  const share = rate / copyRate;
+  const { name } = one;
+  const holds = share >= BAR;
+  console.log(
+    `${holds ? "ok  " : "MISS"} ${name.padEnd(40)} ${(rate / 1e12).toFixed(2)} TB/s  ${
+      (100 * share).toFixed(0)
+    } %`,
+  );
+  return { name, bytesPerSecond: rate, share, holds };
+});
+if (flags.json !== undefined) {
+  const report = { device: device.properties().description, copyRate, bar: BAR, rates };
+  Deno.writeTextFileSync(flags.json, `${JSON.stringify(report, null, 1)}\n`);
+}
+Deno.exitCode = rates.every(({ holds }) => holds) ? 0 : 1;
+
+/** Bytes per second, the median of {@link ROUNDS} replays. */
+function rateOf({ inputs, run, bytes }: Case): number {
+  return device.scope(() => {
+    const first = inputs();
+    // Compiles the kernel, which must not happen while a graph is recorded.
+    const moved = device.scope(() => {
+      const out = run(...first);
+      return bytes?.(first, out) ??
+        out.byteLength + first.reduce((sum, { byteLength }) => sum + byteLength, 0);
+    });
+    const sets = [first];
+    while (sets.length * moved < FLUSHED_BYTES) sets.push(inputs());
+    // Outputs are kept apart, since each must be a place that is in no cache.
+    using graph = device.record(() => sets.forEach((set) => void run(...set)));
+    graph.replay();
+    const times = Array.from({ length: ROUNDS }, () => {
+      using start = device.event();
+      graph.replay();
+      using end = device.event();
+      return end.since(start);
+    });
+    const milliseconds = times.sort((a, b) => a - b)[ROUNDS >> 1];
+    return { rate: moved * sets.length / milliseconds * 1000 };
+  }).rate;
+}
+
+/** What the bars are measured against: 16 bytes a thread, read and written. */
+function copy(from: Tensor, to: Tensor): Tensor {
+  const text = `extern "C" __global__ void copy(uint4* to, const uint4* from) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    to[i] = from[i];
+  }`;
+  const kernel = device.kernel({ name: "copy.cu", text }, "copy");
+  device.launch(kernel, { grid: to.byteLength / (16 * 256), block: 256 }, [to, from]);
+  return to;
+}
+
+function random(shape: readonly number[], dtype: DType): Tensor {
+  const tensor = Tensor.empty(device, shape, dtype);
+  fillRandom(tensor, { seed: 1, stream: 0, kind: "normal", scale: 1, shift: 0 });
+  return tensor;
+}

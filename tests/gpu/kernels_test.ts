@@ -1,0 +1,6 @@
+/** Every kernel against its TypeScript reference, on the CUDA device. */
+import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
+import { normsSuite } from "../support/kernel_suites/norms.ts";
+
+elementwiseSuite();
+normsSuite();
