@@ -51,6 +51,7 @@ const compiled = new WeakMap<GpuDevice, Map<string, GpuKernel>>();
  */
 export function launch(gpu: GpuDevice, source: KernelSource, options: GpuLaunch): void {
   const { entry, types, constants = {}, grid, block, shared, args } = options;
+  if ([grid].flat().includes(0)) return; // an empty tensor: nothing to do, and no GPU takes such a grid
   let kernels = compiled.get(gpu);
   if (kernels === undefined) compiled.set(gpu, kernels = new Map());
   const key = `${source.name}:${entry} ${Object.values(types)} ${Object.values(constants)}`;

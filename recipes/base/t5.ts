@@ -94,15 +94,20 @@ function encoderLayer(config: T5Config, weights: Weights, ops: Ops, x: Tensor, b
 /** Bias of the attention logits by relative position, `[heads, tokens, tokens]`. */
 function positionBias(config: T5Config, encoder: Weights, ops: Ops, tokens: number, ids: Tensor): Tensor {
   const table = encoder.get("block.0.layer.0.SelfAttention.relative_attention_bias.weight");
-  const buckets = new Int32Array(tokens * tokens);
-  for (let query = 0; query < tokens; query++) {
-    for (let key = 0; key < tokens; key++) {
-      buckets[query * tokens + key] = relativePositionBucket(
-        key - query,
+  // A bucket depends on the distance only: each query's row is a piece of one list of all distances.
+  const distances = Int32Array.from(
+    { length: 2 * tokens - 1 },
+    (_, i) =>
+      relativePositionBucket(
+        i - (tokens - 1),
         config.relative_attention_num_buckets,
         config.relative_attention_max_distance,
-      );
-    }
+      ),
+  );
+  const buckets = new Int32Array(tokens * tokens);
+  for (let query = 0; query < tokens; query++) {
+    const first = tokens - 1 - query;
+    buckets.set(distances.subarray(first, first + tokens), query * tokens);
   }
   const bias = ops.embedding(Tensor.fromInt32(ids.device, buckets, [tokens, tokens]), table);
   return ops.contiguous(bias.permute([2, 0, 1]));

@@ -180,7 +180,7 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     [["--seed", "18446744073709551616"], 2, /--seed/],
     [["--seed"], 2, /argument missing/],
     [["--device", "tpu"], 2, /--device.*'tpu'.*cpu/],
-    [["--device", "cuda"], 1, /cuda/],
+    [["--device", "hip"], 1, /hip/],
     [["--disable_quant"], 2, /--disable_quant.*06_float8/],
     [["--compile_export_mode=compile"], 2, /--compile_export_mode.*02_compile/],
     [["--image", "photo.png"], 2, /Kontext/],

@@ -208,8 +208,8 @@ function rounded(
   return { actual, check };
 }
 
-/** A slack of some f32 roundings of terms whose absolute values add up to `magnitude`. */
-const roundings = (magnitude: Float32Array) => (i: number) => magnitude[i] * 2 ** -22;
+/** A slack of some f32 roundings of terms whose absolute values add up to `magnitude`, subnormal ones too. */
+const roundings = (magnitude: Float32Array) => (i: number) => magnitude[i] * 2 ** -22 + 2 ** -147;
 
 /** The bytes are equal. */
 function same(actual: Tensor, dtype: DType, shape: readonly number[], expected: Uint8Array): Result {
