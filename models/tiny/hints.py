@@ -2,8 +2,8 @@
 
 The scenes are composed by us, so the answers are known.  Linear heads read them from the hidden states after the double
 blocks and one single block, and from both text encoders' outputs; the heads are thrown away afterwards.  It is
-representation alignment (REPA) with labels in place of another model's features: what a caption means is found in a
-fraction of the steps that the velocity alone takes.
+representation alignment (REPA) with labels in place of another model's features.  What it gains was not measured apart from
+the other changes of that training.
 """
 
 import torch
