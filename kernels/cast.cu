@@ -7,20 +7,5 @@
 #include "common.cuh"
 
 extern "C" __global__ void cast(T* out, const U* x, long long count) {
-  long long first = (long long)blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
-  Vec<U, N> held[VECTORS];
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    long long at = first + j * blockDim.x;
-    if (at < count) held[j] = loadVec<N>(x + at * N);
-  }
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    long long at = first + j * blockDim.x;
-    if (at >= count) return;
-    Vec<T, N> result;
-#pragma unroll
-    for (int i = 0; i < N; i++) result.v[i] = fromFloat<T>(toFloat(held[j].v[i]));
-    storeVec(out + at * N, result);
-  }
+  eachElement<N, VECTORS>(out, x, count, [](float value) { return value; });
 }

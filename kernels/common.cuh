@@ -125,6 +125,52 @@ template <int N, typename T> __device__ __forceinline__ void storeVec(T* p, cons
   }
 }
 
+// -- element by element ------------------------------------------------------------------------------------------
+
+// out = f(x), or f(x, y), for `count` pieces of N elements that lie side by side; f takes and returns floats. out may be
+// an input. Each thread holds VECTORS pieces, so that as many loads are in flight (kernels/elementwise.ts launches it).
+template <int N, int VECTORS, typename T, typename X, typename F>
+__device__ __forceinline__ void eachElement(T* out, const X* x, long long count, F f) {
+  long long first = (long long)blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
+  Vec<X, N> held[VECTORS];
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    long long at = first + j * blockDim.x;
+    if (at < count) held[j] = loadVec<N>(x + at * N);
+  }
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    long long at = first + j * blockDim.x;
+    if (at >= count) return;
+    Vec<T, N> result;
+#pragma unroll
+    for (int i = 0; i < N; i++) result.v[i] = fromFloat<T>(f(toFloat(held[j].v[i])));
+    storeVec(out + at * N, result);
+  }
+}
+template <int N, int VECTORS, typename T, typename X, typename Y, typename F>
+__device__ __forceinline__ void eachElement(T* out, const X* x, const Y* y, long long count, F f) {
+  long long first = (long long)blockIdx.x * blockDim.x * VECTORS + threadIdx.x;
+  Vec<X, N> heldX[VECTORS];
+  Vec<Y, N> heldY[VECTORS];
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    long long at = first + j * blockDim.x;
+    if (at >= count) continue;
+    heldX[j] = loadVec<N>(x + at * N);
+    heldY[j] = loadVec<N>(y + at * N);
+  }
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    long long at = first + j * blockDim.x;
+    if (at >= count) return;
+    Vec<T, N> result;
+#pragma unroll
+    for (int i = 0; i < N; i++) result.v[i] = fromFloat<T>(f(toFloat(heldX[j].v[i]), toFloat(heldY[j].v[i])));
+    storeVec(out + at * N, result);
+  }
+}
+
 // -- strided tensors ---------------------------------------------------------------------------------------------
 
 // Adds the place of entry `index` of DIMS dimensions to two offsets. size[0], the outermost, is not read.
