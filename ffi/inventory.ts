@@ -1,5 +1,6 @@
 /** What of the native libraries and GPUs that this project can use is on this machine. Computes nothing. */
 import { HEADER, openDriver } from "./cuda/driver.ts";
+import { cudaSonames, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";
 import { FfiError, messageOf } from "./errors.ts";
 import { LibraryNotFoundError, type OpenedLibrary, openLibrary, pinLibrary } from "./library.ts";
 
@@ -96,7 +97,7 @@ const PROBES: readonly Probe[] = [
     {
       name: "NVRTC",
       purpose: "compiles kernels",
-      sonames: ["libnvrtc.so.13", "libnvrtc.so.12"],
+      sonames: cudaSonames("libnvrtc", NEWEST_CUDA),
       install: "pip install nvidia-cuda-nvrtc",
     },
     // nvrtcResult nvrtcVersion(int *major, int *minor)
@@ -110,12 +111,12 @@ const PROBES: readonly Probe[] = [
     {
       name: "cuBLASLt",
       purpose: "matrix products",
-      sonames: ["libcublasLt.so.13", "libcublasLt.so.12"],
+      sonames: cudaSonames("libcublasLt", NEWEST_CUDA),
       install: "pip install nvidia-cublas",
     },
     // size_t cublasLtGetVersion(void)
     { cublasLtGetVersion: { parameters: [], result: "usize" } },
-    (cublas) => dotted(Number(cublas.cublasLtGetVersion())),
+    (cublas) => dottedVersion(Number(cublas.cublasLtGetVersion())),
   ),
   probe(
     {
@@ -126,20 +127,20 @@ const PROBES: readonly Probe[] = [
     },
     // size_t cudnnGetVersion(void)
     { cudnnGetVersion: { parameters: [], result: "usize" } },
-    (cudnn) => dotted(Number(cudnn.cudnnGetVersion())),
+    (cudnn) => dottedVersion(Number(cudnn.cudnnGetVersion())),
   ),
   probe(
     {
       name: "CUPTI",
       purpose: "traces of kernels",
-      sonames: ["libcupti.so.13", "libcupti.so.12"],
+      sonames: cudaSonames("libcupti", NEWEST_CUDA),
       install: "pip install nvidia-cuda-cupti",
     },
     // CUptiResult cuptiGetVersion(uint32_t *version)
     { cuptiGetVersion: { parameters: ["buffer"], result: "i32" } },
     (cupti) => {
       const version = new Uint32Array(1);
-      return cupti.cuptiGetVersion(version) === 0 ? dotted(version[0]) : undefined;
+      return cupti.cuptiGetVersion(version) === 0 ? dottedVersion(version[0]) : undefined;
     },
   ),
   probe(
@@ -153,7 +154,7 @@ const PROBES: readonly Probe[] = [
     { ncclGetVersion: { parameters: ["buffer"], result: "i32" } },
     (nccl) => {
       const version = new Int32Array(1);
-      return nccl.ncclGetVersion(version) === 0 ? dotted(version[0]) : undefined;
+      return nccl.ncclGetVersion(version) === 0 ? dottedVersion(version[0]) : undefined;
     },
   ),
   probe(
@@ -179,12 +180,6 @@ const DRIVER = {
   purpose: "the GPU",
   install: "install NVIDIA's driver, e.g. apt-get install nvidia-driver-580-server",
 } as const;
-
-/** The version numbers of NVIDIA's libraries: 130100 is 13.1.0, cuDNN's 91400 is 9.14.0. */
-function dotted(version: number): string {
-  const major = Math.floor(version / 10_000);
-  return [major, Math.floor(version % 10_000 / 100), version % 100].join(".");
-}
 
 /**
  * Looks for all libraries and GPUs. What is missing is in the result, not an error.

@@ -12,6 +12,7 @@ import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
 import { NumberMap } from "./number_map.ts";
+import { cudaSonames, dottedVersion } from "./versions.ts";
 
 const CUBLASLT = {
   // size_t cublasLtGetVersion(void)
@@ -203,9 +204,7 @@ export class CublasLt implements Disposable {
     this.#lib = new CublasLtLibrary(context.driver.driverGetVersion()[0]);
     try {
       const { cublasLtGetVersion, cublasLtCreate } = this.#lib.symbols;
-      const version = Number(cublasLtGetVersion());
-      // 130100 is 13.1.0; versions of 12.x are written the same way.
-      this.version = [Math.floor(version / 10000), Math.floor(version / 100) % 100, version % 100].join(".");
+      this.version = dottedVersion(Number(cublasLtGetVersion()));
       context.driver.enter();
       this.#handle = this.#lib.created("cublasLtCreate", cublasLtCreate);
     } catch (error) {
@@ -354,7 +353,7 @@ export class CublasLtLibrary implements Disposable {
    */
   constructor(newest: number) {
     this.#library = openLibrary("cuBLASLt", CUBLASLT, {
-      sonames: newest >= 13 ? ["libcublasLt.so.13", "libcublasLt.so.12"] : ["libcublasLt.so.12"],
+      sonames: cudaSonames("libcublasLt", newest),
       hint:
         `pip install ${
           newest >= 13 ? "nvidia-cublas" : "nvidia-cublas-cu12"

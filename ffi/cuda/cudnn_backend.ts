@@ -8,6 +8,7 @@ import type { DType } from "../dtype.ts";
 import { FfiError } from "../errors.ts";
 import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
 import { Nvrtc } from "./nvrtc.ts";
+import { dottedVersion } from "./versions.ts";
 
 const CUDNN = {
   // size_t cudnnGetVersion(void)
@@ -260,8 +261,7 @@ export class CudnnBackend implements Disposable {
 
   /** E.g. `"9.14.0"`. */
   get version(): string {
-    const { versionNumber: v } = this;
-    return [Math.floor(v / 10000), Math.floor(v / 100) % 100, v % 100].join(".");
+    return dottedVersion(this.versionNumber);
   }
 
   /** An empty descriptor, which cuDNN fills in; who makes it destroys it. */

@@ -8,6 +8,7 @@ import type { DiskCache } from "../cache.ts";
 import { FfiError } from "../errors.ts";
 import type { KernelSource } from "../gpu.ts";
 import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { cudaSonames } from "./versions.ts";
 
 const NVRTC = {
   // const char *nvrtcGetErrorString(nvrtcResult result)
@@ -86,9 +87,7 @@ export class Nvrtc implements Disposable {
   /** @param newest the newest major version of CUDA that the driver takes: it refuses what a newer compiler made. */
   constructor(newest: number) {
     this.#library = openLibrary("NVRTC", NVRTC, {
-      sonames: ["libnvrtc.so.13", "libnvrtc.so.12"].filter((name) =>
-        Number(name.split(".").at(-1)) <= newest
-      ),
+      sonames: cudaSonames("libnvrtc", newest),
       hint: newest >= 13
         ? "pip install nvidia-cuda-nvrtc, or install the CUDA toolkit"
         : "pip install nvidia-cuda-nvrtc-cu12, or install the CUDA toolkit 12",
