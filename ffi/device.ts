@@ -58,14 +58,15 @@ export interface DeviceProperties {
 
 /** Bytes of memory that a device has. */
 export interface MemoryUse {
-  /** In use now for activations and scratch, and the most that ever was. */
+  /** In use now for activations. */
   readonly current: number;
+  /** The most that ever was in use for activations, and for what is kept beside them from call to call (scratch). */
   readonly peak: number;
   /** What the device holds for these, free parts included. */
   readonly reserved: number;
   /**
-   * Weights that were allocated, and the copies that libraries keep of weights in their own layout, as far as they
-   * are not part of `current`. Mapped weights do not count.
+   * Weights that were allocated, and the copies that libraries keep of weights in their own layout. Mapped weights do
+   * not count.
    */
   readonly weights: number;
 }

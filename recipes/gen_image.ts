@@ -8,6 +8,7 @@ import { bfloat16 } from "./01_bfloat16.ts";
 import {
   createParser,
   EMBEDDED_MODEL,
+  gigabytes,
   printLine,
   Progress,
   refuseLaterFlags,
@@ -103,6 +104,7 @@ async function generateImage(args: string[]): Promise<void> {
   await writeInterruptibly(output, png);
 
   const seconds = (performance.now() - started) / 1000;
+  const memory = device.memoryUse();
   if (flags.verbose) {
     const { text, steps, decode } = milliseconds;
     note(
@@ -110,6 +112,7 @@ async function generateImage(args: string[]): Promise<void> {
         steps.map((ms) => ms.toFixed(0)).join(" ")
       } ms, decode ${decode.toFixed(0)} ms`,
     );
+    note(`memory: weights ${gigabytes(memory.weights)} GB, activations ${gigabytes(memory.peak)} GB at most`);
   }
   if (flags.json) {
     printLine(JSON.stringify({
@@ -122,6 +125,7 @@ async function generateImage(args: string[]): Promise<void> {
       seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
       seconds: Number(seconds.toFixed(3)),
       milliseconds: { load, ...milliseconds },
+      memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved }, // in bytes
     }));
   } else {
     printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);

@@ -49,8 +49,12 @@ export class CpuDevice implements Device {
   readonly #weights = new WeakSet<Memory>();
   readonly #collected = new FinalizationRegistry<number>((byteLength) => this.#weightBytes -= byteLength);
   #weightBytes = 0;
+  /** Bytes taken from the arena now, and the most that ever were. */
   #current = 0;
   #peak = 0;
+  /** What {@link reserve} gave out. */
+  readonly #reserved = new WeakSet<Memory>();
+  #reservedBytes = 0;
   #provider: CpuProvider | undefined;
   /** Runs WebAssembly kernels on all cores over this device's memory; without it, references in TypeScript run. */
   readonly runner: WasmRunner | undefined;
@@ -88,7 +92,7 @@ export class CpuDevice implements Device {
 
   memoryUse(): MemoryUse {
     return {
-      current: this.#current,
+      current: this.#current - this.#reservedBytes,
       peak: this.#peak,
       reserved: this.wasmMemory.buffer.byteLength,
       weights: this.#weightBytes + (this.#provider?.packedBytes?.() ?? 0),
@@ -97,13 +101,23 @@ export class CpuDevice implements Device {
 
   alloc(byteLength: number, purpose: MemoryPurpose = "activations"): CpuMemory {
     if (purpose === "weights") return this.#allocWeights(byteLength);
-    const memory = this.#withRoom(() => this.reserve(byteLength));
+    const memory = this.#withRoom(() => this.#take(byteLength));
     this.#scopes.add(memory);
     return memory;
   }
 
-  /** Like {@link alloc}, but no scope frees it: for providers' scratch and packed weights. */
+  /**
+   * Like {@link alloc}, but no scope frees it and it is not counted as in use: for what stays from call to call, such
+   * as packed weights.
+   */
   reserve(byteLength: number): CpuMemory {
+    const memory = this.#take(byteLength);
+    this.#reserved.add(memory);
+    this.#reservedBytes += this.#arena.blockSize(byteLength);
+    return memory;
+  }
+
+  #take(byteLength: number): CpuMemory {
     const offset = this.#arena.alloc(byteLength);
     if (offset === undefined) throw this.#outOfMemory(byteLength);
     const missing = this.#arena.end - this.wasmMemory.buffer.byteLength;
@@ -134,7 +148,7 @@ export class CpuDevice implements Device {
     const taken: CpuMemory[] = [];
     try {
       body((byteLength) => {
-        const memory = this.reserve(byteLength);
+        const memory = this.#take(byteLength);
         taken.push(memory);
         return memory;
       });
@@ -154,8 +168,10 @@ export class CpuDevice implements Device {
       this.#weightBytes -= memory.byteLength;
       (buffer as ArrayBuffer).transfer(0); // gives the bytes back now; what still looks at them finds nothing
     } else {
-      this.#current -= this.#arena.free(wasmOffset!);
-      this.#scopes.remove(memory);
+      const bytes = this.#arena.free(wasmOffset!);
+      this.#current -= bytes;
+      if (this.#reserved.delete(memory)) this.#reservedBytes -= bytes;
+      else this.#scopes.remove(memory);
     }
   }
 

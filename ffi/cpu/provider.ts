@@ -12,7 +12,7 @@ export interface CpuProvider extends Disposable {
   conv(plan: ConvPlan): void;
   /** `memory` is being freed: what was made of it (packed weights) goes too. */
   forget?(memory: Memory): void;
-  /** Bytes of packed weights outside of the device's WebAssembly memory. */
+  /** Bytes of packed weights, in the device's WebAssembly memory or outside of it. */
   packedBytes?(): number;
   /** Gives packed weights in the device's WebAssembly memory back; false where there are none. */
   trim?(): boolean;

@@ -221,6 +221,10 @@ export class WasmProvider implements CpuProvider {
     this.#packed.forget(memory);
   }
 
+  packedBytes(): number {
+    return this.#packed.bytes;
+  }
+
   trim(): boolean {
     const found = this.#packed.bytes > 0;
     this.#packed.clear();

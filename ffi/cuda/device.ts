@@ -201,7 +201,7 @@ export class CudaDevice implements GpuDevice {
 
   memoryUse(): MemoryUse {
     return {
-      current: this.#current,
+      current: this.#activations.used,
       peak: this.#peak,
       reserved: this.#activations.mapped + this.#workspaceBytes,
       weights: this.#weights.used - this.#workspaceBytes,
@@ -432,11 +432,6 @@ export class CudaDevice implements GpuDevice {
     return this.#cudnn ??= new Cudnn(this.context);
   }
 
-  /** Bytes of activations and scratch. */
-  get #current(): number {
-    return this.#activations.used + this.#workspaceBytes;
-  }
-
   #own(memory: Memory): CudaMemory {
     if (memory instanceof CudaMemory && memory.device === this) return memory;
     throw new FfiError(`${this.name}: memory of ${memory.device.name} is not mine`);
@@ -455,7 +450,7 @@ export class CudaDevice implements GpuDevice {
     let offset = segment.alloc(byteLength);
     if (offset === undefined && this.#trim()) offset = segment.alloc(byteLength);
     if (offset === undefined) throw this.#outOfMemory(byteLength, what);
-    this.#peak = Math.max(this.#peak, this.#current);
+    this.#notePeak();
     return new CudaMemory(this, byteLength, segment, offset);
   }
 
@@ -472,7 +467,8 @@ export class CudaDevice implements GpuDevice {
     const { free, total } = this.#driver.memGetInfo();
     return new OutOfMemoryError(
       `${this.name}: out of memory: asked for ${mebibytes(byteLength)} for ${what}; ` +
-        `${mebibytes(weights)} are used by weights and ${mebibytes(current)} by activations, ` +
+        `${mebibytes(weights)} are used by weights, ${mebibytes(current)} by activations and ` +
+        `${mebibytes(this.#workspaceBytes)} by libraries, ` +
         `${mebibytes(free)} of ${mebibytes(total)} are free on the GPU`,
       {
         hint: "A smaller --height and --width, fewer pictures at a time, bfloat16 instead of float32 (no " +
@@ -500,7 +496,11 @@ export class CudaDevice implements GpuDevice {
 
   #countWorkspaces(): void {
     this.#workspaceBytes = this.#workspaces.reduce((sum, { byteLength }) => sum + byteLength, 0);
-    this.#peak = Math.max(this.#peak, this.#current);
+    this.#notePeak();
+  }
+
+  #notePeak(): void {
+    this.#peak = Math.max(this.#peak, this.#activations.used + this.#workspaceBytes);
   }
 
   /** More dynamic shared memory than a kernel has without asking must be asked for, once. */

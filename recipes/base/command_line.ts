@@ -84,7 +84,7 @@ function deviceName(text: string): string {
  * Default of `--cache-dir`: `$XDG_CACHE_HOME/flux-recipes` or `~/.cache/flux-recipes` (XDG Base Directory
  * Specification: an empty or relative variable counts as unset), or none where there is no home folder.
  */
-function defaultCacheDir(): string | undefined {
+export function defaultCacheDir(): string | undefined {
   const absolute = (name: string) => {
     const folder = Deno.env.get(name) ?? "";
     return isAbsolute(folder) ? folder : undefined;
@@ -223,6 +223,7 @@ export class Progress {
   }
 }
 
-function gigabytes(bytes: number): string {
+/** Bytes as GB for messages. */
+export function gigabytes(bytes: number): string {
   return (bytes / 1e9).toFixed(bytes < 1e9 ? 3 : 1);
 }

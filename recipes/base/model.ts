@@ -31,9 +31,7 @@ export interface ModelConfigs {
 
 export interface LoadOptions {
   /** Called before the first byte and again and again: how many bytes of weights are in place, of all. */
-  readonly onProgress?:
-    | ((event: { component: Component; loadedBytes: number; totalBytes: number }) => void)
-    | undefined;
+  readonly onProgress?: ((event: { loadedBytes: number; totalBytes: number }) => void) | undefined;
   /** Called with things worth knowing that do not stop the loading. */
   readonly onWarning?: ((message: string) => void) | undefined;
 }
@@ -111,7 +109,6 @@ export class Model implements Disposable {
     const own = readParts(path);
     const { folder, configs } = own;
     const checkpoints: ComponentWeights[] = [];
-    const weights: Partial<Record<Component, Weights>> = {};
     try {
       // All files are checked before the first byte is placed: a missing shard shows at once.
       const errors: FluxError[] = [];
@@ -150,19 +147,14 @@ export class Model implements Disposable {
           errors[0].hint!,
         );
       }
-      const parts = opened.map((part) => ({ ...part, byteLength: bytesOf(part.checkpoint, part.shapes) }));
-      const totalBytes = parts.reduce((sum, { byteLength }) => sum + byteLength, 0);
-      let before = 0;
-      for (const { component, checkpoint, shapes, byteLength } of parts) {
-        const report = (bytes: number) =>
-          options.onProgress?.({ component, loadedBytes: before + bytes, totalBytes });
-        report(0);
-        weights[component] = await placeWeights(device, checkpoint, shapes.keys(), report);
-        before += byteLength;
-      }
+      const totalBytes = opened.reduce((sum, { checkpoint, shapes }) => sum + bytesOf(checkpoint, shapes), 0);
+      const report = (loadedBytes: number) => options.onProgress?.({ loadedBytes, totalBytes });
+      report(0);
+      const parts = opened.map(({ checkpoint, shapes }) => ({ checkpoint, names: shapes.keys() }));
+      const placed = await placeWeights(device, parts, report);
+      const weights = Object.fromEntries(opened.map(({ component }, i) => [component, placed[i]]));
       return new Model(own, weights as Record<Component, Weights>, checkpoints);
     } catch (error) {
-      for (const placed of Object.values(weights)) freeAll(placed);
       for (const checkpoint of checkpoints) checkpoint[Symbol.dispose]();
       throw error;
     }

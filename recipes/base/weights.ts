@@ -51,27 +51,37 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
   };
 }
 
+/** Weights to make available: those named, of one component's files. */
+export interface Placement {
+  readonly checkpoint: ComponentWeights;
+  readonly names: Iterable<string>;
+}
+
 /**
- * Makes the named weights of a checkpoint available on the device; on the CPU they stay in the mapped file.
+ * Makes the named weights of all `parts` available on the device, and returns each part's; on the CPU they stay in the
+ * mapped files. All parts together, since a GPU's stream of copies takes a while to start and to end.
  *
  * @param onBytes called now and then with how many bytes are in place so far.
  */
 export async function placeWeights(
   device: Device,
-  component: ComponentWeights,
-  names: Iterable<string>,
+  parts: readonly Placement[],
   onBytes?: (bytes: number) => void,
-): Promise<Weights> {
-  const wanted = Array.from(names, (name) => {
-    const { dtype, shape, bytes } = component.get(name);
-    if (!isDType(dtype)) {
-      throw new ModelError(`${component.folder}: weight ${name} is ${dtype}, which no operator takes`);
-    }
-    return { name, dtype, shape, bytes };
-  });
-  const memories = await device.placeAll(wanted.map(({ bytes }) => bytes), onBytes);
-  return weightsFrom(
-    new Map(wanted.map(({ name, dtype, shape }, i) => [name, new Tensor(memories[i], dtype, shape)])),
+): Promise<Weights[]> {
+  const wanted = parts.map(({ checkpoint, names }) =>
+    Array.from(names, (name) => {
+      const { dtype, shape, bytes } = checkpoint.get(name);
+      if (!isDType(dtype)) {
+        throw new ModelError(`${checkpoint.folder}: weight ${name} is ${dtype}, which no operator takes`);
+      }
+      return { name, dtype, shape, bytes };
+    })
+  );
+  const memories = (await device.placeAll(wanted.flat().map(({ bytes }) => bytes), onBytes)).values();
+  return wanted.map((part) =>
+    weightsFrom(
+      new Map(part.map(({ name, dtype, shape }) => [name, new Tensor(memories.next().value!, dtype, shape)])),
+    )
   );
 }
 

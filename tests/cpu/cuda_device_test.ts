@@ -154,8 +154,8 @@ testFakeDevice(
       assert(error instanceof OutOfMemoryError);
       assert.equal(
         error.message,
-        "cuda:0: out of memory: asked for 50.0 MiB for activations; 100.0 MiB are used by weights and 90.0 MiB by " +
-          "activations, 10.0 MiB of 200.0 MiB are free on the GPU",
+        "cuda:0: out of memory: asked for 50.0 MiB for activations; 100.0 MiB are used by weights, 90.0 MiB by " +
+          "activations and 0.0 MiB by libraries, 10.0 MiB of 200.0 MiB are free on the GPU",
       );
       assert.match(error.hint!, /--height and --width.*--disable_bf16.*nvidia-smi/);
       return true;
@@ -180,15 +180,15 @@ testFakeDevice(
 );
 
 testFakeDevice(
-  "cuda: a library's scratch grows, counts as activations, and is one for all",
+  "cuda: a library's scratch grows, counts as reserved, and is one for all",
   { memory: 512 * MIB },
   (device, fake) => {
     const { workspace } = device.context;
     const small = workspace(1000);
     assert.equal(workspace(500), small);
-    assert.equal(device.memoryUse().current, 1024);
+    assert.equal(device.memoryUse().reserved, 1024);
     workspace(5000);
-    assert.deepEqual(device.memoryUse(), { current: 5120, peak: 5120, reserved: 5120, weights: 0 });
+    assert.deepEqual(device.memoryUse(), { current: 0, peak: 5120, reserved: 5120, weights: 0 });
     assert.equal(fake.used, 256 * MIB);
     // What a graph was recorded with stays as long as the graph.
     const graph = device.record(() => fill(device, Tensor.empty(device, [4], "i32"), 1));

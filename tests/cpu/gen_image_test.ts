@@ -157,6 +157,7 @@ Deno.test("gen_image says in --verbose what runs where", async () => {
   assert.match(stderr, /schnell-like on cpu .*01_bfloat16/);
   assert.match(stderr, /matmul: (oneDNN|WebAssembly)/);
   assert.match(stderr, /load \d+ ms, text \d+ ms, steps \d+ \d+ \d+ \d+ ms/);
+  assert.match(stderr, /memory: weights \d+\.\d+ GB, activations \d+\.\d+ GB at most/);
 });
 
 Deno.test("gen_image ends wrong calls with one clear line and an exit code", async (test) => {

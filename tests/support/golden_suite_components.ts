@@ -55,7 +55,8 @@ async function load(
   const checkpoint = openComponent(folder, component);
   const shapes = shapesOf((name) => checkpoint.has(name));
   checkpoint.checkShapes(shapes);
-  const weights = castWeights(await placeWeights(device, checkpoint, shapes.keys()), dtype, ops);
+  const [placed] = await placeWeights(device, [{ checkpoint, names: shapes.keys() }]);
+  const weights = castWeights(placed, dtype, ops);
   return { weights, [Symbol.dispose]: () => checkpoint[Symbol.dispose]() };
 }
 

@@ -1,6 +1,7 @@
 import { FfiError } from "../../ffi/errors.ts";
 import { type GpuDevice, isGpu } from "../../ffi/gpu.ts";
 import { openDevice } from "../../ffi/open.ts";
+import { defaultCacheDir } from "../../recipes/base/command_line.ts";
 import { missingCompiler, openEmulatedGpu } from "./emulated_gpu.ts";
 import { ownDevice, type TestDevice, testOn } from "./test_device.ts";
 
@@ -23,7 +24,8 @@ export function forEachGpu(op: string, define: (test: DefineGpuTest) => void): v
 async function realGpu(): Promise<TestDevice<GpuDevice>> {
   const name = "cuda";
   try {
-    const device = await openDevice("cuda");
+    const cacheDir = defaultCacheDir();
+    const device = await openDevice("cuda", cacheDir === undefined ? {} : { cacheDir });
     if (!isGpu(device)) throw new TypeError(`${device.name} is no GPU`);
     addEventListener("unload", () => device[Symbol.dispose]());
     return { name, skip: undefined, use: async (body) => await body(device) };

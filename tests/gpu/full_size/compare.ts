@@ -85,10 +85,6 @@ const numbers: Record<string, number> = {};
 for (const dtype of ["bf16", "f32"] as const) await compareIn(dtype);
 await timeRandomWeights();
 
-for (const { what, value, unit, bar, holds } of lines) {
-  const number = Math.abs(value) < 0.1 ? value.toExponential(2) : value.toFixed(2);
-  console.log(`${holds ? "ok  " : "MISS"} ${what.padEnd(34)} ${`${number} ${unit}`.padEnd(14)} ${bar}`);
-}
 for (const [what, value] of Object.entries(numbers)) {
   console.log(`     ${what.padEnd(34)} ${value.toPrecision(4)}`);
 }
@@ -253,6 +249,8 @@ async function timeOf(device: Device, body: () => void): Promise<number> {
 
 function line(what: string, value: number, unit: string, bar: string, holds: boolean): void {
   lines.push({ what, value, unit, bar, holds });
+  const number = Math.abs(value) < 0.1 ? value.toExponential(2) : value.toFixed(2);
+  console.log(`${holds ? "ok  " : "MISS"} ${what.padEnd(34)} ${`${number} ${unit}`.padEnd(14)} ${bar}`);
 }
 
 function timeLine(what: string, value: number, unit: string, limit: number, diffusers?: number): void {

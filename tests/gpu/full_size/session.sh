@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is measured on a GPU machine, in two calls of less than ten minutes each:
 #
-#   bash tests/gpu/full_size/session.sh             doctor tests reference compare generate bandwidth
+#   bash tests/gpu/full_size/session.sh             doctor tests reference compare generate profile bandwidth
 #   bash tests/gpu/full_size/session.sh sanitize
 #
 # Any of these steps can be named. Each has a time limit, and none needs another to succeed, except that compare reads
@@ -26,7 +26,7 @@ if [ ! -d "$site" ] && ls .gpu/*.whl >/dev/null 2>&1; then
 fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 
-steps=" ${*:-doctor tests reference compare generate bandwidth} "
+steps=" ${*:-doctor tests reference compare generate profile bandwidth} "
 failed=()
 # step NAME SECONDS COMMAND...
 step() {
@@ -47,8 +47,9 @@ cp "$work/reference.json" "$out" 2>/dev/null
 step compare 120 deno run -A $here/compare.ts --reference "$work" --json "$out/compare.json"
 step generate 40 deno task --quiet generate --device cuda --ckpt "$configs" --random-weights --verbose \
   --output-file "$out/picture.png"
+step profile 60 deno run -A $here/profile.ts --configs "$configs" --json "$out/profile.json"
 step bandwidth 45 deno run -A $here/bandwidth.ts --json "$out/bandwidth.json"
-step sanitize 500 bash $here/sanitize.sh
+step sanitize 500 env OUT="$out" bash $here/sanitize.sh
 
 echo "failed: ${failed[*]:-none}" | tee -a "$log"
 [ ${#failed[@]} = 0 ]
