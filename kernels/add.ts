@@ -5,7 +5,7 @@ import { expect } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import { eachPiece, onCpu } from "./cpu.ts";
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
-import { IN_FLIGHT } from "./launch_shapes.ts";
+import { inFlight } from "./launch_shapes.ts";
 
 const SOURCE = { name: "add.cu", text: ADD_CU };
 /** Blocks that a grid can have along y; a block takes several repeats of `b` where there are more. */
@@ -44,12 +44,13 @@ function addOnGpu(gpu: GpuDevice, out: Tensor, a: Tensor, b: Tensor): void {
     const width = vectorWidth(b.size, [to, x, y]);
     const count = b.size / width;
     const repeats = a.size / b.size;
-    const block = blockSize(gpu, Math.ceil(count / IN_FLIGHT));
+    const VECTORS = inFlight(gpu, count * repeats);
+    const block = blockSize(gpu, Math.ceil(count / VECTORS));
     launch(gpu, SOURCE, {
       entry: "add",
       types: { T: a.dtype, U: b.dtype },
-      constants: { N: width, VECTORS: IN_FLIGHT },
-      grid: [Math.ceil(count / (block * IN_FLIGHT)), Math.min(repeats, MOST_ROWS)],
+      constants: { N: width, VECTORS },
+      grid: [Math.ceil(count / (block * VECTORS)), Math.min(repeats, MOST_ROWS)],
       block,
       args: [to, x, y, BigInt(count), BigInt(repeats)],
     });

@@ -187,6 +187,13 @@ __device__ __forceinline__ void addPlace(unsigned index, const int* size, const 
   }
 }
 
+// Where row `row` starts, of rows that lie as kernels/rows.ts says. Most tensors need no division.
+__device__ __forceinline__ long long rowStart(unsigned row, unsigned inner, long long outerStride,
+                                              long long innerStride) {
+  if (row < inner) return row * innerStride;
+  return row / inner * outerStride + row % inner * innerStride;
+}
+
 // -- sums over threads -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float shuffleXor(float x, int mask) {
@@ -207,27 +214,25 @@ __device__ __forceinline__ float warpMax(float x) {
   return x;
 }
 
-// Sum over the block, in every thread. `partial` is shared memory for one float a warp (32 always suffice); the block
-// is whole warps, and all threads take part. Safe to call again at once.
-__device__ __forceinline__ float blockSum(float x, float* partial) {
+// Sum over the block's `warps` warps, in every thread. `partial` is shared memory for one float a warp (32 always
+// suffice), of this call alone: who sums twice has two of them, and so needs one barrier a sum. All threads take part.
+__device__ __forceinline__ float blockSum(float x, float* partial, int warps) {
   x = warpSum(x);
-  int warps = blockDim.x / WARP;
   if (warps == 1) return x;
-  __syncthreads();
   if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
   __syncthreads();
   float sum = 0.0f;
+#pragma unroll
   for (int i = 0; i < warps; i++) sum += partial[i];
   return sum;
 }
-__device__ __forceinline__ float blockMax(float x, float* partial) {
+__device__ __forceinline__ float blockMax(float x, float* partial, int warps) {
   x = warpMax(x);
-  int warps = blockDim.x / WARP;
   if (warps == 1) return x;
-  __syncthreads();
   if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
   __syncthreads();
   float largest = partial[0];
+#pragma unroll
   for (int i = 1; i < warps; i++) largest = fmaxf(largest, partial[i]);
   return largest;
 }
@@ -236,7 +241,7 @@ __device__ __forceinline__ float blockMax(float x, float* partial) {
 // block, for which `partial` is as above. All threads of the block take part.
 template <int THREADS> __device__ __forceinline__ float rowSum(float x, float* partial) {
   if constexpr (THREADS > WARP) {
-    return blockSum(x, partial);
+    return blockSum(x, partial, THREADS / WARP);
   } else {
     for (int mask = THREADS / 2; mask > 0; mask /= 2) x += shuffleXor(x, mask);
     return x;
@@ -244,7 +249,7 @@ template <int THREADS> __device__ __forceinline__ float rowSum(float x, float* p
 }
 template <int THREADS> __device__ __forceinline__ float rowMax(float x, float* partial) {
   if constexpr (THREADS > WARP) {
-    return blockMax(x, partial);
+    return blockMax(x, partial, THREADS / WARP);
   } else {
     for (int mask = THREADS / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffleXor(x, mask));
     return x;

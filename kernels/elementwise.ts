@@ -3,7 +3,7 @@ import type { GpuDevice, KernelArgument, KernelSource } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
 import { blockSize, launch, vectorWidth } from "./gpu.ts";
-import { IN_FLIGHT } from "./launch_shapes.ts";
+import { inFlight } from "./launch_shapes.ts";
 
 /** A kernel `entry(out, ...inputs, long long count, ...args)` that walks dense tensors of one size side by side. */
 export interface Elementwise {
@@ -27,12 +27,13 @@ export function launchElementwise(gpu: GpuDevice, source: KernelSource, options:
     const flat = [out, ...inputs.map(contiguous)].map((tensor) => tensor.reshape([tensor.size]));
     const width = vectorWidth(out.size, flat);
     const count = out.size / width;
-    const block = blockSize(gpu, Math.ceil(count / IN_FLIGHT));
+    const VECTORS = inFlight(gpu, count);
+    const block = blockSize(gpu, Math.ceil(count / VECTORS));
     launch(gpu, source, {
       entry,
       types,
-      constants: { N: width, VECTORS: IN_FLIGHT },
-      grid: Math.ceil(count / (block * IN_FLIGHT)),
+      constants: { N: width, VECTORS },
+      grid: Math.ceil(count / (block * VECTORS)),
       block,
       args: [...flat, BigInt(count), ...args],
     });

@@ -29,16 +29,18 @@ __device__ __forceinline__ void merge(Moments& a, Moments b) {
 }
 
 // The moments of all threads together, in every thread; the first thread has some. Sums are of distances from its mean,
-// so that a large mean costs no digits.
-__device__ __forceinline__ Moments mergeBlock(Moments mine, float* partial) {
-  if (threadIdx.x == 0) partial[0] = mine.mean;
+// so that a large mean costs no digits. Once a kernel.
+__device__ __forceinline__ Moments mergeBlock(Moments mine) {
+  __shared__ float partials[4][32];
+  const int warps = blockDim.x / WARP;
+  if (threadIdx.x == 0) partials[0][0] = mine.mean;
   __syncthreads();
-  const float near = partial[0];
+  const float near = partials[0][0];
   Moments all;
-  all.n = blockSum(mine.n, partial);
-  all.mean = near + blockSum(mine.n * (mine.mean - near), partial) / all.n;
+  all.n = blockSum(mine.n, partials[1], warps);
+  all.mean = near + blockSum(mine.n * (mine.mean - near), partials[2], warps) / all.n;
   float delta = mine.mean - all.mean;
-  all.squares = blockSum(mine.squares + mine.n * delta * delta, partial);
+  all.squares = blockSum(mine.squares + mine.n * delta * delta, partials[3], warps);
   return all;
 }
 
@@ -89,13 +91,12 @@ __device__ __forceinline__ int countBelow(long long first, long long end, int st
 // A planar group is one run of `size` elements; each block takes `chunk` of them, a multiple of N.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 momentsPlanar(Moments* partials, const T* x, long long size, int parts, long long chunk) {
-  __shared__ float partial[32];
   const int group = blockIdx.x / parts, part = blockIdx.x % parts;
   const long long first = part * chunk + (long long)threadIdx.x * N;
   const long long end = min(part * chunk + chunk, size);
   Moments mine = {0.0f, 0.0f, 0.0f};
   addVectors<1>(&mine, x + group * size + first, BLOCK * N, countBelow(first, end, BLOCK * N));
-  mine = mergeBlock(mine, partial);
+  mine = mergeBlock(mine);
   if (threadIdx.x == 0) partials[blockIdx.x] = mine;
 }
 
@@ -132,12 +133,11 @@ momentsInterleaved(Moments* partials, const T* x, int channels, int perGroup, lo
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 mergeMoments(float* statistics, const Moments* partials, int parts, float eps) {
-  __shared__ float partial[32];
   partials += (long long)blockIdx.x * parts;
   Moments mine = {0.0f, 0.0f, 0.0f};
 #pragma unroll 4
   for (int part = threadIdx.x; part < parts; part += BLOCK) merge(mine, partials[part]);
-  mine = mergeBlock(mine, partial);
+  mine = mergeBlock(mine);
   if (threadIdx.x != 0) return;
   statistics[2 * blockIdx.x] = mine.mean;
   statistics[2 * blockIdx.x + 1] = rsqrtf(mine.squares / mine.n + eps);

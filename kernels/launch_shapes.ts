@@ -3,6 +3,13 @@ import { blockSize } from "./gpu.ts";
 
 /** Pieces that a thread of a memory-bound kernel loads before it uses the first: what hides the memory's latency. */
 export const IN_FLIGHT = 4;
+/** Threads that one multiprocessor has at a time. */
+export const RESIDENT_THREADS = 2048;
+
+/** {@link IN_FLIGHT}, or half of it where `pieces` are so few that every multiprocessor would get hardly any blocks. */
+export function inFlight({ limits }: GpuDevice, pieces: number): number {
+  return pieces < IN_FLIGHT * limits.multiprocessors * RESIDENT_THREADS ? IN_FLIGHT / 2 : IN_FLIGHT;
+}
 
 /**
  * How a kernel covers `[batch, tokens, hidden]` when a thread keeps `N` neighbouring columns and walks `ROWS` tokens.

@@ -11,12 +11,12 @@
 extern "C" __global__ void __launch_bounds__(BLOCK)
 layerNorm(T* out, const T* x, const W* weight, const W* bias, unsigned rows, int hidden, unsigned inner,
           long long outerStride, long long innerStride, float eps) {
-  __shared__ float partial[32];
+  __shared__ float partials[2][32];
   const unsigned row = blockIdx.x * (BLOCK / THREADS) + threadIdx.x / THREADS;
   const int lane = threadIdx.x % THREADS;
   // Threads without a row take part in the sums all the same.
   const int length = row < rows ? hidden : 0;
-  x += row / inner * outerStride + row % inner * innerStride;
+  x += rowStart(row, inner, outerStride, innerStride);
   out += (long long)row * hidden;
   Vec<T, N> held[VECTORS];
   float sum = 0.0f;
@@ -28,7 +28,7 @@ layerNorm(T* out, const T* x, const W* weight, const W* bias, unsigned rows, int
 #pragma unroll
     for (int i = 0; i < N; i++) sum += toFloat(held[j].v[i]);
   }
-  float mean = rowSum<THREADS>(sum, partial) / hidden;
+  float mean = rowSum<THREADS>(sum, partials[0]) / hidden;
   // The variance from differences, not from squares: activations of T5 and FLUX have means far from zero.
   float squares = 0.0f;
 #pragma unroll
@@ -40,7 +40,7 @@ layerNorm(T* out, const T* x, const W* weight, const W* bias, unsigned rows, int
       squares += difference * difference;
     }
   }
-  float factor = rsqrtf(rowSum<THREADS>(squares, partial) / hidden + eps);
+  float factor = rsqrtf(rowSum<THREADS>(squares, partials[1]) / hidden + eps);
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     int at = (j * THREADS + lane) * N;

@@ -17,7 +17,7 @@ rmsNorm(T* out, const T* x, const W* weight, unsigned rows, int hidden, unsigned
   const int lane = threadIdx.x % THREADS;
   // Threads without a row take part in the sums all the same.
   const int length = row < rows ? hidden : 0;
-  x += row / inner * outerStride + row % inner * innerStride;
+  x += rowStart(row, inner, outerStride, innerStride);
   out += (long long)row * hidden;
   Vec<T, N> held[VECTORS];
   float squares = 0.0f;

@@ -1,6 +1,7 @@
 import type { GpuLimits } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
+import { RESIDENT_THREADS } from "./launch_shapes.ts";
 
 /** Threads of a block whose rows take a warp or less each: some rows a block, so that blocks are not too many. */
 const SMALL_BLOCK = 128;
@@ -21,15 +22,26 @@ export interface RowLaunch {
   readonly block: number;
 }
 
+/** Vectors of a long row that a thread holds: with more it has too few neighbours, with fewer too many to wait for. */
+const HELD = 3;
+
 /**
- * Shares rows of `vectors` vectors among threads so that each holds up to four of them (two where a row takes less than
- * a warp): enough bytes on their way to hide the memory's latency. Only rows of more than 4096 vectors take more.
+ * Shares rows of `vectors` vectors among threads. A row of up to a warp's width takes a part of the warp, with one
+ * vector a thread; one of up to four times that takes a warp; a longer one takes a block, with three vectors a thread.
+ * Where there are so few rows that all their vectors are on their way at once, a thread has one of them. Only rows of
+ * more than 3072 vectors take more than four. (Measured: docs/performance.md.)
  */
-export function rowLaunch({ warpSize }: GpuLimits, rows: number, vectors: number): RowLaunch {
+export function rowLaunch(
+  { warpSize, multiprocessors }: GpuLimits,
+  rows: number,
+  vectors: number,
+): RowLaunch {
   let threads = 1;
-  while (threads < warpSize && threads * 2 < vectors) threads *= 2;
-  if (threads * 4 < vectors) {
-    threads = Math.min(LARGEST_BLOCK, Math.ceil(vectors / (4 * warpSize)) * warpSize);
+  while (threads < warpSize && threads < vectors) threads *= 2;
+  const few = rows * vectors <= multiprocessors * RESIDENT_THREADS;
+  if (vectors > (few ? 1 : 4) * warpSize) {
+    const wanted = Math.ceil(vectors / ((few ? 1 : HELD) * warpSize)) * warpSize;
+    threads = Math.min(LARGEST_BLOCK, wanted);
   }
   const block = threads <= warpSize ? SMALL_BLOCK : threads;
   return {

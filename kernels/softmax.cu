@@ -41,7 +41,7 @@ __device__ __forceinline__ Vec<float, N> load(const float* logits, RowOptions op
 extern "C" __global__ void __launch_bounds__(BLOCK)
 softmaxRows(T* out, const float* logits, const B* bias, unsigned rows, int keys, unsigned perHead,
             long long biasHead, long long biasRow, int causalStart) {
-  __shared__ float partial[32];
+  __shared__ float partials[2][32];
   const unsigned row = blockIdx.x * (BLOCK / THREADS) + threadIdx.x / THREADS;
   const int lane = threadIdx.x % THREADS;
   // Threads without a row take part in the sums all the same.
@@ -59,7 +59,7 @@ softmaxRows(T* out, const float* logits, const B* bias, unsigned rows, int keys,
 #pragma unroll
     for (int i = 0; i < N; i++) largest = fmaxf(largest, held[j].v[i]);
   }
-  largest = rowMax<THREADS>(largest, partial);
+  largest = rowMax<THREADS>(largest, partials[0]);
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
@@ -67,7 +67,7 @@ softmaxRows(T* out, const float* logits, const B* bias, unsigned rows, int keys,
 #pragma unroll
     for (int i = 0; i < N; i++) sum += held[j].v[i] = expf(held[j].v[i] - largest);
   }
-  const float factor = 1.0f / rowSum<THREADS>(sum, partial);
+  const float factor = 1.0f / rowSum<THREADS>(sum, partials[1]);
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     int at = (j * THREADS + lane) * N;
@@ -84,7 +84,7 @@ softmaxRows(T* out, const float* logits, const B* bias, unsigned rows, int keys,
 extern "C" __global__ void __launch_bounds__(BLOCK)
 softmaxLongRows(T* out, const float* logits, const B* bias, int keys, unsigned perHead, long long biasHead,
                 long long biasRow, int causalStart) {
-  __shared__ float partial[32];
+  __shared__ float partials[2][32];
   const RowOptions options = optionsOf(blockIdx.x, keys, bias, perHead, biasHead, biasRow, causalStart);
   logits += (long long)blockIdx.x * keys;
   out += (long long)blockIdx.x * keys;
@@ -99,8 +99,8 @@ softmaxLongRows(T* out, const float* logits, const B* bias, int keys, unsigned p
 #pragma unroll
     for (int i = 0; i < N; i++) sum += expf(x.v[i] - own);
   }
-  const float largest = blockMax(own, partial);
-  const float factor = 1.0f / blockSum(sum * expf(own - largest), partial);
+  const float largest = blockMax(own, partials[0], BLOCK / WARP);
+  const float factor = 1.0f / blockSum(sum * expf(own - largest), partials[1], BLOCK / WARP);
 #pragma unroll 4
   for (int at = threadIdx.x * N; at < keys; at += BLOCK * N) {
     Vec<float, N> x = load(logits, options, at);

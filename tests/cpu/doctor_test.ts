@@ -13,9 +13,9 @@ const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const TASK: string = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks.doctor.command;
 
 async function run(env: Record<string, string>, ...args: string[]) {
-  const [program, ...flags] = TASK.split(" ");
+  const [program, subcommand, ...flags] = TASK.split(" ");
   const { code, stdout, stderr } = await new Deno.Command(program, {
-    args: [...flags, ...args],
+    args: [subcommand, "--quiet", ...flags, ...args], // quiet about packages that Deno looks for
     cwd: ROOT,
     clearEnv: true,
     env: { HOME: Deno.env.get("HOME") ?? "", ...env },

@@ -75,15 +75,17 @@ Deno.test("rowLaunch: threads cover every row, in whole warps or even parts of o
     fc.integer({ min: 1, max: 10000 }),
     fc.integer({ min: 1, max: 20000 }),
     fc.constantFrom(32, 64),
+    fc.constantFrom(1, 132, 2000),
   ] as const;
-  fc.assert(fc.property(...sizes, (rows, vectors, warpSize) => {
-    const limits = { multiprocessors: 1, warpSize, sharedBytesPerBlock: 0 };
+  fc.assert(fc.property(...sizes, (rows, vectors, warpSize, multiprocessors) => {
+    const limits = { multiprocessors, warpSize, sharedBytesPerBlock: 0 };
     const { constants: { THREADS, BLOCK, VECTORS }, grid, block } = rowLaunch(limits, rows, vectors);
     assert.equal(block, BLOCK);
     assert.ok(BLOCK <= 1024 && BLOCK % warpSize === 0 && BLOCK % THREADS === 0);
     assert.ok(THREADS > warpSize ? THREADS === BLOCK : warpSize % THREADS === 0);
     assert.ok(THREADS * VECTORS >= vectors && THREADS * (VECTORS - 1) < vectors);
-    assert.ok(VECTORS <= 4 || THREADS === 1024);
+    const most = rows * vectors <= 2048 * multiprocessors ? 1 : 4;
+    assert.ok(VECTORS <= most || THREADS === 1024);
     assert.ok(grid * (BLOCK / THREADS) >= rows && (grid - 1) * (BLOCK / THREADS) < rows);
   }));
 });

@@ -54,6 +54,9 @@ const FILL_LIMIT = 2;
 /** Milliseconds for T5 and CLIP; steps and decoding take no longer than diffusers'. */
 const TEXT_LIMIT = 15;
 
+/** Milliseconds of warm-up before a part is timed. */
+const WARM_UP = 300;
+
 /** One line of the result: a number beside its bar, and whether it holds. A NaN does not hold. */
 interface Line {
   readonly what: string;
@@ -225,10 +228,16 @@ async function timeRandomWeights(): Promise<void> {
   timeLine("random weights", (performance.now() - started) / 1000, "s", FILL_LIMIT);
 }
 
-/** Median milliseconds of `body` after warm-up: between events of the GPU, else on the clock. */
+/**
+ * Median milliseconds of `body` after warm-up: between events of the GPU, else on the clock. Three runs warm up, or more
+ * where they are so short that V8 has not compiled the code of the host by then.
+ */
 async function median(body: () => void): Promise<number> {
-  for (let i = 0; i < 3; i++) body();
-  await device.synchronize();
+  const until = performance.now() + WARM_UP;
+  for (let i = 0; i < 3 || performance.now() < until; i++) {
+    body();
+    await device.synchronize();
+  }
   const times: number[] = [];
   for (let i = 0; i < flags.runs; i++) times.push(await timeOf(device, body));
   return times.sort((a, b) => a - b)[times.length >> 1];
