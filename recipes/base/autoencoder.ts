@@ -2,7 +2,7 @@ import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
 import type { Ops } from "./ops.ts";
-import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+import { dense, denseAll, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What `vae/config.json` says (diffusers' AutoencoderKL), with its defaults. */
 export const autoencoderConfigSchema = z.looseObject({
@@ -186,8 +186,8 @@ function selfAttention(config: AutoencoderConfig, weights: Weights, ops: Ops, x:
       NORM_EPS,
     );
     const tokens = ops.contiguous(normed.reshape([batch, channels, height * width]).permute([0, 2, 1]));
-    const [q, k, v] = ["to_q", "to_k", "to_v"].map((name) =>
-      dense(ops, weights, name, tokens).reshape([batch, height * width, 1, channels])
+    const [q, k, v] = denseAll(ops, weights, ["to_q", "to_k", "to_v"], tokens).map((y) =>
+      y.reshape([batch, height * width, 1, channels])
     );
     const attended = dense(ops, weights, "to_out.0", ops.attention(q, k, v).reshape(tokens.shape));
     return ops.add(x, ops.contiguous(attended.permute([0, 2, 1])).reshape(x.shape));

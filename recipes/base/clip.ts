@@ -2,7 +2,7 @@ import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
 import type { Ops } from "./ops.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
-import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+import { dense, denseAll, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What CLIP's `text_encoder/config.json` says (transformers' CLIPTextConfig), with its defaults. */
 export const clipConfigSchema = z.looseObject({
@@ -22,44 +22,41 @@ export const clipConfigSchema = z.looseObject({
 
 export type ClipConfig = z.infer<typeof clipConfigSchema>;
 
-export interface ClipOutput {
-  /** `[batch, tokens, hidden]`, after the final layer norm. */
-  readonly lastHiddenState: Tensor;
-  /** `[batch, hidden]`: the last hidden state at the end-of-text token, which has seen the whole prompt. */
-  readonly pooled: Tensor;
-}
-
 /**
  * CLIP's text encoder (Radford et al. 2021): a pre-norm transformer with a causal mask
  * (transformers' `models/clip/modeling_clip.py`, `CLIPTextModel`).
  *
- * @param ids i32 `[batch, tokens]`. @param endOfText position of the end-of-text token of each sample, from
- * {@link endOfTextPositions}.
+ * @param ids i32 `[batch, tokens]`. @returns the last hidden state after the final layer norm, `[batch, tokens, hidden]`.
  */
 export function clipTextModel(
   config: ClipConfig,
   weights: Weights,
   ops: Ops,
   ids: Tensor,
-  endOfText: readonly number[],
-): ClipOutput {
+): Tensor {
   const { device } = ids;
   const prefix = modulePrefix((name) => weights.has(name));
   const model = prefix === "" ? weights : under(weights, "text_model");
-  const [batch, tokens] = ids.shape;
+  const tokens = ids.shape[1];
   return device.scope(() => {
     const positions = model.get("embeddings.position_embedding.weight").narrow(0, 0, tokens);
     let hiddenStates = ops.add(ops.embedding(ids, model.get("embeddings.token_embedding.weight")), positions);
     for (let layer = 0; layer < config.num_hidden_layers; layer++) {
       hiddenStates = encoderLayer(config, under(model, `encoder.layers.${layer}`), ops, hiddenStates);
     }
-    const lastHiddenState = layerNorm(config, model, "final_layer_norm", ops, hiddenStates);
-    const pooled = ops.concat(
-      Array.from({ length: batch }, (_, b) => lastHiddenState.narrow(0, b, 1).narrow(1, endOfText[b], 1)),
-      0,
-    ).reshape([batch, config.hidden_size]);
-    return { lastHiddenState, pooled };
+    return layerNorm(config, model, "final_layer_norm", ops, hiddenStates);
   });
+}
+
+/**
+ * The pooled output: each sample's last hidden state at its end-of-text token, which has seen the whole prompt.
+ *
+ * @param lastHiddenState `[batch, tokens, hidden]`. @param endOfText from {@link endOfTextPositions}.
+ * @returns `[batch, hidden]`.
+ */
+export function clipPooled(ops: Ops, lastHiddenState: Tensor, endOfText: readonly number[]): Tensor {
+  const rows = endOfText.map((position, b) => lastHiddenState.narrow(0, b, 1).narrow(1, position, 1));
+  return ops.concat(rows, 0).reshape([endOfText.length, lastHiddenState.shape[2]]);
 }
 
 function encoderLayer(config: ClipConfig, weights: Weights, ops: Ops, x: Tensor): Tensor {
@@ -67,9 +64,8 @@ function encoderLayer(config: ClipConfig, weights: Weights, ops: Ops, x: Tensor)
   const heads = [batch, tokens, config.num_attention_heads, hidden / config.num_attention_heads];
   return x.device.scope(() => {
     const normed = layerNorm(config, weights, "layer_norm1", ops, x);
-    const [q, k, v] = ["q_proj", "k_proj", "v_proj"].map((name) =>
-      dense(ops, weights, `self_attn.${name}`, normed).reshape(heads)
-    );
+    const projections = ["q_proj", "k_proj", "v_proj"].map((name) => `self_attn.${name}`);
+    const [q, k, v] = denseAll(ops, weights, projections, normed).map((y) => y.reshape(heads));
     const attended = ops.attention(q, k, v, { causal: true }).reshape(x.shape);
     const middle = ops.add(x, dense(ops, weights, "self_attn.out_proj", attended));
     const up = ops.quickGelu(

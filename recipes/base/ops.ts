@@ -1,21 +1,25 @@
 import { adaLayerNorm } from "../../kernels/ada_layer_norm.ts";
 import { add } from "../../kernels/add.ts";
+import { addRmsNorm } from "../../kernels/add_rms_norm.ts";
 import { attention } from "../../kernels/attention.ts";
+import { attentionBesideMlp } from "../../kernels/attention_beside_mlp.ts";
 import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
 import { conv2d } from "../../kernels/conv2d.ts";
 import { embedding } from "../../kernels/embedding.ts";
 import { eulerStep } from "../../kernels/euler_step.ts";
+import { gatedAdaLayerNorm } from "../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidual } from "../../kernels/gated_residual.ts";
 import { geluTanh } from "../../kernels/gelu_tanh.ts";
 import { groupNorm } from "../../kernels/group_norm.ts";
 import { groupNormSilu } from "../../kernels/group_norm_silu.ts";
+import { jointQkNormRope } from "../../kernels/joint_qk_norm_rope.ts";
 import { layerNorm } from "../../kernels/layer_norm.ts";
 import { linear } from "../../kernels/linear.ts";
 import { linearGelu } from "../../kernels/linear_gelu.ts";
+import { linears } from "../../kernels/linears.ts";
 import { multiply } from "../../kernels/multiply.ts";
-import { qkNormRope } from "../../kernels/qk_norm_rope.ts";
 import { quickGelu } from "../../kernels/quick_gelu.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { scaleShift } from "../../kernels/scale_shift.ts";
@@ -51,10 +55,14 @@ export interface Ops {
   readonly upsampleNearest: typeof upsampleNearest;
 
   readonly adaLayerNorm: typeof adaLayerNorm;
+  readonly addRmsNorm: typeof addRmsNorm;
+  readonly attentionBesideMlp: typeof attentionBesideMlp;
+  readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
   readonly gatedResidual: typeof gatedResidual;
   readonly groupNormSilu: typeof groupNormSilu;
+  readonly jointQkNormRope: typeof jointQkNormRope;
   readonly linearGelu: typeof linearGelu;
-  readonly qkNormRope: typeof qkNormRope;
+  readonly linears: typeof linears;
 }
 
 /** The unoptimized table: one kernel after another, as PyTorch runs eagerly. */
@@ -81,8 +89,12 @@ export const eagerOps: Ops = {
   upsampleNearest,
 
   adaLayerNorm,
+  addRmsNorm,
+  attentionBesideMlp,
+  gatedAdaLayerNorm,
   gatedResidual,
   groupNormSilu,
+  jointQkNormRope,
   linearGelu,
-  qkNormRope,
+  linears,
 };

@@ -1,7 +1,7 @@
 import type { Device } from "../../ffi/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { decode, spatialFactor } from "./autoencoder.ts";
-import { clipTextModel, endOfTextPositions } from "./clip.ts";
+import { clipPooled, clipTextModel, endOfTextPositions } from "./clip.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import { packLatents, positionIds, unpackLatents } from "./latents.ts";
 import type { Model } from "./model.ts";
@@ -9,7 +9,7 @@ import type { Ops } from "./ops.ts";
 import type { Plan } from "./plan.ts";
 import { Generator } from "./random.ts";
 import { type Rotary, rotaryEmbedding } from "./rotary.ts";
-import { t5Encoder } from "./t5.ts";
+import { relativePositionBuckets, t5Encoder } from "./t5.ts";
 import type { TextTokenizer } from "./tokenizer.ts";
 import { fluxTransformer } from "./transformer.ts";
 
@@ -226,14 +226,12 @@ export class FluxPipeline {
     const { plan: { device, ops, weights, execute }, model: { configs, clipTokenizer } } = this;
     const rows = tokenize("CLIP", clipTokenizer, prompts, clipTokenizer.modelMaxLength, onWarning);
     return device.scope(() => {
-      const { pooled } = execute("text_encoder", [idTensor(device, rows)], ([ids]) =>
-        clipTextModel(
-          configs.text_encoder,
-          weights.text_encoder,
-          ops,
-          ids,
-          endOfTextPositions(configs.text_encoder, rows),
-        ));
+      const lastHiddenState = execute(
+        "text_encoder",
+        [idTensor(device, rows)],
+        ([ids]) => clipTextModel(configs.text_encoder, weights.text_encoder, ops, ids),
+      );
+      const pooled = clipPooled(ops, lastHiddenState, endOfTextPositions(configs.text_encoder, rows));
       return repeated(ops, pooled, images);
     });
   }
@@ -254,10 +252,12 @@ export class FluxPipeline {
     const { plan: { device, ops, weights, execute }, model: { configs, t5Tokenizer } } = this;
     const rows = tokenize("T5", t5Tokenizer, prompts, maxSequenceLength, onWarning);
     return device.scope(() => {
+      const [tokens] = rows.map(({ length }) => length);
+      const positions = relativePositionBuckets(configs.text_encoder_2, tokens);
       const embeds = execute(
         "text_encoder_2",
-        [idTensor(device, rows)],
-        ([ids]) => t5Encoder(configs.text_encoder_2, weights.text_encoder_2, ops, ids),
+        [idTensor(device, rows), Tensor.fromInt32(device, positions, [tokens, tokens])],
+        ([ids, buckets]) => t5Encoder(configs.text_encoder_2, weights.text_encoder_2, ops, ids, buckets),
       );
       return repeated(ops, embeds, images);
     });

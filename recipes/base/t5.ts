@@ -1,8 +1,8 @@
 import { z } from "zod";
-import { Tensor } from "../../ffi/tensor.ts";
+import type { Tensor } from "../../ffi/tensor.ts";
 import type { Ops } from "./ops.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
-import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+import { dense, denseAll, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What T5's `text_encoder_2/config.json` says (transformers' T5Config), with its defaults. */
 export const t5ConfigSchema = z.looseObject({
@@ -46,20 +46,43 @@ function isGatedGelu(config: {
  * attention scale, and a learned bias by relative position that the first layer has and all layers use
  * (transformers' `models/t5/modeling_t5.py`, `T5EncoderModel`). FluxPipeline gives no mask: padding is seen.
  *
- * @param ids i32 `[batch, tokens]`. @returns `[batch, tokens, d_model]`.
+ * @param ids i32 `[batch, tokens]`. @param buckets i32 `[tokens, tokens]`, from {@link relativePositionBuckets}.
+ * @returns `[batch, tokens, d_model]`.
  */
-export function t5Encoder(config: T5Config, weights: Weights, ops: Ops, ids: Tensor): Tensor {
+export function t5Encoder(
+  config: T5Config,
+  weights: Weights,
+  ops: Ops,
+  ids: Tensor,
+  buckets: Tensor,
+): Tensor {
   const { device } = ids;
+  const { layer_norm_epsilon: eps } = config;
   const encoder = under(weights, "encoder");
+  // The norms in the order of use: each follows the residual connection of the branch before it.
+  const norms = Array.from(
+    { length: config.num_layers },
+    (_, layer) => [0, 1].map((i) => encoder.get(`block.${layer}.layer.${i}.layer_norm.weight`)),
+  ).flat();
+  norms.push(encoder.get("final_layer_norm.weight"));
   return device.scope(() => {
-    const bias = positionBias(config, encoder, ops, ids.shape[1], ids);
+    const table = encoder.get("block.0.layer.0.SelfAttention.relative_attention_bias.weight");
+    const bias = ops.contiguous(ops.embedding(buckets, table).permute([2, 0, 1]));
     let hiddenStates = ops.embedding(ids, tokenEmbedding(weights));
-    for (let layer = 0; layer < config.num_layers; layer++) {
-      const next = encoderLayer(config, under(encoder, `block.${layer}`), ops, hiddenStates, bias);
+    let normed = ops.rmsNorm(hiddenStates, norms[0], eps);
+    for (let branch = 0; branch < 2 * config.num_layers; branch++) {
+      const block = under(encoder, `block.${branch >> 1}`);
+      const next = device.scope(() => {
+        const x = branch % 2 === 0
+          ? selfAttention(config, under(block, "layer.0.SelfAttention"), ops, normed, bias)
+          : feedForward(under(block, "layer.1.DenseReluDense"), ops, normed);
+        return ops.addRmsNorm(hiddenStates, x, norms[branch + 1], eps);
+      });
       hiddenStates.dispose();
-      hiddenStates = next;
+      normed.dispose();
+      ({ sum: hiddenStates, normed } = next);
     }
-    return ops.rmsNorm(hiddenStates, encoder.get("final_layer_norm.weight"), config.layer_norm_epsilon);
+    return normed;
   });
 }
 
@@ -71,29 +94,26 @@ function tokenEmbedding(weights: Weights): Tensor {
 
 const EMBEDDING_NAMES = ["shared.weight", "encoder.embed_tokens.weight"] as const;
 
-function encoderLayer(config: T5Config, weights: Weights, ops: Ops, x: Tensor, bias: Tensor): Tensor {
-  const [batch, tokens] = x.shape;
-  const { num_heads: heads, d_kv: headDim, layer_norm_epsilon: eps } = config;
-  return x.device.scope(() => {
-    const attentionLayer = under(weights, "layer.0");
-    const normed = ops.rmsNorm(x, attentionLayer.get("layer_norm.weight"), eps);
-    const [q, k, v] = ["q", "k", "v"].map((name) =>
-      dense(ops, attentionLayer, `SelfAttention.${name}`, normed).reshape([batch, tokens, heads, headDim])
-    );
-    const attended = ops.attention(q, k, v, { scale: 1, bias }).reshape([batch, tokens, heads * headDim]);
-    const middle = ops.add(x, dense(ops, attentionLayer, "SelfAttention.o", attended));
-
-    const mlp = under(weights, "layer.1");
-    const mlpNormed = ops.rmsNorm(middle, mlp.get("layer_norm.weight"), eps);
-    const gate = ops.linearGelu(mlpNormed, mlp.get("DenseReluDense.wi_0.weight"));
-    const gated = ops.multiply(gate, dense(ops, mlp, "DenseReluDense.wi_1", mlpNormed));
-    return ops.add(middle, dense(ops, mlp, "DenseReluDense.wo", gated));
-  });
+function selfAttention(config: T5Config, weights: Weights, ops: Ops, normed: Tensor, bias: Tensor): Tensor {
+  const [batch, tokens] = normed.shape;
+  const { num_heads: heads, d_kv: headDim } = config;
+  const [q, k, v] = denseAll(ops, weights, ["q", "k", "v"], normed).map((x) =>
+    x.reshape([batch, tokens, heads, headDim])
+  );
+  const attended = ops.attention(q, k, v, { scale: 1, bias }).reshape([batch, tokens, heads * headDim]);
+  return dense(ops, weights, "o", attended);
 }
 
-/** Bias of the attention logits by relative position, `[heads, tokens, tokens]`. */
-function positionBias(config: T5Config, encoder: Weights, ops: Ops, tokens: number, ids: Tensor): Tensor {
-  const table = encoder.get("block.0.layer.0.SelfAttention.relative_attention_bias.weight");
+function feedForward(weights: Weights, ops: Ops, normed: Tensor): Tensor {
+  const gate = ops.linearGelu(normed, weights.get("wi_0.weight"));
+  return dense(ops, weights, "wo", ops.multiply(gate, dense(ops, weights, "wi_1", normed)));
+}
+
+/**
+ * The bucket of each key's position as each query sees it, row by row `[tokens, tokens]`: which of the learned biases
+ * the attention's logits get.
+ */
+export function relativePositionBuckets(config: T5Config, tokens: number): Int32Array {
   // A bucket depends on the distance only: each query's row is a piece of one list of all distances.
   const distances = Int32Array.from(
     { length: 2 * tokens - 1 },
@@ -109,8 +129,7 @@ function positionBias(config: T5Config, encoder: Weights, ops: Ops, tokens: numb
     const first = tokens - 1 - query;
     buckets.set(distances.subarray(first, first + tokens), query * tokens);
   }
-  const bias = ops.embedding(Tensor.fromInt32(ids.device, buckets, [tokens, tokens]), table);
-  return ops.contiguous(bias.permute([2, 0, 1]));
+  return buckets;
 }
 
 /** How many distances on each side have a bucket of their own. */

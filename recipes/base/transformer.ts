@@ -1,9 +1,10 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
+import type { QkvStream } from "../../kernels/joint_qk_norm_rope.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
-import { dense, under, type Weights, WeightShapes } from "./weights.ts";
+import { dense, denseAll, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What `transformer/config.json` says (diffusers' FluxTransformer2DModel), with its defaults. */
 export const transformerConfigSchema = z.looseObject({
@@ -84,16 +85,28 @@ export function fluxTransformer(
     // Text first, as the rotary tables have it.
     let joint = ops.concat([streams.encoderHiddenStates, streams.hiddenStates], 1);
     disposeStreams(streams);
-    for (let layer = 0; layer < config.num_single_layers; layer++) {
+    // A block's residual connection and the norm of the next one stand side by side. After the last block that is
+    // norm_out, which keeps scale before shift, unlike the blocks.
+    const blocks = Array.from({ length: config.num_single_layers }, (_, layer) => {
       const block = under(weights, `single_transformer_blocks.${layer}`);
-      const next = singleBlock(config, block, ops, joint, condition, inputs.rotary);
+      const [shift, scale, gate] = dense(ops, block, "norm.linear", condition).chunk(3, 1);
+      return { block, shift, scale, gate };
+    });
+    const [outScale, outShift] = dense(ops, weights, "norm_out.linear", condition).chunk(2, 1);
+    const norms = [...blocks, { shift: outShift, scale: outScale }];
+    let normed = ops.adaLayerNorm(joint, norms[0].scale, norms[0].shift, NORM_EPS);
+    blocks.forEach(({ block, gate }, layer) => {
+      const { scale, shift } = norms[layer + 1];
+      const next = device.scope(() => {
+        const branch = singleBlock(config, block, ops, normed, inputs.rotary);
+        return ops.gatedAdaLayerNorm(joint, branch, gate, scale, shift, NORM_EPS);
+      });
       joint.dispose();
-      joint = next;
-    }
-    const image = joint.narrow(1, textTokens, joint.shape[1] - textTokens);
-    // norm_out keeps scale before shift, unlike the blocks.
-    const [scale, shift] = dense(ops, weights, "norm_out.linear", condition).chunk(2, 1);
-    return dense(ops, weights, "proj_out", ops.adaLayerNorm(image, scale, shift, NORM_EPS));
+      normed.dispose();
+      ({ sum: joint, normed } = next);
+    });
+    const image = ops.contiguous(normed.narrow(1, textTokens, normed.shape[1] - textTokens));
+    return dense(ops, weights, "proj_out", image);
   });
 }
 
@@ -127,6 +140,8 @@ export function timeTextEmbed(
   });
 }
 
+type Modulation = ReturnType<typeof modulation>;
+
 /** Shift, scale and gate of attention, then of the MLP: adaLN-Zero's six `[batch, hidden]`. */
 function modulation(ops: Ops, weights: Weights, module: string, condition: Tensor) {
   const [shiftMsa, scaleMsa, gateMsa, shiftMlp, scaleMlp, gateMlp] = dense(
@@ -152,104 +167,91 @@ export function doubleBlock(
   const textTokens = encoderHiddenStates.shape[1];
   const imageTokens = hiddenStates.shape[1];
   const attn = under(weights, "attn");
-  const split = (x: Tensor) => x.reshape([x.shape[0], x.shape[1], heads, headDim]);
 
   return hiddenStates.device.scope(() => {
     const image = modulation(ops, weights, "norm1", condition);
     const text = modulation(ops, weights, "norm1_context", condition);
 
     const attended = hiddenStates.device.scope(() => {
-      const imageNormed = ops.adaLayerNorm(hiddenStates, image.scaleMsa, image.shiftMsa, NORM_EPS);
-      const textNormed = ops.adaLayerNorm(encoderHiddenStates, text.scaleMsa, text.shiftMsa, NORM_EPS);
-      // Rotary tables are for the joint sequence, text first.
-      const part = (table: Tensor, start: number, count: number) => table.narrow(0, start, count);
-      const rotated = (x: Tensor, norm: string, start: number) =>
-        ops.qkNormRope(
-          split(x),
-          attn.get(`${norm}.weight`),
-          part(rotary.cos, start, x.shape[1]),
-          part(rotary.sin, start, x.shape[1]),
-          NORM_EPS,
-        );
-      const q = ops.concat([
-        rotated(dense(ops, attn, "add_q_proj", textNormed), "norm_added_q", 0),
-        rotated(dense(ops, attn, "to_q", imageNormed), "norm_q", textTokens),
-      ], 1);
-      const k = ops.concat([
-        rotated(dense(ops, attn, "add_k_proj", textNormed), "norm_added_k", 0),
-        rotated(dense(ops, attn, "to_k", imageNormed), "norm_k", textTokens),
-      ], 1);
-      const v = ops.concat([
-        split(dense(ops, attn, "add_v_proj", textNormed)),
-        split(dense(ops, attn, "to_v", imageNormed)),
-      ], 1);
+      const stream = (x: Tensor, m: Modulation, names: readonly string[], norms: readonly string[]) => {
+        const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS);
+        return qkvStream(denseAll(ops, attn, names, normed), attn, norms, heads);
+      };
+      // Text first, as the rotary tables have it.
+      const { q, k, v } = ops.jointQkNormRope(
+        [
+          stream(encoderHiddenStates, text, ["add_q_proj", "add_k_proj", "add_v_proj"], [
+            "norm_added_q",
+            "norm_added_k",
+          ]),
+          stream(hiddenStates, image, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"]),
+        ],
+        rotary.cos,
+        rotary.sin,
+        NORM_EPS,
+      );
       return ops.attention(q, k, v);
     }).reshape([hiddenStates.shape[0], textTokens + imageTokens, heads * headDim]);
 
-    const feedForward = (module: string, x: Tensor, m: ReturnType<typeof modulation>) =>
+    const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: Modulation) =>
       hiddenStates.device.scope(() => {
-        const normed = ops.adaLayerNorm(x, m.scaleMlp, m.shiftMlp, NORM_EPS);
+        const branch = dense(ops, attn, projection, ops.contiguous(attended));
+        const { sum, normed } = ops.gatedAdaLayerNorm(x, branch, m.gateMsa, m.scaleMlp, m.shiftMlp, NORM_EPS);
         const up = ops.linearGelu(
           normed,
           weights.get(`${module}.net.0.proj.weight`),
           weights.get(`${module}.net.0.proj.bias`),
         );
-        return ops.gatedResidual(x, dense(ops, weights, `${module}.net.2`, up), m.gateMlp);
+        return ops.gatedResidual(sum, dense(ops, weights, `${module}.net.2`, up), m.gateMlp);
       });
-
-    const imageAttended = ops.contiguous(attended.narrow(1, textTokens, imageTokens));
-    const imageMiddle = ops.gatedResidual(
-      hiddenStates,
-      dense(ops, attn, "to_out.0", imageAttended),
-      image.gateMsa,
-    );
-    const textAttended = ops.contiguous(attended.narrow(1, 0, textTokens));
-    const textMiddle = ops.gatedResidual(
-      encoderHiddenStates,
-      dense(ops, attn, "to_add_out", textAttended),
-      text.gateMsa,
-    );
+    const imageAttended = attended.narrow(1, textTokens, imageTokens);
+    const textAttended = attended.narrow(1, 0, textTokens);
     return {
-      hiddenStates: feedForward("ff", imageMiddle, image),
-      encoderHiddenStates: feedForward("ff_context", textMiddle, text),
+      hiddenStates: rest(hiddenStates, imageAttended, "to_out.0", "ff", image),
+      encoderHiddenStates: rest(encoderHiddenStates, textAttended, "to_add_out", "ff_context", text),
     };
   });
 }
 
 /**
  * One block over the joint sequence, attention and MLP in parallel with one output projection
- * (diffusers' FluxSingleTransformerBlock). `x` `[batch, tokens, hidden]`.
+ * (diffusers' FluxSingleTransformerBlock), without its residual connection.
+ *
+ * @param normed the modulated norm of the sequence, `[batch, tokens, hidden]`. @returns the branch, in the same shape.
  */
 export function singleBlock(
   config: TransformerConfig,
   weights: Weights,
   ops: Ops,
-  x: Tensor,
-  condition: Tensor,
+  normed: Tensor,
   rotary: Rotary,
 ): Tensor {
-  const { num_attention_heads: heads, attention_head_dim: headDim } = config;
   const attn = under(weights, "attn");
-  const split = (y: Tensor) => y.reshape([y.shape[0], y.shape[1], heads, headDim]);
-  return x.device.scope(() => {
-    const [shift, scale, gate] = dense(ops, weights, "norm.linear", condition).chunk(3, 1);
-    const normed = ops.adaLayerNorm(x, scale, shift, NORM_EPS);
-    const rotated = (module: string, norm: string) =>
-      ops.qkNormRope(
-        split(dense(ops, attn, module, normed)),
-        attn.get(`${norm}.weight`),
-        rotary.cos,
-        rotary.sin,
-        NORM_EPS,
-      );
-    const attended = ops.attention(
-      rotated("to_q", "norm_q"),
-      rotated("to_k", "norm_k"),
-      split(dense(ops, attn, "to_v", normed)),
-    ).reshape(x.shape);
-    const mlp = ops.linearGelu(normed, weights.get("proj_mlp.weight"), weights.get("proj_mlp.bias"));
-    return ops.gatedResidual(x, dense(ops, weights, "proj_out", ops.concat([attended, mlp], 2)), gate);
+  return normed.device.scope(() => {
+    const [q, k, v, mlp] = denseAll(
+      ops,
+      weights,
+      ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+      normed,
+    );
+    const stream = qkvStream([q, k, v], attn, ["norm_q", "norm_k"], config.num_attention_heads);
+    const joint = ops.jointQkNormRope([stream], rotary.cos, rotary.sin, NORM_EPS);
+    return dense(ops, weights, "proj_out", ops.attentionBesideMlp(joint.q, joint.k, joint.v, mlp));
   });
+}
+
+/** Projections `[batch, tokens, hidden]` of q, k and v, by heads, with the weights of their norms. */
+function qkvStream(
+  projections: readonly Tensor[],
+  attn: Weights,
+  [normQ, normK]: readonly string[],
+  heads: number,
+): QkvStream {
+  const [q, k, v] = projections.map((x) => {
+    const [batch, tokens, hidden] = x.shape;
+    return x.reshape([batch, tokens, heads, hidden / heads]);
+  });
+  return { q, k, v, normQ: attn.get(`${normQ}.weight`), normK: attn.get(`${normK}.weight`) };
 }
 
 /** Names and shapes of the weights that {@link fluxTransformer} reads. */

@@ -133,6 +133,17 @@ export function dense(ops: Ops, weights: Weights, module: string, x: Tensor): Te
   return ops.linear(x, weights.get(`${module}.weight`), optional(weights, `${module}.bias`));
 }
 
+/** Linear layers of one input; see {@link dense}. */
+export function denseAll(ops: Ops, weights: Weights, modules: readonly string[], x: Tensor): Tensor[] {
+  return ops.linears(
+    x,
+    modules.map((module) => ({
+      weight: weights.get(`${module}.weight`),
+      bias: optional(weights, `${module}.bias`),
+    })),
+  );
+}
+
 /** A weight that not every model has. */
 export function optional(weights: Weights, name: string): Tensor | undefined {
   return weights.has(name) ? weights.get(name) : undefined;

@@ -13,13 +13,14 @@ import {
 import { openComponent, readJson } from "../../recipes/base/checkpoint.ts";
 import {
   clipConfigSchema,
+  clipPooled,
   clipTextModel,
   clipWeightShapes,
   endOfTextPositions,
 } from "../../recipes/base/clip.ts";
 import { eagerOps as ops } from "../../recipes/base/ops.ts";
 import { rotaryTables } from "../../recipes/base/rotary.ts";
-import { t5ConfigSchema, t5Encoder, t5WeightShapes } from "../../recipes/base/t5.ts";
+import { relativePositionBuckets, t5ConfigSchema, t5Encoder, t5WeightShapes } from "../../recipes/base/t5.ts";
 import {
   fluxTransformer,
   transformerConfigSchema,
@@ -120,13 +121,8 @@ export function componentSuite(target: TestDevice, together?: number): void {
           (has) => clipWeightShapes(config, has),
           dtype,
         );
-        const { lastHiddenState, pooled } = clipTextModel(
-          config,
-          loaded.weights,
-          ops,
-          i32(device, rows),
-          endOfTextPositions(config, rows),
-        );
+        const lastHiddenState = clipTextModel(config, loaded.weights, ops, i32(device, rows));
+        const pooled = clipPooled(ops, lastHiddenState, endOfTextPositions(config, rows));
         return { last_hidden_state: lastHiddenState, pooled };
       });
     });
@@ -142,7 +138,12 @@ export function componentSuite(target: TestDevice, together?: number): void {
           (has) => t5WeightShapes(config, has),
           dtype,
         );
-        const run = (name: string) => t5Encoder(config, loaded.weights, ops, i32(device, golden.ids(name)));
+        const run = (name: string) => {
+          const ids = golden.ids(name);
+          const [tokens] = ids.map(({ length }) => length);
+          const buckets = Tensor.fromInt32(device, relativePositionBuckets(config, tokens), [tokens, tokens]);
+          return t5Encoder(config, loaded.weights, ops, i32(device, ids), buckets);
+        };
         return { long: run("in.long"), short: run("in.short") };
       });
     });

@@ -15,6 +15,7 @@ import { FfiError } from "../../../ffi/errors.ts";
 import { type GpuDevice, isGpu } from "../../../ffi/gpu.ts";
 import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
+import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
 import { softmaxOnGpu } from "../../../kernels/softmax.ts";
 import { packLatents, unpackLatents } from "../../../recipes/base/latents.ts";
@@ -81,7 +82,7 @@ const CASES: readonly Case[] = [
       f32(TOKENS, HEAD_DIM),
       f32(TOKENS, HEAD_DIM),
     ],
-    run: (x, weight, cos, sin) => ops.qkNormRope(x, weight, cos, sin, 1e-6),
+    run: (x, weight, cos, sin) => qkNormRope(x, weight, cos, sin, 1e-6),
     bytes: ([x, , cos, sin], out) => 2 * (x.byteLength + out.byteLength) + cos.byteLength + sin.byteLength,
   },
   { name: "geluTanh", inputs: () => [bf16(1, TOKENS, MLP)], run: (x) => ops.geluTanh(x) },
