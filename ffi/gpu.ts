@@ -87,8 +87,9 @@ export interface GpuDevice extends Device {
   /** Marks the end of the work issued so far. */
   event(): GpuEvent;
   /**
-   * Records the work that `body` issues instead of running it. Memory that the recording uses must not be freed or used
-   * otherwise while the graph is in use.
+   * Records the work that `body` issues instead of running it. What it allocates for activations may be freed when it
+   * is recorded: it stays the graph's, and holds what a replay left there until any graph is replayed next. Other memory
+   * that it uses must not be freed while the graph is in use.
    */
   record(body: () => void): Graph;
 }

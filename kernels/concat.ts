@@ -1,8 +1,6 @@
 import { ShapeError } from "../ffi/errors.ts";
 import { Tensor } from "../ffi/tensor.ts";
-import { copyStrided } from "./cpu.ts";
-import { gpuOf } from "./gpu.ts";
-import { copyStridedOnGpu } from "./strided_copy.ts";
+import { copyInto } from "./copy_into.ts";
 
 /**
  * Tensors behind one another along dimension `dim`; all other sizes and the dtype agree.
@@ -19,12 +17,9 @@ export function concat(tensors: readonly Tensor[], dim: number): Tensor {
   }
   const length = tensors.reduce((sum, tensor) => sum + tensor.shape[at], 0);
   const out = Tensor.empty(first.device, first.shape.with(at, length), first.dtype);
-  const gpu = gpuOf(out);
   let start = 0;
   for (const tensor of tensors) {
-    const part = out.narrow(at, start, tensor.shape[at]);
-    if (gpu !== undefined) copyStridedOnGpu(gpu, part, tensor);
-    else copyStrided(part, tensor);
+    copyInto(out.narrow(at, start, tensor.shape[at]), tensor);
     start += tensor.shape[at];
   }
   return out;

@@ -1,15 +1,11 @@
 import { Tensor } from "../ffi/tensor.ts";
-import { copyStrided } from "./cpu.ts";
-import { gpuOf } from "./gpu.ts";
-import { copyStridedOnGpu } from "./strided_copy.ts";
+import { copyInto } from "./copy_into.ts";
 
 /** The same elements laid out densely in row-major order: the tensor itself where it is so already, else a copy. */
 export function contiguous(x: Tensor): Tensor {
   if (x.isContiguous) return x;
   const out = Tensor.empty(x.device, x.shape, x.dtype);
-  const gpu = gpuOf(out);
-  if (gpu !== undefined) copyStridedOnGpu(gpu, out, x);
-  else copyStrided(out, x);
+  copyInto(out, x);
   return out;
 }
 

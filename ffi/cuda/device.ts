@@ -69,11 +69,11 @@ interface LoadedModule {
 /**
  * One NVIDIA GPU. All work goes to one stream, so that its order is the order of the calls.
  *
- * Memory is planned by that order. Activations and weights have a {@link Segment} each; the book-keeping is done on the
- * host, best fit first, and a freed block is handed out again at once: work that still uses it was issued before the
+ * Memory is planned by that order. Activations, weights and recordings have a {@link Segment} each; the book-keeping is
+ * done on the host, best fit first, and a freed block is handed out again at once: work that still uses it was issued before the
  * work that gets it next, and the stream keeps them apart. Nothing depends on timing, so the same sequence of requests
- * gets the same addresses each time: a step that is repeated needs no memory beyond its first run, and a recorded step
- * can be replayed. The addresses of the two segments never move, as growing only puts memory behind further ones.
+ * gets the same addresses each time: a step that is repeated needs no memory beyond its first run. A recorded step needs
+ * no care from the others, since what it allocates is in nobody else's way. The addresses of the segments never move, as growing only puts memory behind further ones.
  *
  * Recording captures the stream in the driver's "relaxed" mode. The stricter modes forbid, on the thread that records,
  * calls that could wait for other work, and growing a segment or loading a module counts as such. These calls touch
@@ -99,6 +99,8 @@ export class CudaDevice implements GpuDevice {
 
   readonly #activations: Segment;
   readonly #weights: Segment;
+  /** What recorded work allocates while it is recorded: the same for all recordings, and used by nothing else. */
+  readonly #recorded: Segment;
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
   readonly #collected = new FinalizationRegistry<number>((offset) => this.#weights.free(offset));
   /** The libraries' scratch, and smaller ones before it that graphs still use. They lie among the weights. */
@@ -106,8 +108,8 @@ export class CudaDevice implements GpuDevice {
   #workspaceBytes = 0;
   #peak = 0;
   #recording = false;
-  /** How many recorded graphs are in use. */
-  #graphs = 0;
+  /** The recorded graphs that are in use. */
+  readonly #graphs = new Set<CudaGraph>();
 
   #nvrtc: Nvrtc | undefined;
   #cublasLt: CublasLt | undefined;
@@ -166,6 +168,7 @@ export class CudaDevice implements GpuDevice {
     this.#stream = driver.streamCreate();
     this.#activations = new Segment(driver, this.#totalBytes, ACTIVATION_CHUNK);
     this.#weights = new Segment(driver, this.#totalBytes, WEIGHT_CHUNK);
+    this.#recorded = new Segment(driver, this.#totalBytes, ACTIVATION_CHUNK);
     this.#staging = new Staging(driver, this.#stream);
     this.context = {
       driver,
@@ -203,7 +206,7 @@ export class CudaDevice implements GpuDevice {
     return {
       current: this.#activations.used,
       peak: this.#peak,
-      reserved: this.#activations.mapped + this.#workspaceBytes,
+      reserved: this.#activations.mapped + this.#recorded.mapped + this.#workspaceBytes,
       weights: this.#weights.used - this.#workspaceBytes,
     };
   }
@@ -217,7 +220,8 @@ export class CudaDevice implements GpuDevice {
       this.#collected.register(memory, memory.offset, memory);
       return memory;
     }
-    const memory = this.#take(this.#activations, byteLength, "activations");
+    const segment = this.#recording ? this.#recorded : this.#activations;
+    const memory = this.#take(segment, byteLength, "activations");
     this.#scopes.add(memory);
     return memory;
   }
@@ -371,10 +375,12 @@ export class CudaDevice implements GpuDevice {
     const captured = driver.streamEndCapture(stream);
     try {
       const executable = driver.graphInstantiate(captured);
-      this.#graphs++;
-      return new CudaGraph(driver, stream, executable, () => {
-        if (--this.#graphs === 0) this.#freeOldWorkspaces();
+      const graph: CudaGraph = new CudaGraph(driver, stream, executable, () => {
+        this.#graphs.delete(graph);
+        if (this.#graphs.size === 0 && !this.#closed) this.#freeOldWorkspaces();
       });
+      this.#graphs.add(graph);
+      return graph;
     } finally {
       driver.graphDestroy(captured);
     }
@@ -401,6 +407,7 @@ export class CudaDevice implements GpuDevice {
       }
     };
     attempt(() => this.#driver.streamSynchronize(this.#stream));
+    for (const graph of this.#graphs) attempt(() => graph[Symbol.dispose]());
     attempt(() => this.#cudnn?.[Symbol.dispose]());
     attempt(() => this.#cublasLt?.[Symbol.dispose]());
     for (const { handle } of this.#modules.values()) attempt(() => this.#driver.moduleUnload(handle));
@@ -408,6 +415,7 @@ export class CudaDevice implements GpuDevice {
     attempt(() => this.#staging[Symbol.dispose]());
     attempt(() => this.#activations[Symbol.dispose]());
     attempt(() => this.#weights[Symbol.dispose]());
+    attempt(() => this.#recorded[Symbol.dispose]());
     attempt(() => this.#driver.streamDestroy(this.#stream));
     attempt(() => this.#driver[Symbol.dispose]());
     // With a lost context every step fails, and somebody was told already.
@@ -454,12 +462,12 @@ export class CudaDevice implements GpuDevice {
     return new CudaMemory(this, byteLength, segment, offset);
   }
 
-  /** Gives unused memory at the ends of both segments back to the GPU; false where there is none to give. */
+  /** Gives unused memory at the ends of all segments back to the GPU; false where there is none to give. */
   #trim(): boolean {
     // Waiting would break a recording, and recorded work may use what is free outside of it.
-    if (this.#recording || this.#graphs > 0) return false;
+    if (this.#recording || this.#graphs.size > 0) return false;
     this.#driver.streamSynchronize(this.#stream);
-    return this.#activations.trim() + this.#weights.trim() > 0;
+    return this.#activations.trim() + this.#weights.trim() + this.#recorded.trim() > 0;
   }
 
   #outOfMemory(byteLength: number, what: string): OutOfMemoryError {
@@ -481,7 +489,7 @@ export class CudaDevice implements GpuDevice {
   #workspace(bytes: number): bigint {
     const last = this.#workspaces.at(-1);
     if (last !== undefined && last.byteLength >= bytes) return last.pointer;
-    if (!this.#recording && this.#graphs === 0) this.#freeOldWorkspaces(0);
+    if (!this.#recording && this.#graphs.size === 0) this.#freeOldWorkspaces(0);
     const memory = this.#take(this.#weights, Math.ceil(bytes / ALIGNMENT) * ALIGNMENT, "a library's scratch");
     this.#workspaces.push(memory);
     this.#countWorkspaces();
@@ -500,7 +508,8 @@ export class CudaDevice implements GpuDevice {
   }
 
   #notePeak(): void {
-    this.#peak = Math.max(this.#peak, this.#activations.used + this.#workspaceBytes);
+    const recorded = this.#recorded.mapped; // whether in use at the moment or not
+    this.#peak = Math.max(this.#peak, this.#activations.used + recorded + this.#workspaceBytes);
   }
 
   /** More dynamic shared memory than a kernel has without asking must be asked for, once. */

@@ -227,6 +227,7 @@ export class FluxPipeline {
     const rows = tokenize("CLIP", clipTokenizer, prompts, clipTokenizer.modelMaxLength, onWarning);
     return device.scope(() => {
       const lastHiddenState = execute(
+        this.plan,
         "text_encoder",
         [idTensor(device, rows)],
         ([ids]) => clipTextModel(configs.text_encoder, weights.text_encoder, ops, ids),
@@ -255,6 +256,7 @@ export class FluxPipeline {
       const [tokens] = rows.map(({ length }) => length);
       const positions = relativePositionBuckets(configs.text_encoder_2, tokens);
       const embeds = execute(
+        this.plan,
         "text_encoder_2",
         [idTensor(device, rows), Tensor.fromInt32(device, positions, [tokens, tokens])],
         ([ids, buckets]) => t5Encoder(configs.text_encoder_2, weights.text_encoder_2, ops, ids, buckets),
@@ -294,7 +296,7 @@ export class FluxPipeline {
     this.model.checkOpen();
     const { plan: { device, ops, weights, execute }, model: { configs } } = this;
     return device.scope(() =>
-      execute("vae", [latents], ([packed]) =>
+      execute(this.plan, "vae", [latents], ([packed]) =>
         ops.cast(
           decode(configs.vae, weights.vae, ops, unpackLatents(ops, packed, latentHeight, latentWidth)),
           "f32",
@@ -318,6 +320,7 @@ export class FluxPipeline {
     const inputs = [latents, embeds, pooled, timestep, dt, rotary.cos, rotary.sin];
     if (guidance !== undefined) inputs.push(guidance);
     return execute(
+      this.plan,
       "transformer",
       inputs,
       ([hiddenStates, encoderHiddenStates, pooledProjections, time, step, cos, sin, scale]) => {

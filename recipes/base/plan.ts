@@ -8,10 +8,12 @@ import type { Weights } from "./weights.ts";
 export type Component = "text_encoder" | "text_encoder_2" | "transformer" | "vae";
 
 /**
- * How a part of the pipeline is run. `part` names it, `inputs` are the tensors that change from call to call, and
- * `body` computes the outputs from them: eagerly, or recorded once for the inputs' shapes and replayed.
+ * How a part of the pipeline is run. `plan` is the one that runs, `part` names the part, `inputs` are all tensors that
+ * change from call to call, and `body` computes the outputs from them (a tensor, or an array or a plain object of
+ * tensors): eagerly, or recorded once for the inputs' shapes and replayed. The outputs are the caller's.
  */
 export type Execute = <O>(
+  plan: Plan,
   part: string,
   inputs: readonly Tensor[],
   body: (inputs: readonly Tensor[]) => O,
@@ -44,7 +46,7 @@ export function eagerPlan(device: Device, weights: Readonly<Record<Component, We
     device,
     weights,
     ops: eagerOps,
-    execute: (_part, inputs, body) => device.scope(() => body(inputs)),
+    execute: (_plan, _part, inputs, body) => device.scope(() => body(inputs)),
     recipes: [],
   };
 }

@@ -1,7 +1,8 @@
 import type { Device, Memory } from "../../ffi/device.ts";
 import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { isGpu } from "../../ffi/gpu.ts";
-import { Tensor } from "../../ffi/tensor.ts";
+import { elementCount, Tensor } from "../../ffi/tensor.ts";
+import { copyInto } from "../../kernels/copy_into.ts";
 import type { ComponentWeights } from "./checkpoint.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import type { Ops } from "./ops.ts";
@@ -103,16 +104,67 @@ export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
     }
     return result;
   };
-  return weightsFrom(
-    new Map(weights.names.map((name) => {
-      const weight = weights.get(name);
-      if (weight.dtype === dtype) return [name, weight];
-      const result = convert(weight);
-      // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
-      if (isGpu(weight.device)) weights.free(name);
-      return [name, result];
-    })),
-  );
+  const own = new Map<string, Tensor>();
+  for (const name of weights.names) {
+    const weight = weights.get(name);
+    if (weight.dtype === dtype) continue;
+    own.set(name, convert(weight));
+    // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
+    if (isGpu(weight.device)) weights.free(name);
+  }
+  return replaced(weights, own);
+}
+
+/** The same weights, with others under some of their names. */
+function replaced(weights: Weights, own: ReadonlyMap<string, Tensor>): Weights {
+  const mine = weightsFrom(own);
+  const holder = (name: string) => mine.has(name) ? mine : weights;
+  return {
+    names: weights.names,
+    has: (name) => weights.has(name),
+    get: (name) => holder(name).get(name),
+    free: (name) => holder(name).free(name),
+  };
+}
+
+/**
+ * The same weights, those of each group of Linear layers behind one another in one memory: weights `[out, in]` of one
+ * input size, and biases.
+ *
+ * @param groups names of the layers' ends, e.g. `["attn.to_q", "attn.to_k"]`; every module that has all of them has such
+ *   a group, and a layer is joined by the first that fits. As in {@link castWeights}, `weights` is consumed on a GPU.
+ */
+export function joinWeights(weights: Weights, groups: readonly (readonly string[])[]): Weights {
+  const own = new Map<string, Tensor>();
+  const join = (names: readonly string[]) => {
+    const parts = names.map((name) => weights.get(name));
+    const [{ device, dtype, shape }] = parts;
+    const rows = parts.reduce((sum, part) => sum + part.shape[0], 0);
+    const size = rows * elementCount(shape.slice(1));
+    const whole = new Tensor(device.alloc(size * dtypeBytes(dtype), "weights"), dtype, [
+      rows,
+      ...shape.slice(1),
+    ]);
+    let start = 0;
+    parts.forEach((part, i) => {
+      const place = whole.narrow(0, start, part.shape[0]);
+      copyInto(place, part);
+      start += part.shape[0];
+      own.set(names[i], place);
+      if (isGpu(device)) weights.free(names[i]); // as in castWeights
+    });
+  };
+  for (const group of groups) {
+    for (const name of weights.names) {
+      if (!name.endsWith(`${group[0]}.weight`)) continue;
+      const module = name.slice(0, -`${group[0]}.weight`.length);
+      for (const kind of ["weight", "bias"]) {
+        const names = group.map((layer) => `${module}${layer}.${kind}`);
+        if (names.every((one) => weights.has(one) && !own.has(one))) join(names);
+      }
+    }
+  }
+  return replaced(weights, own);
 }
 
 /** The weights below a module: `under(w, "transformer_blocks.0").get("attn.to_q.weight")`. */

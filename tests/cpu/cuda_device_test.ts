@@ -493,6 +493,32 @@ testFakeDevice("cuda: a recording that fails leaves the device as it was", {}, a
 });
 
 testFakeDevice(
+  "cuda: what recordings allocate is theirs together, and nobody else's",
+  {},
+  async (device) => {
+    const made: Tensor[] = [];
+    const record = (value: number) =>
+      device.record(() =>
+        device.scope(() => {
+          made.push(Tensor.empty(device, [1000], "i32"));
+          fill(device, made.at(-1)!, value);
+        })
+      );
+    const [first, second] = [record(1), record(2)];
+    assert.equal(made[0].pointer, made[1].pointer);
+    const others = Array.from(
+      { length: 20 },
+      (_, i) => Tensor.fromInt32(device, Array(1000).fill(100 + i), [1000]),
+    );
+    for (const [graph, value] of [[first, 1], [second, 2], [first, 1]] as const) {
+      graph.replay();
+      assert.deepEqual((await ints(new Tensor(made[0].memory, "i32", [1000]))).slice(998), [value, value]);
+    }
+    for (const [i, other] of others.entries()) assert.deepEqual((await ints(other))[999], 100 + i);
+  },
+);
+
+testFakeDevice(
   "cuda: memory that recorded work may use is not given to the other segment",
   { memory: 200 * MIB },
   (device) => {

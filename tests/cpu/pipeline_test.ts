@@ -18,7 +18,7 @@ import { ownDevice } from "../support/test_device.ts";
 /** Runs the model of a folder on a CPU device of its own. */
 async function generate(folder: string, recipe: Recipe, options: GenerateOptions): Promise<GenerateResult> {
   using device = await openCpu();
-  return (await draw(device, folder, recipe, options)).result;
+  return (await draw(device, folder, [recipe], options)).result;
 }
 
 /** The golden model without guidance, which most tests here use. */

@@ -12,15 +12,15 @@ export interface Trace {
   readonly latents: readonly Float32Array[];
 }
 
-/** Runs the model of a folder with one recipe. */
+/** Runs the model of a folder with the recipes. */
 export async function draw(
   device: Device,
   folder: string,
-  recipe: Recipe,
+  recipes: readonly Recipe[],
   options: GenerateOptions,
 ): Promise<Trace> {
   using model = await Model.load(folder, device);
-  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), recipe));
+  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), ...recipes));
   const latents: Promise<Float32Array>[] = [];
   const result = await pipeline.generate({
     ...options,

@@ -45,16 +45,16 @@ function optionsOf(run: Run): GenerateOptions {
 }
 
 /** Runs a golden run, with its own scheduler config. */
-async function drawRun(device: Device, run: Run, recipe: Recipe): Promise<Trace> {
+async function drawRun(device: Device, run: Run, recipes: readonly Recipe[]): Promise<Trace> {
   if (run.num_train_timesteps === undefined) {
-    return draw(device, goldenPath(run.model), recipe, optionsOf(run));
+    return draw(device, goldenPath(run.model), recipes, optionsOf(run));
   }
   const traces: Trace[] = [];
   await withModelCopy(run.model, async (folder) => {
     editJson(join(folder, "scheduler", "scheduler_config.json"), {
       num_train_timesteps: run.num_train_timesteps,
     });
-    traces.push(await draw(device, folder, recipe, optionsOf(run)));
+    traces.push(await draw(device, folder, recipes, optionsOf(run)));
   });
   return traces[0];
 }
@@ -62,15 +62,18 @@ async function drawRun(device: Device, run: Run, recipe: Recipe): Promise<Trace>
 /**
  * Whole images against diffusers' FluxPipeline on small random models, the same prompt, seed, steps and pixels: defines
  * the tests on a device.
+ *
+ * @param rest exact recipes that follow the one of the dtype.
  */
-export function pipelineSuite(target: TestDevice): void {
+export function pipelineSuite(target: TestDevice, rest: readonly Recipe[] = []): void {
   const test = (name: string, body: (device: Device) => Promise<void>) => testOn(target, name, body);
+  const after = rest.length === 0 ? "" : `, with ${rest.map(({ name }) => name).join(", ")}`;
   for (const [name, run] of Object.entries(RUNS)) {
     test(
-      `pipeline ${name} equals diffusers' in float32, step by step`,
+      `pipeline ${name} equals diffusers' in float32, step by step${after}`,
       async (device) => {
         using golden = new Golden(`pipelines/${name}.fp32.safetensors`, device);
-        const { result, latents } = await drawRun(device, run, baselineFp32);
+        const { result, latents } = await drawRun(device, run, [baselineFp32, ...rest]);
         assert.deepEqual(latents[0], golden.values("initial"), "starting latents differ in their bits");
         for (let step = 0; step < run.num_inference_steps; step++) {
           assertClose(latents[step + 1], golden.values(`step${step}`), 1e-4, `latents after step ${step}`);
@@ -86,11 +89,11 @@ export function pipelineSuite(target: TestDevice): void {
     );
 
     test(
-      `pipeline ${name} in bfloat16 is no farther from float32 than diffusers' bfloat16`,
+      `pipeline ${name} in bfloat16 is no farther from float32 than diffusers' bfloat16${after}`,
       async (device) => {
         using exact = new Golden(`pipelines/${name}.fp32.safetensors`, device);
         using theirs = new Golden(`pipelines/${name}.bf16.safetensors`, device);
-        const { latents } = await drawRun(device, run, bfloat16);
+        const { latents } = await drawRun(device, run, [bfloat16, ...rest]);
         assert.deepEqual(latents[0], theirs.values("initial"), "starting latents differ in their bits");
         // bfloat16 noise is the rounded float32 noise, so that the two runs draw the same picture.
         const last = `step${run.num_inference_steps - 1}`;

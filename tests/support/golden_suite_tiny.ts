@@ -27,8 +27,8 @@ export const TINY_GOLDEN: { sha256: Record<string, string>; runs: Run[] } = JSON
 );
 
 /** Draws a golden prompt; defaults of ours that equal the golden run's settings are left to us. */
-function drawRun(device: Device, run: Run, recipe: Recipe): Promise<Trace> {
-  return draw(device, EMBEDDED_MODEL, recipe, { prompt: run.prompt, seed: run.seed });
+function drawRun(device: Device, run: Run, recipes: readonly Recipe[]): Promise<Trace> {
+  return draw(device, EMBEDDED_MODEL, recipes, { prompt: run.prompt, seed: run.seed });
 }
 
 /** Diffusers' picture as RGB. */
@@ -37,13 +37,18 @@ async function expectedPixels(run: Run): Promise<Uint8Array> {
   return Uint8Array.from(bitmap).filter((_, i) => i % 4 !== 3);
 }
 
-/** The embedded model: what diffusers draws with it, we draw. Defines the tests on a device. */
-export function tinySuite(target: TestDevice): void {
+/**
+ * The embedded model: what diffusers draws with it, we draw. Defines the tests on a device.
+ *
+ * @param rest exact recipes that follow the one of the dtype.
+ */
+export function tinySuite(target: TestDevice, rest: readonly Recipe[] = []): void {
   const test = (name: string, body: (device: Device) => Promise<void>) => testOn(target, name, body);
+  const after = rest.length === 0 ? "" : `, with ${rest.map(({ name }) => name).join(", ")}`;
   for (const run of TINY_GOLDEN.runs) {
-    test(`models/tiny draws ${JSON.stringify(run.prompt)} as diffusers does, by its own defaults`, async (device) => {
+    test(`models/tiny draws ${JSON.stringify(run.prompt)} as diffusers does, by its own defaults${after}`, async (device) => {
       using golden = new Golden(`tiny/${run.tensors}`, device);
-      const { result, latents } = await drawRun(device, run, baselineFp32);
+      const { result, latents } = await drawRun(device, run, [baselineFp32, ...rest]);
       const { height, width, numInferenceSteps, maxSequenceLength } = result.settings;
       assert.deepEqual(
         { height, width, numInferenceSteps, maxSequenceLength },
@@ -64,10 +69,10 @@ export function tinySuite(target: TestDevice): void {
     });
   }
 
-  test("models/tiny in bfloat16 draws nearly the same picture", async (device) => {
+  test(`models/tiny in bfloat16 draws nearly the same picture${after}`, async (device) => {
     const [run] = TINY_GOLDEN.runs;
     const expected = await expectedPixels(run);
-    const { result } = await drawRun(device, run, bfloat16);
+    const { result } = await drawRun(device, run, [bfloat16, ...rest]);
     const [{ rgb }] = result.images;
     const squares = rgb.reduce((sum, value, i) => sum + (value - expected[i]) ** 2, 0) / rgb.length;
     const psnr = 10 * Math.log10(255 ** 2 / squares);

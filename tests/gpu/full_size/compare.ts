@@ -144,6 +144,7 @@ async function compareIn(dtype: keyof typeof DTYPES): Promise<void> {
     t5: () => pipeline.encodeT5([prompt], 1, tokens),
     step: () =>
       plan.execute(
+        plan,
         "step",
         [],
         () => fluxTransformer(configs.transformer, plan.weights.transformer, plan.ops, given),

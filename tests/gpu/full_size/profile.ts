@@ -74,7 +74,7 @@ const parts = {
   clip: (plan: typeof plain) => new FluxPipeline(model, plan).encodeClip([PROMPT], 1),
   t5: (plan: typeof plain) => new FluxPipeline(model, plan).encodeT5([PROMPT], 1, flags.tokens),
   step: (plan: typeof plain) =>
-    plan.execute("step", [], () => fluxTransformer(config, plan.weights.transformer, plan.ops, given)),
+    plan.execute(plan, "step", [], () => fluxTransformer(config, plan.weights.transformer, plan.ops, given)),
   decode: (plan: typeof plain) =>
     new FluxPipeline(model, plan).decodeLatents(hiddenStates, flags.side / 8, flags.side / 8),
 };

@@ -1,0 +1,26 @@
+/**
+ * 02 compile: fused kernels, planned memory, one graph for each part.
+ *
+ * Idea: between two matrix products stand three or four small operators, each of which reads and writes all tokens. One
+ * kernel, compiled at run time, reads them once. And since a step is the same sequence of launches each time, it is
+ * recorded once as a graph (text encoders, denoising step, decoder): replaying it costs the host one call instead of two
+ * thousand, and the memory of its intermediates is planned by the recording.
+ * Changes: adaptive layer norms, residual connections with the norm behind them, QK-norm with RoPE and the joining of
+ * text and image, attention beside the MLP, GELU in the up projection, group norm with SiLU. Exact: yes; intermediates
+ * that are no longer stored are no longer rounded to bfloat16.
+ *
+ *     deno run -A recipes/02_compile.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
+ */
+import { isGpu } from "../ffi/gpu.ts";
+import { graphExecute } from "./base/graph_execute.ts";
+import type { Plan, Recipe } from "./base/plan.ts";
+
+export const compile: Recipe = {
+  name: "02_compile",
+  exact: true,
+  devices: ["cpu", "cuda", "hip"],
+  apply: (plan: Plan) => ({
+    ...plan,
+    ...(isGpu(plan.device) && { execute: graphExecute(plan.device) }),
+  }),
+};
