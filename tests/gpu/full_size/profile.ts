@@ -1,10 +1,10 @@
 /**
  * Where the time goes: each operator's share of the text encoders, of a step and of decoding, with random weights.
  *
- *     deno run -A tests/gpu/full_size/profile.ts --configs FLUX.1-schnell --device cuda --json profile.json
+ *     deno run -A tests/gpu/full_size/profile.ts --configs FLUX.1-schnell --device cuda --rungs 2 --json profile.json
  *
- * An event stands before and after each operator. "alone" is the part's time without them, "issued" what the host needs
- * to issue it: where the two are close, the GPU waits for the host.
+ * An event stands before and after each operator, which then run eagerly. "alone" is the part's time without them and as
+ * the recipes run it, "issued" what the host needs to issue it: where the two are close, the GPU waits for the host.
  */
 import { Command } from "@commander-js/extra-typings";
 import { FfiError } from "../../../ffi/errors.ts";
@@ -13,6 +13,8 @@ import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
 import { bfloat16 } from "../../../recipes/01_bfloat16.ts";
+import { compile } from "../../../recipes/02_compile.ts";
+import { fuseQkv } from "../../../recipes/03_fuse_qkv.ts";
 import { wholeNumber } from "../../../recipes/base/command_line.ts";
 import { positionIds } from "../../../recipes/base/latents.ts";
 import { Model } from "../../../recipes/base/model.ts";
@@ -22,6 +24,8 @@ import { compose, eagerPlan } from "../../../recipes/base/plan.ts";
 import { rotaryEmbedding } from "../../../recipes/base/rotary.ts";
 import { fluxTransformer } from "../../../recipes/base/transformer.ts";
 
+/** The recipes after 01_bfloat16, in the ladder's order. */
+const LADDER = [compile, fuseQkv];
 const PROMPT = "A cat playing with a ball of yarn";
 /** Lines of each part's table. */
 const MOST_LINES = 16;
@@ -31,6 +35,12 @@ const flags = new Command("profile")
   .option("--device <name>", "as for generate", "cuda")
   .option("--side <pixels>", "height and width", wholeNumber(64, 2048), 1024)
   .option("--tokens <n>", "T5 tokens", wholeNumber(1, 512), 256)
+  .option(
+    "--rungs <n>",
+    "how many of the ladder's recipes follow 01_bfloat16",
+    wholeNumber(0, LADDER.length),
+    0,
+  )
   .option("--runs <n>", "timed runs of each part", wholeNumber(1, 1000), 10)
   .option("--json <file>", "where all lines go as JSON")
   .parse(Deno.args, { from: "user" })
@@ -54,9 +64,11 @@ using opened = await openDevice(flags.device, { onWarning: console.error });
 if (!isGpu(opened)) throw new FfiError(`${opened.name} is no GPU`);
 const device: GpuDevice = opened;
 using model = await Model.random(flags.configs, device, "bf16");
-const plain = compose(eagerPlan(device, model.weights), bfloat16);
+const eager = eagerPlan(device, model.weights);
+const plain = compose(eager, bfloat16, ...LADDER.slice(0, flags.rungs));
+console.log(plain.recipes.join(", "));
 const timed: Timed[] = [];
-const watched = { ...plain, ops: watch(plain.ops) };
+const watched = { ...plain, ops: watch(plain.ops), execute: eager.execute };
 
 const [rows, columns] = [flags.side / 16, flags.side / 16];
 const { transformer: config } = model.configs;
@@ -73,6 +85,7 @@ const given = {
 const parts = {
   clip: (plan: typeof plain) => new FluxPipeline(model, plan).encodeClip([PROMPT], 1),
   t5: (plan: typeof plain) => new FluxPipeline(model, plan).encodeT5([PROMPT], 1, flags.tokens),
+  // Nothing of this changes from run to run, so that none of it has to be an input.
   step: (plan: typeof plain) =>
     plan.execute(plan, "step", [], () => fluxTransformer(config, plan.weights.transformer, plan.ops, given)),
   decode: (plan: typeof plain) =>
