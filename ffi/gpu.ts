@@ -84,6 +84,12 @@ export interface GpuDevice extends Device {
   /** Runs the plan in a library and returns true, or returns false where none takes these dtypes and sizes. */
   attention(plan: AttentionPlan): boolean;
 
+  /**
+   * Runs `body`. Where a library proposes several algorithms for work that it has not done before, they are timed on the
+   * work's own memory and the fastest is kept, in the cache too; outside of this the library's own guess is taken.
+   */
+  measuring<T>(body: () => T): T;
+
   /** Marks the end of the work issued so far. */
   event(): GpuEvent;
   /**

@@ -14,4 +14,12 @@ export interface CudaContext {
    * @throws {OutOfMemoryError}
    */
   workspace(bytes: number): bigint;
+  /**
+   * Index of the way to do some work that is to be taken: 0, or inside of {@link GpuDevice.measuring} that of the fastest,
+   * which is kept in the cache under `key` (the library's version and the work).
+   *
+   * @param ways called where they have to be measured; each issues the work once, to the same memory, and returns false
+   *   where the library refuses it
+   */
+  choose(key: string, ways: () => readonly (() => boolean)[]): number;
 }

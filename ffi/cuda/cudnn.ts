@@ -22,6 +22,12 @@ const ATTENTION_VERSION = 91301;
 /** Alignments above this make no difference to engines. */
 const MAX_ALIGNMENT = 16;
 
+/** Plans that are measured, at most: some engines compile for a second. */
+const MEASURED = 5;
+
+/** Where the tensors of a graph are. */
+type Addresses = readonly (readonly [id: number, pointer: bigint])[];
+
 /** A cuDNN handle and what plans for its GPU. */
 interface Session {
   readonly handle: bigint;
@@ -73,19 +79,20 @@ export class Cudnn implements Disposable {
     const key = `conv ${text(input)} ${text(filter)} ${shift && text(shift)} ${
       text(result)
     } ${stride} ${padding}`;
-    this.context.driver.enter();
-    let prepared = this.#plans.get(key);
-    if (prepared === undefined) {
-      const { planner } = this.#session;
-      prepared = named(key, () => planner.conv(layouts));
-      this.#plans.set(key, prepared);
-    }
-    this.#execute(key, prepared, [
+    const addresses = [
       [ID.x, x.pointer],
       [ID.weight, weight.pointer],
       [ID.out, out.pointer],
       ...(bias === undefined ? [] : [[ID.bias, bias.pointer] as const]),
-    ]);
+    ] as const;
+    this.context.driver.enter();
+    let prepared = this.#plans.get(key);
+    if (prepared === undefined) {
+      const { planner } = this.#session;
+      prepared = named(key, () => planner.conv(layouts, (plans) => this.#fastest(key, plans, addresses)));
+      this.#plans.set(key, prepared);
+    }
+    this.#execute(key, prepared, addresses);
   }
 
   /**
@@ -153,10 +160,43 @@ export class Cudnn implements Disposable {
     return this.#opened;
   }
 
+  /** The plan that the device chooses; only the first is built where it does not measure. */
+  #fastest(
+    key: string,
+    plans: Iterator<ExecutionPlan>,
+    addresses: Addresses,
+  ): ExecutionPlan | undefined {
+    const built: ExecutionPlan[] = [];
+    const build = (count: number) => {
+      while (built.length < count) {
+        const { value, done } = plans.next();
+        if (done) return;
+        built.push(value);
+      }
+    };
+    const runs = (plan: ExecutionPlan) => () => {
+      try {
+        this.#execute(key, plan, addresses);
+        return true;
+      } catch (error) {
+        if (!(error instanceof CudnnError && error.unsupported)) throw error;
+        return false;
+      }
+    };
+    const index = this.context.choose(`cuDNN ${this.version} ${key}`, () => {
+      build(MEASURED);
+      return built.map(runs);
+    });
+    build(index + 1);
+    const chosen = built[index] ?? built[0];
+    for (const plan of built) if (plan !== chosen) plan[Symbol.dispose]();
+    return chosen;
+  }
+
   #execute(
     key: string,
     plan: ExecutionPlan,
-    addresses: readonly (readonly [id: number, pointer: bigint])[],
+    addresses: Addresses,
   ): void {
     const workspace = plan.workspaceBytes === 0 ? 0n : this.context.workspace(plan.workspaceBytes);
     using pack = variantPack(this.#backend, addresses, workspace);

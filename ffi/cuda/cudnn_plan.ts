@@ -78,6 +78,22 @@ const NARROW_INPUTS: readonly number[] = [
   HEADER.CUDNN_NUMERICAL_NOTE_DOWN_CONVERT_INPUTS,
 ];
 
+/** Takes one of the plans, and disposes of the others that it asked for; undefined where there are none. */
+export type Choose = (plans: Iterator<ExecutionPlan>) => ExecutionPlan | undefined;
+
+const first: Choose = (plans) => {
+  const { value } = plans.next();
+  return value ?? undefined;
+};
+
+/** What a search for plans has met on its way. */
+interface Tried {
+  /** Why there may be none. */
+  problem: CudnnError;
+  /** The one that wants the least scratch of those that want too much. */
+  smallest: ExecutionPlan | undefined;
+}
+
 /** Makes a finalized descriptor, which lives as long as the plan that it is made for. */
 type Make = (type: DescriptorType, attributes: Attributes) => Descriptor;
 
@@ -97,12 +113,13 @@ export class CudnnPlanner implements Disposable {
    * A convolution with sums in f32; the bias is added before the result is rounded. With f32 tensors no engine is
    * taken of which cuDNN notes that it uses tensor cores (TF32), narrower inputs or narrower reductions.
    *
+   * @param choose which of the plans that cuDNN proposes is taken; the first when left out.
    * @throws {CudnnError} where no engine takes it
    */
-  conv(layouts: ConvLayouts): ExecutionPlan {
+  conv(layouts: ConvLayouts, choose: Choose = first): ExecutionPlan {
     const { x, weight, bias, out } = withOrderedStrides(layouts);
     const { stride, padding: [top, left, bottom, right] } = layouts;
-    return this.#plan(x.dtype === "f32" ? NARROW_INPUTS : NARROW_SUMS, (make) => {
+    return this.#plan(x.dtype === "f32" ? NARROW_INPUTS : NARROW_SUMS, choose, (make) => {
       const result = make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(ID.out, out));
       // What lies between the product and the bias is never in memory, so it can stay f32.
       const product = bias === undefined ? result : make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", {
@@ -156,7 +173,7 @@ export class CudnnPlanner implements Disposable {
    * @throws {CudnnError} where no engine takes it
    */
   attention({ q, k, v, out }: AttentionLayouts): ExecutionPlan {
-    return this.#plan(NARROW_SUMS, (make) => {
+    return this.#plan(NARROW_SUMS, first, (make) => {
       const heads = (id: number, layout: Layout) =>
         descriptors(make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(id, headsFirst(layout))));
       const scale = make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", {
@@ -178,11 +195,15 @@ export class CudnnPlanner implements Disposable {
   }
 
   /**
-   * A plan for the graph of the operations that `describe` makes: the first engine configuration that the heuristics
-   * propose (the best first, then the fallbacks), that has none of the notes in `refused` and that can be built. One
-   * that wants a lot of scratch is taken only where all do.
+   * A plan for the graph of the operations that `describe` makes: of the engine configurations that the heuristics
+   * propose (the best first, then the fallbacks), that have none of the notes in `refused`, that can be built and do not
+   * want a lot of scratch, the one that is chosen. Where all want a lot, it is the one that wants least.
    */
-  #plan(refused: readonly number[], describe: (make: Make) => readonly Descriptor[]): ExecutionPlan {
+  #plan(
+    refused: readonly number[],
+    choose: Choose,
+    describe: (make: Make) => readonly Descriptor[],
+  ): ExecutionPlan {
     // cuDNN keeps what a plan refers to, so all but the plan can go.
     using made = new DisposableStack();
     const make: Make = (type, attributes) => made.use(this.backend.make(type, attributes));
@@ -190,8 +211,24 @@ export class CudnnPlanner implements Disposable {
       CUDNN_ATTR_OPERATIONGRAPH_OPS: descriptors(...describe(make)),
       ...("handle" in this.target && { CUDNN_ATTR_OPERATIONGRAPH_HANDLE: handleValue(this.target.handle) }),
     });
-    let problem = new CudnnError("cuDNN: no engine takes this", HEADER.CUDNN_STATUS_NOT_SUPPORTED);
-    let smallest: ExecutionPlan | undefined;
+    const tried: Tried = {
+      problem: new CudnnError("cuDNN: no engine takes this", HEADER.CUDNN_STATUS_NOT_SUPPORTED),
+      smallest: undefined,
+    };
+    const plan = choose(this.#plans(graph, refused, made, tried));
+    if (plan === undefined && tried.smallest === undefined) throw tried.problem;
+    if (plan === undefined) return tried.smallest!;
+    if (tried.smallest !== plan) tried.smallest?.[Symbol.dispose]();
+    return plan;
+  }
+
+  /** The plans that need little scratch, in the order of the heuristics. What else was found goes into `tried`. */
+  *#plans(
+    graph: Descriptor,
+    refused: readonly number[],
+    made: DisposableStack,
+    tried: Tried,
+  ): Generator<ExecutionPlan> {
     for (const config of this.#configs(graph, made)) {
       const notes = numericalNotes(this.backend, config);
       if (notes.some((note) => refused.includes(note))) continue;
@@ -201,19 +238,15 @@ export class CudnnPlanner implements Disposable {
       } catch (error) {
         if (!(error instanceof CudnnError)) throw error;
         // What went wrong says more than what is not supported.
-        if (problem.unsupported) problem = error;
+        if (tried.problem.unsupported) tried.problem = error;
         continue;
       }
-      if (smallest === undefined || plan.workspaceBytes < smallest.workspaceBytes) {
-        smallest?.[Symbol.dispose]();
-        smallest = plan;
-      } else {
-        plan[Symbol.dispose]();
-      }
-      if (smallest.workspaceBytes <= MAX_WORKSPACE_BYTES) return smallest;
+      if (plan.workspaceBytes <= MAX_WORKSPACE_BYTES) yield plan;
+      else if (tried.smallest === undefined || plan.workspaceBytes < tried.smallest.workspaceBytes) {
+        tried.smallest?.[Symbol.dispose]();
+        tried.smallest = plan;
+      } else plan[Symbol.dispose]();
     }
-    if (smallest === undefined) throw problem;
-    return smallest;
   }
 
   #build(config: Descriptor, numericalNotes: readonly number[]): ExecutionPlan {

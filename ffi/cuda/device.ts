@@ -21,6 +21,7 @@ import type { CudaContext } from "./context.ts";
 import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
 import { type Driver, HEADER } from "./driver.ts";
+import { fastest } from "./measure.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
 import { ALIGNMENT, Segment } from "./segment.ts";
 import { Staging } from "./staging.ts";
@@ -108,6 +109,7 @@ export class CudaDevice implements GpuDevice {
   #workspaceBytes = 0;
   #peak = 0;
   #recording = false;
+  #measuring = false;
   /** The recorded graphs that are in use. */
   readonly #graphs = new Set<CudaGraph>();
 
@@ -175,6 +177,7 @@ export class CudaDevice implements GpuDevice {
       stream: this.#stream,
       capability: this.#capability,
       workspace: (bytes) => this.#workspace(bytes),
+      choose: (key, ways) => this.#choose(key, ways),
     };
     this.#extra.set([
       BigInt(HEADER.CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT),
@@ -342,6 +345,16 @@ export class CudaDevice implements GpuDevice {
     this.#driver.launchKernel(kernel.handle, this.#grid, this.#block, shared, this.#stream, extra, name);
   }
 
+  measuring<T>(body: () => T): T {
+    const before = this.#measuring;
+    this.#measuring = true;
+    try {
+      return body();
+    } finally {
+      this.#measuring = before;
+    }
+  }
+
   event(): GpuEvent {
     this.#checkOpen();
     this.#refuseRecording("an event");
@@ -483,6 +496,15 @@ export class CudaDevice implements GpuDevice {
           "--disable_bf16), or closing other programs that use the GPU (nvidia-smi lists them) leave more.",
       },
     );
+  }
+
+  /** See {@link CudaContext.choose}. */
+  #choose(key: string, ways: () => readonly (() => boolean)[]): number {
+    if (!this.#measuring || this.#recording) return 0;
+    const measure = () => Uint8Array.of(fastest(this.context, ways()));
+    const driver = this.#driver.driverGetVersion().join(".");
+    const [index] = this.#cache?.get(["choice", this.#gpuName, driver, key], measure) ?? measure();
+    return index;
   }
 
   /** See {@link CudaContext.workspace}. Recorded work keeps the piece that it was recorded with. */
