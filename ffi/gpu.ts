@@ -63,6 +63,8 @@ export interface Graph extends Disposable {
 
 /** What a GPU says of itself that launches depend on. */
 export interface GpuLimits {
+  /** What its compiler calls it, e.g. `"sm_90a"`: for kernels with instructions that only some GPUs have. */
+  readonly architecture: string;
   readonly multiprocessors: number;
   /** Threads that run in step: 32 on NVIDIA GPUs, 64 on AMD's compute GPUs. */
   readonly warpSize: number;

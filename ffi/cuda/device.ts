@@ -146,6 +146,7 @@ export class CudaDevice implements GpuDevice {
       attribute(HEADER.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
     ];
     this.limits = {
+      architecture: architecture(this.#capability),
       multiprocessors: attribute(HEADER.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
       warpSize: attribute(HEADER.CU_DEVICE_ATTRIBUTE_WARP_SIZE),
       sharedBytesPerBlock: attribute(HEADER.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
@@ -192,7 +193,7 @@ export class CudaDevice implements GpuDevice {
   properties(): DeviceProperties {
     this.#checkOpen();
     const [major, minor] = this.#capability;
-    const compiler = versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.#arch}`);
+    const compiler = versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
     return {
       description: `${this.#gpuName}, ${gibibytes(this.#totalBytes)}, compute capability ${major}.${minor}`,
       providers: {
@@ -305,7 +306,7 @@ export class CudaDevice implements GpuDevice {
     this.#checkOpen();
     let module = this.#modules.get(source.text);
     if (module === undefined) {
-      const cubin = this.#compiler.compile(source, this.#arch, this.#cache);
+      const cubin = this.#compiler.compile(source, this.limits.architecture, this.#cache);
       module = { handle: this.#driver.moduleLoadData(cubin, source.name), kernels: new Map() };
       this.#modules.set(source.text, module);
     }
@@ -436,10 +437,6 @@ export class CudaDevice implements GpuDevice {
   }
 
   // -- helpers --
-
-  get #arch(): string {
-    return architecture(this.#capability);
-  }
 
   get #compiler(): Nvrtc {
     return this.#nvrtc ??= new Nvrtc(this.#driver.driverGetVersion()[0]);

@@ -35,7 +35,7 @@ function launchesOf(body: (tensor: (shape: readonly number[], dtype: DType) => T
   const gpu = {
     kind: "cuda",
     name: "null GPU",
-    limits: { multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
+    limits: { architecture: "", multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
     alloc: (byteLength: number): Memory => ({ device: gpu, pointer: 1n << 40n, byteLength }),
     scope: <T>(inner: () => T): T => scopes.run(inner),
     kernel: ({ text }: KernelSource) => ({ name: text }),

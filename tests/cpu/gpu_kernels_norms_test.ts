@@ -78,7 +78,7 @@ Deno.test("rowLaunch: threads cover every row, in whole warps or even parts of o
     fc.constantFrom(1, 132, 2000),
   ] as const;
   fc.assert(fc.property(...sizes, (rows, vectors, warpSize, multiprocessors) => {
-    const limits = { multiprocessors, warpSize, sharedBytesPerBlock: 0 };
+    const limits = { architecture: "", multiprocessors, warpSize, sharedBytesPerBlock: 0 };
     const { constants: { THREADS, BLOCK, VECTORS }, grid, block } = rowLaunch(limits, rows, vectors);
     assert.equal(block, BLOCK);
     assert.ok(BLOCK <= 1024 && BLOCK % warpSize === 0 && BLOCK % THREADS === 0);

@@ -107,7 +107,12 @@ interface EmulatedKernel extends GpuKernel {
 class EmulatedGpu implements GpuDevice {
   readonly kind = "cuda";
   readonly name = "cuda:emulated";
-  readonly limits: GpuLimits = { multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 227 * 1024 };
+  readonly limits: GpuLimits = {
+    architecture: "emulated",
+    multiprocessors: 132,
+    warpSize: 32,
+    sharedBytesPerBlock: 227 * 1024,
+  };
   readonly #runtime: OpenedLibrary<typeof RUNTIME>;
   readonly #kernels = new Map<string, EmulatedKernel>();
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
