@@ -14,8 +14,8 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { encodePng, parametersText } from "./base/image.ts";
 import { loadModel } from "./base/loading.ts";
+import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
 import { createPictureParser, kindOf, recipesFor, refuseImage } from "./switches.ts";
@@ -72,17 +72,7 @@ async function generateImage(args: string[]): Promise<void> {
     },
   }).finally(() => bar?.stop());
 
-  const parameters = parametersText({
-    prompt: flags.prompt,
-    steps: settings.numInferenceSteps,
-    seed: settings.seed,
-    width: settings.width,
-    height: settings.height,
-    model: model.name,
-    ...(model.configs.transformer.guidance_embeds ? { guidance: settings.guidanceScale } : {}),
-    extra: { Recipes: plan.recipes.join(" "), Software: "flux-recipes" },
-  });
-  const png = await encodePng(picture.rgb, picture.width, picture.height, { parameters });
+  const png = await encodePicture(picture, { prompt: flags.prompt, settings, model, plan });
   await writeInterruptibly(output, png);
 
   const seconds = (performance.now() - started) / 1000;

@@ -125,7 +125,7 @@ export function createParser(name: string, description: string) {
       "--random-weights",
       "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
     )
-    .option("--json", "print one JSON object instead of a line")
+    .option("--json", "print one JSON object instead of text")
     .option("--verbose", "say what runs where, and how long each part took")
     .configureOutput({ outputError: (text, write) => write(text) })
     .showHelpAfterError("(--help lists all flags with examples)")
@@ -154,6 +154,16 @@ export function drawingOptions(flags: CommonFlags): GenerateOptions {
 export function definedOnly<T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as {
     [K in keyof T]?: Exclude<T[K], undefined>;
+  };
+}
+
+/** Tells `note` each message once: several pictures give the same warnings. */
+export function onlyOnce(note: (message: string) => void): (message: string) => void {
+  const told = new Set<string>();
+  return (message) => {
+    if (told.has(message)) return;
+    told.add(message);
+    note(message);
   };
 }
 

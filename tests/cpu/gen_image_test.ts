@@ -1,34 +1,17 @@
 /** The program as a user runs it: a process of its own, with the permissions that the task gives it. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import { readPngText } from "../../recipes/base/image.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
 import { LADDER } from "../../recipes/switches.ts";
 import { withModelCopy } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
+import { ROOT, runTask, taskCommand } from "../support/programs.ts";
 
-const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const MODEL = goldenPath("schnell-like");
 
-/** The command line of the task `generate`, so that its permissions are what is tested. */
-const TASK: string = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks.generate.command;
-
-function command(args: readonly string[]): Deno.Command {
-  const [program, ...flags] = TASK.split(" ");
-  return new Deno.Command(program, {
-    args: [...flags, ...args],
-    cwd: ROOT,
-    stdout: "piped",
-    stderr: "piped",
-  });
-}
-
-async function run(...args: string[]) {
-  const { code, stdout, stderr } = await command(args).output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-  return { code, stdout: text(stdout), stderr: text(stderr) };
-}
+const command = (args: readonly string[]) => taskCommand("generate", args);
+const run = (...args: string[]) => runTask("generate", ...args);
 
 /** Calls with the flags of recipes that are not written yet. */
 const UNWRITTEN = LADDER.filter(({ recipe }) => recipe === undefined).map((
