@@ -62,6 +62,14 @@ export function pngPath(text: string): string {
   return userPath(text);
 }
 
+/** A path of an SVG to write. */
+export function svgPath(text: string): string {
+  if (!/\.svg$/i.test(text)) {
+    throw new InvalidArgumentError("Charts are written as SVG: name it something.svg.");
+  }
+  return userPath(text);
+}
+
 function deviceName(text: string): string {
   if (!/^(cpu|(cuda|hip)(:\d+)?)$/.test(text)) {
     throw new InvalidArgumentError("Known devices are cpu, cuda, cuda:N, hip and hip:N.");
@@ -180,13 +188,12 @@ export async function writeInterruptibly(path: string, bytes: Uint8Array): Promi
 }
 
 /**
- * Runs a program and returns its exit code: 0, 2 for a wrong call, 1 for any other failure that has a
- * {@link FluxError}. Anything else is a bug and keeps its stack trace.
+ * Runs a program and returns its exit code: the one that it returns or 0, 2 for a wrong call, 1 for any other failure
+ * that has a {@link FluxError}. Anything else is a bug and keeps its stack trace.
  */
-export async function runProgram(name: string, program: () => Promise<void>): Promise<number> {
+export async function runProgram(name: string, program: () => Promise<number | void>): Promise<number> {
   try {
-    await program();
-    return 0;
+    return await program() ?? 0;
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2; // commander has printed already
     if (!(error instanceof FluxError)) throw error;
