@@ -184,10 +184,10 @@ Deno.test("ladder --json gives every number, and no NaN", () =>
     });
     assert.deepEqual([report.seed, report.runs, report.numInferenceSteps], ["-1", 2, 2]);
     assert.deepEqual(report.rungs.map(({ recipes }: Measured) => recipes), NAMES);
-    for (const { recipes, milliseconds, memory, speedup, psnr, equal } of report.rungs) {
+    for (const { recipes, exact, milliseconds, memory, speedup, psnr, equal } of report.rungs) {
       assert.ok(milliseconds.whole.median > 0 && memory.peak > 0 && speedup > 0);
       assert.equal(milliseconds.steps.length, 2);
-      assert.ok(equal ? psnr === undefined : psnr > 20, `${recipes}: ${psnr} dB`);
+      assert.ok(equal ? psnr === undefined : psnr > (exact ? 20 : 5), `${recipes}: ${psnr} dB`);
       if (recipes.length === 1) assert.equal(equal, recipes[0] === "01_bfloat16");
     }
     // Each rung has a device of its own: bfloat16's peak is not float32's.
