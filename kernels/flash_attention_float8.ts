@@ -21,7 +21,12 @@ export function hasFlashAttentionFloat8({ limits }: GpuDevice): boolean {
 }
 
 /** Whether {@link flashAttentionFloat8} can take the place of this call of attention. */
-export function flashAttentionFloat8Takes(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions): boolean {
+export function flashAttentionFloat8Takes(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  options: AttentionOptions,
+): boolean {
   return options.bias === undefined && !options.causal && q.size > 0 && k.size > 0 &&
     [q, k, v].every(({ dtype, shape }) => dtype === "bf16" && shape[3] === TILE);
 }
@@ -52,7 +57,9 @@ export function flashAttentionFloat8(
   if (gpu === undefined || !hasFlashAttentionFloat8(gpu)) {
     throw new ShapeError(`flashAttentionFloat8: ${q.device.name} is no Hopper GPU`);
   }
-  if (out.size === 0 || keys === 0) throw new ShapeError(`flashAttentionFloat8: nothing to attend in ${q}, ${k}`);
+  if (out.size === 0 || keys === 0) {
+    throw new ShapeError(`flashAttentionFloat8: nothing to attend in ${q}, ${k}`);
+  }
   gpu.scope(() => {
     const [qTiles, kTiles, vTiles] = ([["query", q], ["key", k], ["value", v]] as const).map(([kind, x]) =>
       attentionTiles(gpu, kind, x)

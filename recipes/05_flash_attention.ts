@@ -37,9 +37,12 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
         });
       }
       if (plan.weights.transformer.get("x_embedder.weight").dtype !== "bf16") {
-        throw new UsageError("05_flash_attention needs 01_bfloat16 before it: float8 attention gives bfloat16", {
-          hint: "leave out --disable_bf16, or add --disable_fa3",
-        });
+        throw new UsageError(
+          "05_flash_attention needs 01_bfloat16 before it: float8 attention gives bfloat16",
+          {
+            hint: "leave out --disable_bf16, or add --disable_fa3",
+          },
+        );
       }
       if (provider === "cudnn" || !own) return plan;
       const attend: typeof attention = (q, k, v, options = {}) =>

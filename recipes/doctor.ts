@@ -9,15 +9,12 @@ import {
   type LibraryName,
   takeInventory,
 } from "../ffi/inventory.ts";
-import { baselineFp32 } from "./00_baseline_fp32.ts";
-import { bfloat16 } from "./01_bfloat16.ts";
 import { printLine, runProgram } from "./base/command_line.ts";
 import type { Recipe } from "./base/plan.ts";
+import { tableLines } from "./base/table.ts";
+import { writtenRecipes } from "./switches.ts";
 
 const NAME = "doctor";
-
-/** The recipes that are written, in the ladder's order. */
-const RECIPES: readonly Recipe[] = [baselineFp32, bfloat16];
 
 /** What a kind of device needs, and what makes it faster. */
 const NEEDS = {
@@ -40,7 +37,7 @@ export interface Readiness {
 }
 
 /** What each recipe lacks here, on each kind of device that it is for. */
-export function readiness(inventory: Inventory, recipes: readonly Recipe[] = RECIPES): Readiness[] {
+export function readiness(inventory: Inventory, recipes: readonly Recipe[] = writtenRecipes()): Readiness[] {
   const absent = (name: LibraryName) =>
     inventory.libraries.find((library) => library.name === name)?.problem !== undefined;
   return recipes.flatMap(({ name, devices }) =>
@@ -59,16 +56,16 @@ export function describe(inventory: Inventory, recipes: readonly Readiness[]): s
   const gaps = [...new Set(recipes.flatMap(({ missing, fasterWith }) => [...missing, ...fasterWith]))];
   return [
     "Libraries",
-    ...table(libraries.map(libraryRow)),
+    ...tableLines(libraries.map(libraryRow)),
     "",
     "GPUs",
-    ...(gpus.length === 0 ? ["  none: --device cpu works without one"] : table(gpus.map(gpuRow))),
+    ...(gpus.length === 0 ? ["  none: --device cpu works without one"] : tableLines(gpus.map(gpuRow))),
     ...(gpus.length === 0 ? [] : [`  ${driver}`]),
     "",
     "Recipes",
-    ...table(recipes.map(recipeRow)),
+    ...tableLines(recipes.map(recipeRow)),
     ...(gaps.length === 0 ? [] : ["", "To install"]),
-    ...table(gaps.map((name) => [name, libraries.find((library) => library.name === name)!.install])),
+    ...tableLines(gaps.map((name) => [name, libraries.find((library) => library.name === name)!.install])),
   ].join("\n");
 }
 
@@ -90,14 +87,6 @@ function gpuRow({ device, description, memoryBytes, computeCapability }: FoundGp
 function recipeRow({ recipe, device, ready, missing, fasterWith }: Readiness): string[] {
   const faster = fasterWith.length === 0 ? "" : ` (faster with ${fasterWith.join(", ")})`;
   return [recipe, device, ready ? `ready${faster}` : `needs ${missing.join(", ")}`];
-}
-
-/** Lines with aligned columns; the last one may be long. */
-function table(rows: readonly (readonly string[])[]): string[] {
-  const widths = (rows[0] ?? []).map((_, column) => Math.max(...rows.map((row) => row[column].length)));
-  return rows.map((row) =>
-    `  ${row.map((cell, column) => cell.padEnd(widths[column])).join("  ")}`.trimEnd()
-  );
 }
 
 function runDoctor(args: string[]): Promise<void> {

@@ -1,24 +1,24 @@
 /**
  * Draws one picture: `deno task generate --prompt "..."`. The flags are flux-fast's.
  */
-import { checkWritable, writeFileAtomic } from "../ffi/files.ts";
+import { Option } from "@commander-js/extra-typings";
+import { checkWritable } from "../ffi/files.ts";
 import { openDevice } from "../ffi/open.ts";
-import { baselineFp32 } from "./00_baseline_fp32.ts";
-import { bfloat16 } from "./01_bfloat16.ts";
 import {
-  createParser,
-  EMBEDDED_MODEL,
+  definedOnly,
+  drawingOptions,
   gigabytes,
   printLine,
   Progress,
-  refuseLaterFlags,
   runProgram,
+  writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { encodePng, parametersText } from "./base/image.ts";
-import { Model } from "./base/model.ts";
+import { loadModel } from "./base/loading.ts";
+import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
+import { createPictureParser, kindOf, recipesFor, refuseImage } from "./switches.ts";
 
 const EXAMPLES = `
 Examples:
@@ -32,17 +32,17 @@ Examples:
 const NAME = "gen_image";
 
 async function generateImage(args: string[]): Promise<void> {
-  refuseLaterFlags(args);
-  const flags = createParser(NAME, "Draws a picture from a prompt with FLUX.1.")
+  const flags = createPictureParser(NAME, "Draws a picture from a prompt with FLUX.1.")
+    .addOption(new Option("--trace-file <file>").hideHelp())
     .addHelpText("after", EXAMPLES)
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  if (flags.image !== undefined) {
-    throw new UsageError(
-      "--image is for FLUX.1-Kontext checkpoints, which this version does not edit with yet",
-    );
+  if (flags.traceFile !== undefined) {
+    throw new UsageError("--trace-file is for benchmarks", { hint: "deno task benchmark --trace-file ..." });
   }
+  refuseImage(flags);
+  const recipes = recipesFor(flags, kindOf(flags.device));
   const output = flags.outputFile;
   await checkWritable(output); // before minutes of work, not after
   const started = performance.now();
@@ -53,19 +53,9 @@ async function generateImage(args: string[]): Promise<void> {
     onWarning: note,
   });
   const loadStart = performance.now();
-  const folder = flags.ckpt ?? EMBEDDED_MODEL;
-  let loading: Progress | undefined;
-  using model = flags.randomWeights
-    ? await Model.random(folder, device, flags.disable_bf16 ? "f32" : "bf16")
-    : await Model.load(folder, device, {
-      onProgress: ({ loadedBytes, totalBytes }) => {
-        loading ??= new Progress("loading", totalBytes, "bytes");
-        loading.update(loadedBytes);
-      },
-      onWarning: note,
-    }).finally(() => loading?.stop());
+  using model = await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;
-  const plan = compose(eagerPlan(device, model.weights), flags.disable_bf16 ? baselineFp32 : bfloat16);
+  const plan = compose(eagerPlan(device, model.weights), ...recipes);
   if (flags.verbose) {
     const { description, providers } = device.properties();
     note(`${model.name} on ${device.name} (${description}), ${plan.recipes.join(", ")}`);
@@ -74,15 +64,7 @@ async function generateImage(args: string[]): Promise<void> {
 
   let bar: Progress | undefined;
   const { images: [picture], settings, milliseconds } = await new FluxPipeline(model, plan).generate({
-    prompt: flags.prompt,
-    seed: flags.seed,
-    ...definedOnly({
-      height: flags.height,
-      width: flags.width,
-      numInferenceSteps: flags.num_inference_steps,
-      guidanceScale: flags.guidance_scale,
-      maxSequenceLength: flags.max_sequence_length,
-    }),
+    ...drawingOptions(flags),
     onWarning: note,
     onProgress: ({ step, steps }) => {
       bar ??= new Progress("denoising", steps, "steps");
@@ -90,17 +72,7 @@ async function generateImage(args: string[]): Promise<void> {
     },
   }).finally(() => bar?.stop());
 
-  const parameters = parametersText({
-    prompt: flags.prompt,
-    steps: settings.numInferenceSteps,
-    seed: settings.seed,
-    width: settings.width,
-    height: settings.height,
-    model: model.name,
-    ...(model.configs.transformer.guidance_embeds ? { guidance: settings.guidanceScale } : {}),
-    extra: { Recipes: plan.recipes.join(" "), Software: "flux-recipes" },
-  });
-  const png = await encodePng(picture.rgb, picture.width, picture.height, { parameters });
+  const png = await encodePicture(picture, { prompt: flags.prompt, settings, model, plan });
   await writeInterruptibly(output, png);
 
   const seconds = (performance.now() - started) / 1000;
@@ -130,25 +102,6 @@ async function generateImage(args: string[]): Promise<void> {
   } else {
     printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
   }
-}
-
-/** Ctrl-C while the file is written leaves no part of it behind; before that it ends the program at once. */
-async function writeInterruptibly(path: string, bytes: Uint8Array): Promise<void> {
-  const controller = new AbortController();
-  const stop = () => controller.abort(new UsageError("stopped; no file was written"));
-  Deno.addSignalListener("SIGINT", stop);
-  try {
-    await writeFileAtomic(path, bytes, { signal: controller.signal });
-  } finally {
-    Deno.removeSignalListener("SIGINT", stop);
-  }
-}
-
-/** Without the keys that are undefined, so that defaults apply. */
-function definedOnly<T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
-  return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as {
-    [K in keyof T]?: Exclude<T[K], undefined>;
-  };
 }
 
 if (import.meta.main) Deno.exit(await runProgram(NAME, () => generateImage(Deno.args)));

@@ -193,7 +193,9 @@ export class CudaDevice implements GpuDevice {
   properties(): DeviceProperties {
     this.#checkOpen();
     const [major, minor] = this.#capability;
-    const compiler = versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
+    const compiler = versionOr(() =>
+      `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`
+    );
     return {
       description: `${this.#gpuName}, ${gibibytes(this.#totalBytes)}, compute capability ${major}.${minor}`,
       providers: {

@@ -7,27 +7,15 @@ import { SingleBar } from "cli-progress";
 import process from "node:process";
 import { isAbsolute, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
+import { writeFileAtomic } from "../../ffi/files.ts";
 import { FileError, FluxError, messageOf, UsageError } from "./errors.ts";
-import { MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
+import { type GenerateOptions, MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
 
 /** The repository's folder. */
 const ROOT = fileURLToPath(new URL("../..", import.meta.url)).replace(/\/$/, "");
 
 /** The model that the repository carries. */
 export const EMBEDDED_MODEL = join(ROOT, "models/tiny");
-
-/** flux-fast's switches whose recipes are not written yet, with the recipe that each belongs to. */
-const LATER_FLAGS: Readonly<Record<string, string>> = {
-  "--compile_export_mode": "02_compile and 08_export",
-  "--disable_fused_projections": "03_fuse_qkv",
-  "--disable_channels_last": "04_channels_last",
-  "--disable_fa3": "05_flash_attention",
-  "--disable_quant": "06_float8",
-  "--disable_inductor_tuning_flags": "07_tuning",
-  "--use-cached-model": "08_export",
-  "--disable_cache_dit": "09_first_block_cache",
-  "--trace-file": "run_benchmark",
-};
 
 /** A parser of option values for commander: whole numbers from `least` to `most`. */
 export function wholeNumber(least: number, most: number): (text: string) => number {
@@ -66,9 +54,18 @@ export function userPath(text: string): string {
   return resolve(atRoot ? Deno.env.get("INIT_CWD") ?? ROOT : Deno.cwd(), text);
 }
 
-function pngPath(text: string): string {
+/** A path of a PNG to write. */
+export function pngPath(text: string): string {
   if (!/\.png$/i.test(text)) {
     throw new InvalidArgumentError("Pictures are written as PNG: name it something.png.");
+  }
+  return userPath(text);
+}
+
+/** A path of an SVG to write. */
+export function svgPath(text: string): string {
+  if (!/\.svg$/i.test(text)) {
+    throw new InvalidArgumentError("Charts are written as SVG: name it something.svg.");
   }
   return userPath(text);
 }
@@ -94,7 +91,7 @@ export function defaultCacheDir(): string | undefined {
   return cache === undefined ? undefined : join(cache, "flux-recipes");
 }
 
-/** The flags that all programs have. */
+/** The flags that all programs which draw have. */
 export function createParser(name: string, description: string) {
   return new Command(name)
     .description(description)
@@ -104,7 +101,6 @@ export function createParser(name: string, description: string) {
       userPath,
     )
     .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
-    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option("--cache-dir <folder>", "where compiled kernels are kept", userPath, defaultCacheDir())
     .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
     .option(
@@ -112,7 +108,6 @@ export function createParser(name: string, description: string) {
       "denoising steps; default 4, and 28 for models with guidance (dev)",
       wholeNumber(1, MAX_STEPS),
     )
-    .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .addOption(
       new Option("--seed <n>", "random seed; the one that diffusers was given draws the same picture")
         .argParser(seedNumber)
@@ -134,37 +129,71 @@ export function createParser(name: string, description: string) {
       "T5 tokens; default 256, and 512 for models with guidance",
       wholeNumber(1, MAX_SEQUENCE_LENGTH),
     )
-    .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .option(
       "--random-weights",
       "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
     )
-    .option("--json", "print one JSON object instead of a line")
+    .option("--json", "print one JSON object instead of text")
     .option("--verbose", "say what runs where, and how long each part took")
     .configureOutput({ outputError: (text, write) => write(text) })
     .showHelpAfterError("(--help lists all flags with examples)")
     .exitOverride();
 }
 
-/** Throws a {@link UsageError} for flags of flux-fast that this version does not have yet. */
-export function refuseLaterFlags(args: readonly string[]): void {
-  for (const arg of args) {
-    if (arg === "--") return;
-    const flag = arg.split("=")[0];
-    if (Object.hasOwn(LATER_FLAGS, flag)) {
-      throw new UsageError(`${flag} is not available yet: it comes with recipe ${LATER_FLAGS[flag]}`);
-    }
+/** What {@link createParser} parses. */
+export type CommonFlags = ReturnType<ReturnType<typeof createParser>["opts"]>;
+
+/** What to draw, from the flags; what was not given is left to the pipeline's defaults. */
+export function drawingOptions(flags: CommonFlags): GenerateOptions {
+  return {
+    prompt: flags.prompt,
+    seed: flags.seed,
+    ...definedOnly({
+      height: flags.height,
+      width: flags.width,
+      numInferenceSteps: flags.num_inference_steps,
+      guidanceScale: flags.guidance_scale,
+      maxSequenceLength: flags.max_sequence_length,
+    }),
+  };
+}
+
+/** Without the keys that are undefined, so that defaults apply. */
+export function definedOnly<T extends object>(values: T): { [K in keyof T]?: Exclude<T[K], undefined> } {
+  return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as {
+    [K in keyof T]?: Exclude<T[K], undefined>;
+  };
+}
+
+/** Tells `note` each message once: several pictures give the same warnings. */
+export function onlyOnce(note: (message: string) => void): (message: string) => void {
+  const told = new Set<string>();
+  return (message) => {
+    if (told.has(message)) return;
+    told.add(message);
+    note(message);
+  };
+}
+
+/** Ctrl-C while the file is written leaves no part of it behind; before that it ends the program at once. */
+export async function writeInterruptibly(path: string, bytes: Uint8Array): Promise<void> {
+  const controller = new AbortController();
+  const stop = () => controller.abort(new UsageError("stopped; no file was written"));
+  Deno.addSignalListener("SIGINT", stop);
+  try {
+    await writeFileAtomic(path, bytes, { signal: controller.signal });
+  } finally {
+    Deno.removeSignalListener("SIGINT", stop);
   }
 }
 
 /**
- * Runs a program and returns its exit code: 0, 2 for a wrong call, 1 for any other failure that has a
- * {@link FluxError}. Anything else is a bug and keeps its stack trace.
+ * Runs a program and returns its exit code: the one that it returns or 0, 2 for a wrong call, 1 for any other failure
+ * that has a {@link FluxError}. Anything else is a bug and keeps its stack trace.
  */
-export async function runProgram(name: string, program: () => Promise<void>): Promise<number> {
+export async function runProgram(name: string, program: () => Promise<number | void>): Promise<number> {
   try {
-    await program();
-    return 0;
+    return await program() ?? 0;
   } catch (error) {
     if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2; // commander has printed already
     if (!(error instanceof FluxError)) throw error;

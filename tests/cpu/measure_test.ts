@@ -1,70 +1,208 @@
-/** Choosing by measuring, on times that the test makes up. */
+/** Times, counted operations, PSNR and tables: the numbers that benchmarks print. */
 import assert from "node:assert/strict";
-import type { CudaContext } from "../../ffi/cuda/context.ts";
-import { fastest } from "../../ffi/cuda/measure.ts";
-import { openCuda } from "../../ffi/cuda/open.ts";
-import { testFakeCuda } from "../support/fake_cuda.ts";
+import fc from "fast-check";
+import { openDevice } from "../../ffi/open.ts";
+import { elementCount, type Tensor } from "../../ffi/tensor.ts";
+import { bfloat16 } from "../../recipes/01_bfloat16.ts";
+import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
+import { stepFlops, stepSize } from "../../recipes/base/flops.ts";
+import { measure, partStatistics, statistics } from "../../recipes/base/measure.ts";
+import { Model } from "../../recipes/base/model.ts";
+import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import { compose, eagerPlan, type Plan } from "../../recipes/base/plan.ts";
+import { psnr } from "../../recipes/base/psnr.ts";
+import { markdownLines, numberLines, tableLines } from "../../recipes/base/table.ts";
+import { encodeTrace, tracePicture } from "../../recipes/base/trace.ts";
+import { transformerConfigSchema } from "../../recipes/base/transformer.ts";
+import { goldenPath } from "../support/golden.ts";
 
-/** A context whose clock says, for each run, what the way that ran last says. */
-function contextWithClock(): { context: CudaContext; takes: (milliseconds: number) => void } {
-  let last = NaN;
-  const driver = {
-    eventCreate: () => 1n,
-    eventDestroy() {},
-    eventRecord() {},
-    eventSynchronize() {},
-    eventElapsedTime: () => last,
-    memsetD8Async() {},
-  };
-  const context = { driver, stream: 0n, workspace: () => 0n } as unknown as CudaContext;
-  return { context, takes: (milliseconds) => last = milliseconds };
+/** Runs `body` with a pipeline on the CPU; `change` may replace what it counts. */
+async function withPipeline(
+  folder: string,
+  change: (plan: Plan) => Plan,
+  body: (pipeline: FluxPipeline) => Promise<void>,
+): Promise<void> {
+  using device = await openDevice("cpu");
+  using model = await Model.load(folder, device);
+  await body(new FluxPipeline(model, change(compose(eagerPlan(device, model.weights), bfloat16))));
 }
 
-Deno.test("fastest: the lowest median wins, whatever single runs say", () => {
-  const { context, takes } = contextWithClock();
-  const runs = [0, 0, 0];
-  const ways = [[5, 1, 5, 5, 5, 1, 1], [4, 4, 4, 9, 4, 4, 9], [6]].map((times, way) => () => {
-    takes(times[runs[way]++ % times.length]);
-    return true;
-  });
-  assert.equal(fastest(context, ways), 1);
+Deno.test("statistics of hand-counted values, and of one", () => {
+  assert.deepEqual(statistics([4, 1, 3, 2]), { mean: 2.5, variance: 5 / 3, median: 2.5, min: 1, max: 4 });
+  assert.equal(statistics([5, 1, 9]).median, 5);
+  assert.deepEqual(statistics([7]), { mean: 7, variance: 0, median: 7, min: 7, max: 7 });
+  assert.throws(() => statistics([]), { name: "UsageError" });
 });
 
-Deno.test("fastest: the first of nearly equal ways, and none that is refused", () => {
-  const { context, takes } = contextWithClock();
-  const way = (milliseconds: number, works = true) => () => {
-    takes(milliseconds);
-    return works;
-  };
-  assert.equal(fastest(context, [way(1.005), way(1)]), 0);
-  assert.equal(fastest(context, [way(1.02), way(1)]), 1);
-  assert.equal(fastest(context, [way(0.1, false), way(3), way(2)]), 2);
+Deno.test("statistics keep their order, and do not change what they are given", () => {
+  fc.assert(
+    fc.property(fc.array(fc.double({ min: 0, max: 1e6, noNaN: true }), { minLength: 1 }), (values) => {
+      const before = [...values];
+      const { mean, variance, median, min, max } = statistics(values);
+      assert.deepEqual(values, before);
+      const slack = 1e-9 * (1 + max);
+      assert.ok(min <= median && median <= max && min - slack <= mean && mean <= max + slack);
+      assert.ok(variance >= 0 && variance <= (max - min) ** 2 + slack);
+    }),
+  );
 });
 
-testFakeCuda("cuda: a choice is measured once, where it is asked for, and kept", {}, () => {
-  const cacheDir = Deno.makeTempDirSync();
-  let runs = 0;
-  const ways = () =>
-    [1, 2].map(() => () => {
-      runs++;
-      return true;
+Deno.test("measure draws the warm-ups and the runs, and its parts add up to no more than the whole", () =>
+  withPipeline(goldenPath("schnell-like"), (plan) => plan, async (pipeline) => {
+    const done: number[] = [];
+    const { times, picture, settings } = await measure(
+      pipeline,
+      { prompt: "a", seed: 3, height: 32, width: 48, numInferenceSteps: 2 },
+      { warmups: 2, runs: 3, onPicture: (count) => done.push(count) },
+    );
+    assert.deepEqual(done, [0, 1, 2, 3, 4, 5]);
+    assert.equal(times.length, 3);
+    assert.deepEqual([picture.width, picture.height, settings.numInferenceSteps], [48, 32, 2]);
+    for (const { whole, text, steps, decode, postprocess } of times) {
+      assert.equal(steps.length, 2);
+      for (const part of [text, ...steps, decode, postprocess]) {
+        assert.ok(part > 0 && part < whole, `${part}`);
+      }
+      assert.ok(text + steps[0] + steps[1] + decode + postprocess <= whole);
+    }
+    const parts = partStatistics(times);
+    assert.equal(parts.steps.length, 2);
+    const all = times.flatMap(({ steps }) => steps);
+    assert.equal(parts.step.max, Math.max(...all));
+    assert.equal(parts.steps[1].min, Math.min(...times.map(({ steps }) => steps[1])));
+    const { images: [same] } = await pipeline.generate({
+      prompt: "a",
+      seed: 3,
+      height: 32,
+      width: 48,
+      numInferenceSteps: 2,
     });
-  for (const expected of [true, false]) {
-    using device = openCuda(0, { cacheDir });
-    const { context } = device;
-    assert.equal(context.choose("library 1 work", ways), 0);
-    assert.equal(runs, 0, "not outside of measuring");
-    device.measuring(() => context.choose("library 1 work", ways));
-    assert.equal(runs > 0, expected);
-    runs = 0;
-    assert.throws(() =>
-      device.measuring(() => {
-        throw new RangeError("stop");
-      }), RangeError);
-    context.choose("other work", ways);
-    assert.equal(runs, 0, "measuring ends with its body");
-    device.measuring(() => device.record(() => void context.choose("recorded work", ways)))[Symbol.dispose]();
-    assert.equal(runs, 0, "nothing is timed while work is recorded");
-  }
-  Deno.removeSync(cacheDir, { recursive: true });
+    assert.deepEqual(picture.rgb, same.rgb);
+    await assert.rejects(measure(pipeline, { prompt: "a", height: 32, width: 32 }, { warmups: 1, runs: 0 }), {
+      name: "UsageError",
+    });
+  }));
+
+Deno.test("FLUX.1's step has 56.2 TFLOP in Linear layers and 13.3 in attention", () => {
+  const config = transformerConfigSchema.parse({});
+  const size = { batch: 1, imageTokens: 4096, textTokens: 256 };
+  const { linear, attention } = stepFlops(config, size);
+  assert.equal((linear / 1e12).toFixed(1), "56.2");
+  assert.equal((attention / 1e12).toFixed(1), "13.3");
+  // By hand: 57 blocks of 12 hidden^2 multiplications a token; projections in and out; and for the picture as a whole
+  // modulations (19 of 12, 38 of 3 and one of 2 hidden^2), timestep and pooled text.
+  const hidden = 3072;
+  const blocks = 57 * 12 * hidden ** 2 * 4352;
+  const edges = 4096 * (64 + 64) * hidden + 256 * 4096 * hidden;
+  const whole = (19 * 12 + 38 * 3 + 2) * hidden ** 2 + (256 + 768) * hidden + 2 * hidden ** 2;
+  assert.equal(linear, 2 * (blocks + edges + whole));
+  assert.equal(attention, 2 * 57 * 24 * 2 * 4352 ** 2 * 128);
+  const twice = stepFlops(config, { ...size, batch: 2 });
+  assert.deepEqual(twice, { linear: 2 * linear, attention: 2 * attention });
 });
+
+for (const [name, folder] of [["tiny", EMBEDDED_MODEL], ["dev-like", goldenPath("dev-like")]]) {
+  Deno.test(`the counted operations are those that a step of ${name} does`, async () => {
+    let [linear, attention, inStep] = [0, 0, false];
+    const counting = (plan: Plan): Plan => {
+      const count = (x: Tensor, weight: Tensor) => {
+        if (inStep) linear += 2 * x.size * weight.shape[0];
+      };
+      const attend = (q: Tensor, k: Tensor) => {
+        if (inStep) attention += 4 * elementCount(q.shape) * k.shape[1];
+      };
+      return {
+        ...plan,
+        execute: (running, part, inputs, body) => {
+          inStep = part === "transformer";
+          return plan.execute(running, part, inputs, body);
+        },
+        ops: {
+          ...plan.ops,
+          linear: (x, weight, bias) => (count(x, weight), plan.ops.linear(x, weight, bias)),
+          linearGelu: (x, weight, bias) => (count(x, weight), plan.ops.linearGelu(x, weight, bias)),
+          linears: (x, layers) => {
+            for (const { weight } of layers) count(x, weight);
+            return plan.ops.linears(x, layers);
+          },
+          attention: (q, k, v, options) => (attend(q, k), plan.ops.attention(q, k, v, options)),
+          attentionBesideMlp: (q, k, v, mlp) => (attend(q, k), plan.ops.attentionBesideMlp(q, k, v, mlp)),
+        },
+      };
+    };
+    await withPipeline(folder, counting, async (pipeline) => {
+      const { settings } = await pipeline.generate({
+        prompt: "a",
+        height: 64,
+        width: 32,
+        numInferenceSteps: 1,
+        maxSequenceLength: 24,
+      });
+      const { configs } = pipeline.model;
+      const size = stepSize(configs, settings);
+      assert.equal(size.textTokens, 24);
+      assert.deepEqual(stepFlops(configs.transformer, size), { linear, attention });
+      assert.ok(linear > 0 && attention > 0);
+    });
+  });
+}
+
+Deno.test("PSNR of hand-counted pictures; equal ones are infinitely close; others need one size", () => {
+  const black = new Uint8Array(12);
+  assert.equal(psnr(black, black), Infinity);
+  assert.equal(psnr(black.map(() => 255), black), 0);
+  const one = black.with(3, 255);
+  assert.ok(Math.abs(psnr(one, black) - 10 * Math.log10(12)) < 1e-12);
+  assert.equal(psnr(one, black), psnr(black, one));
+  assert.throws(() => psnr(black, new Uint8Array(9)), { name: "ShapeError" });
+  assert.throws(() => psnr(new Uint8Array(), new Uint8Array()), { name: "ShapeError" });
+});
+
+Deno.test("tables are aligned, and Markdown's cells cannot break out", () => {
+  assert.deepEqual(tableLines([["a", "bb", "c"], ["aaa", "b", ""]]), ["  a    bb  c", "  aaa  b"]);
+  assert.deepEqual(tableLines([]), []);
+  assert.deepEqual(numberLines(["", "ms"], [["step", "1.5"], ["x", "100"]]), [
+    "         ms",
+    "  step  1.5",
+    "  x     100",
+  ]);
+  assert.deepEqual(markdownLines(["rung", "ms"], [["a|b", "1\n2"]]), [
+    "| rung | ms |",
+    "|---|--:|",
+    "| a\\|b | 1 2 |",
+  ]);
+});
+
+Deno.test("a trace has the parts behind one another, and operators inside them", () =>
+  withPipeline(goldenPath("schnell-like"), (plan) => plan, async (pipeline) => {
+    const drawing = { prompt: "a", height: 32, width: 32, numInferenceSteps: 2 };
+    const events = await tracePicture(pipeline, drawing);
+    const parts = events.filter(({ tid }) => tid === 1);
+    assert.deepEqual(parts.map(({ name }) => name), [
+      "prompt_encoding",
+      "denoising_step",
+      "denoising_step",
+      "decoding",
+      "postprocessing",
+    ]);
+    for (const [i, part] of parts.entries()) {
+      assert.ok(part.dur > 0);
+      const next = parts[i + 1];
+      if (next !== undefined) assert.ok(Math.abs(part.ts + part.dur - next.ts) < 1);
+    }
+    const inside = (name: string) => {
+      const part = parts.find((event) => event.name === name)!;
+      return events.filter(({ tid, ts }) => tid === 2 && ts >= part.ts && ts < part.ts + part.dur);
+    };
+    assert.ok(inside("prompt_encoding").some(({ name }) => name === "embedding"));
+    assert.ok(inside("denoising_step").some(({ name }) => name === "jointQkNormRope"));
+    assert.ok(inside("decoding").some(({ name }) => name === "conv2d"));
+    assert.deepEqual(inside("postprocessing").map(({ name }) => name), ["toPixels"]);
+    assert.ok(inside("denoising_step").some(({ args }) => args?.shapes.startsWith("1x")));
+
+    const plain = await encodeTrace(events, "trace.json");
+    assert.deepEqual(JSON.parse(new TextDecoder().decode(plain)).traceEvents, events);
+    const packed = new Blob([await encodeTrace(events, "trace.json.gz")]).stream();
+    const unpacked = await new Response(packed.pipeThrough(new DecompressionStream("gzip"))).json();
+    assert.deepEqual(unpacked.traceEvents, events);
+  }));

@@ -19,6 +19,7 @@ import { packLatents, positionIds } from "../../../recipes/base/latents.ts";
 import { Model } from "../../../recipes/base/model.ts";
 import { FluxPipeline } from "../../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../../recipes/base/plan.ts";
+import { psnr } from "../../../recipes/base/psnr.ts";
 import { rotaryEmbedding } from "../../../recipes/base/rotary.ts";
 import { SafetensorsFile } from "../../../recipes/base/safetensors.ts";
 import { fluxTransformer } from "../../../recipes/base/transformer.ts";
@@ -281,10 +282,4 @@ function pixels(name: string): Uint8Array {
     planes,
     (_, i) => Math.round(255 * Math.min(1, Math.max(0, planes[i % 3 * count + Math.floor(i / 3)] / 2 + 0.5))),
   );
-}
-
-/** Peak signal-to-noise ratio of 8-bit pictures in dB. */
-function psnr(actual: Uint8Array, expected: Uint8Array): number {
-  const squares = expected.reduce((sum, value, i) => sum + (value - actual[i]) ** 2, 0);
-  return 10 * Math.log10(255 ** 2 * expected.length / squares);
 }

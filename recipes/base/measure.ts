@@ -1,0 +1,130 @@
+/** Times of whole pictures, and of their parts. */
+import { UsageError } from "./errors.ts";
+import { FluxPipeline, type GenerateOptions, type GenerateResult, type Picture } from "./pipeline.ts";
+
+/** Defaults of the programs: flux-fast's. */
+export const WARMUPS = 3;
+export const RUNS = 10;
+
+/** What several times have in common, in their own unit. */
+export interface Statistics {
+  readonly mean: number;
+  /** Of the sample, divided by one less than its size, as torch has it; 0 for a single value. */
+  readonly variance: number;
+  readonly median: number;
+  readonly min: number;
+  readonly max: number;
+}
+
+/** Throws {@link UsageError} for no values. */
+export function statistics(values: readonly number[]): Statistics {
+  if (values.length === 0) throw new UsageError("statistics of no values");
+  const sorted = values.toSorted((a, b) => a - b);
+  const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+  const squares = values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  const middle = values.length >> 1;
+  return {
+    mean,
+    variance: values.length === 1 ? 0 : squares / (values.length - 1),
+    median: values.length % 2 === 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2,
+    min: sorted[0],
+    max: sorted[sorted.length - 1],
+  };
+}
+
+/** Milliseconds of one picture on the wall clock. */
+export interface PictureTimes {
+  /** From the prompt to pixels on the host. */
+  readonly whole: number;
+  /** Tokenizers and text encoders. */
+  readonly text: number;
+  readonly steps: readonly number[];
+  /** The autoencoder, and the look for NaN in what it gives. */
+  readonly decode: number;
+  /** To 8-bit pixels, and these to the host. */
+  readonly postprocess: number;
+}
+
+export interface MeasureOptions {
+  /** Pictures that are drawn first, without being timed. */
+  readonly warmups: number;
+  readonly runs: number;
+  /** Called with how many pictures are drawn, before the first and after each. */
+  readonly onPicture?: (done: number) => void;
+}
+
+/** What {@link measure} gives. */
+export interface Measurement {
+  readonly times: readonly PictureTimes[];
+  readonly picture: Picture;
+  readonly settings: GenerateResult["settings"];
+}
+
+/**
+ * Draws the same picture again and again, and times it: with the model loaded, and the device idle before and after.
+ *
+ * @throws UsageError for no runs, and what {@link FluxPipeline.generate} throws.
+ */
+export async function measure(
+  pipeline: FluxPipeline,
+  drawing: GenerateOptions,
+  { warmups, runs, onPicture }: MeasureOptions,
+): Promise<Measurement> {
+  const { model, plan } = pipeline;
+  let pixelsStart = NaN;
+  const watched = new FluxPipeline(model, {
+    ...plan,
+    ops: {
+      ...plan.ops,
+      // The pipeline's last operator: what comes before it has been waited for.
+      toPixels: (pictures) => {
+        pixelsStart = performance.now();
+        return plan.ops.toPixels(pictures);
+      },
+    },
+  });
+  const times: PictureTimes[] = [];
+  let last: GenerateResult | undefined;
+  onPicture?.(0);
+  for (let run = 0; run < warmups + runs; run++) {
+    await plan.device.synchronize();
+    const start = performance.now();
+    last = await watched.generate(drawing);
+    await plan.device.synchronize();
+    const end = performance.now();
+    const { text, steps, decode } = last.milliseconds;
+    const postprocess = end - pixelsStart;
+    if (run >= warmups) {
+      times.push({ whole: end - start, text, steps, decode: decode - postprocess, postprocess });
+    }
+    onPicture?.(run + 1);
+  }
+  if (last === undefined || times.length === 0) throw new UsageError("measure: give one run or more");
+  return { times, picture: last.images[0], settings: last.settings };
+}
+
+/** {@link Statistics} of each part of a picture, in milliseconds. */
+export interface PartStatistics {
+  readonly whole: Statistics;
+  readonly text: Statistics;
+  /** One for each step. */
+  readonly steps: readonly Statistics[];
+  /** Of all steps of all pictures. */
+  readonly step: Statistics;
+  readonly decode: Statistics;
+  readonly postprocess: Statistics;
+}
+
+/** Statistics over pictures of one number of steps. */
+export function partStatistics(times: readonly PictureTimes[]): PartStatistics {
+  const of = (part: "whole" | "text" | "decode" | "postprocess") =>
+    statistics(times.map((picture) => picture[part]));
+  return {
+    whole: of("whole"),
+    text: of("text"),
+    steps: times[0].steps.map((_, step) => statistics(times.map(({ steps }) => steps[step]))),
+    step: statistics(times.flatMap(({ steps }) => steps)),
+    decode: of("decode"),
+    postprocess: of("postprocess"),
+  };
+}

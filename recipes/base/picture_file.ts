@@ -1,0 +1,30 @@
+import { encodePng, parametersText } from "./image.ts";
+import type { Model } from "./model.ts";
+import type { GenerateResult, Picture } from "./pipeline.ts";
+import type { Plan } from "./plan.ts";
+
+/** How a picture was made. */
+export interface Origin {
+  readonly prompt: string;
+  readonly settings: GenerateResult["settings"];
+  readonly model: Model;
+  readonly plan: Plan;
+}
+
+/** A picture as PNG, with how it was made in its `parameters` text. */
+export async function encodePicture(
+  { rgb, width, height }: Picture,
+  { prompt, settings, model, plan }: Origin,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const parameters = parametersText({
+    prompt,
+    steps: settings.numInferenceSteps,
+    seed: settings.seed,
+    width: settings.width,
+    height: settings.height,
+    model: model.name,
+    ...(model.configs.transformer.guidance_embeds ? { guidance: settings.guidanceScale } : {}),
+    extra: { Recipes: plan.recipes.join(" "), Software: "flux-recipes" },
+  });
+  return await encodePng(rgb, width, height, { parameters });
+}

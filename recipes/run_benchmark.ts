@@ -1,0 +1,176 @@
+/**
+ * Times pictures: `deno task benchmark`. The flags are flux-fast's, and what they switch; ours beside them are `--warmups`,
+ * `--runs` and those of gen_image.
+ */
+import { checkWritable } from "../ffi/files.ts";
+import { openDevice } from "../ffi/open.ts";
+import {
+  definedOnly,
+  drawingOptions,
+  gigabytes,
+  onlyOnce,
+  printLine,
+  Progress,
+  runProgram,
+  userPath,
+  wholeNumber,
+  writeInterruptibly,
+} from "./base/command_line.ts";
+import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
+import { loadModel } from "./base/loading.ts";
+import {
+  measure,
+  type PartStatistics,
+  partStatistics,
+  RUNS,
+  type Statistics,
+  WARMUPS,
+} from "./base/measure.ts";
+import { encodePicture } from "./base/picture_file.ts";
+import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
+import { compose, eagerPlan } from "./base/plan.ts";
+import { numberLines } from "./base/table.ts";
+import { encodeTrace, tracePicture } from "./base/trace.ts";
+import { createPictureParser, kindOf, recipesFor, refuseImage } from "./switches.ts";
+
+const NAME = "run_benchmark";
+
+const EXAMPLES = `
+Examples:
+  deno task benchmark
+  deno task benchmark --runs 20 --warmups 5 --json > result.json
+  deno task benchmark --device cuda --ckpt ~/models/FLUX.1-schnell --output-file fast.png
+  deno task benchmark --device cuda --ckpt ~/models/FLUX.1-schnell-configs --random-weights
+  deno task benchmark --height 512 --width 512 --trace-file trace.json.gz
+  deno task benchmark --disable_bf16
+
+Open a trace in chrome://tracing or ui.perfetto.dev. "deno task ladder" measures all rungs, one after another.
+`;
+
+async function runBenchmark(args: string[]): Promise<void> {
+  const flags = createPictureParser(
+    NAME,
+    "Times pictures: the same one several times, with the model loaded.",
+  )
+    .option("--warmups <n>", "pictures that are drawn first and not timed", wholeNumber(0, 1000), WARMUPS)
+    .option("--runs <n>", "pictures that are timed", wholeNumber(1, 10_000), RUNS)
+    .option("--trace-file <file>", "afterwards, a trace of one more picture (.json or .json.gz)", userPath)
+    .addHelpText("after", EXAMPLES)
+    .allowExcessArguments(false)
+    .parse(args, { from: "user" })
+    .opts();
+  refuseImage(flags);
+  const recipes = recipesFor(flags, kindOf(flags.device));
+  const { outputFile: output, traceFile, prompt, warmups, runs } = flags;
+  for (const path of [output, traceFile]) {
+    if (path !== undefined) await checkWritable(path); // before minutes of work, not after
+  }
+  const note = (message: string) => console.error(`${NAME}: ${message}`);
+
+  using device = await openDevice(flags.device, {
+    ...definedOnly({ cacheDir: flags.cacheDir }),
+    onWarning: note,
+  });
+  const loadStart = performance.now();
+  using model = await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+  const load = performance.now() - loadStart;
+  const plan = compose(eagerPlan(device, model.weights), ...recipes);
+  const { description, providers } = device.properties();
+  if (flags.verbose) {
+    for (const [what, provider] of Object.entries(providers)) note(`${what}: ${provider}`);
+  }
+
+  const pipeline = new FluxPipeline(model, plan);
+  const drawing = { ...drawingOptions(flags), onWarning: onlyOnce(note) };
+  const bar = new Progress("drawing", warmups + runs, "pictures");
+  const { times, picture, settings } = await measure(pipeline, drawing, {
+    warmups,
+    runs,
+    onPicture: (done) => bar.update(done),
+  }).finally(() => bar.stop());
+  const memory = device.memoryUse();
+  await writeInterruptibly(output, await encodePicture(picture, { prompt, settings, model, plan }));
+  if (traceFile !== undefined) {
+    const events = await tracePicture(pipeline, drawing); // afterwards, since it takes time itself
+    await writeInterruptibly(traceFile, await encodeTrace(events, traceFile));
+  }
+
+  const parts = partStatistics(times);
+  const flops = stepFlops(model.configs.transformer, stepSize(model.configs, settings));
+  const report: Report = {
+    path: output,
+    ...(traceFile === undefined ? {} : { trace: traceFile }),
+    prompt,
+    model: model.name,
+    device: device.name,
+    description,
+    recipes: plan.recipes,
+    ...settings,
+    seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
+    warmups,
+    runs,
+    milliseconds: { load, pictures: times.map(({ whole }) => whole), ...parts },
+    step: { ...flops, teraflopsPerSecond: rate(flops, parts.step.median) },
+    memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
+  };
+  printLine(flags.json ? JSON.stringify(report) : describe(report));
+}
+
+/** What `--json` prints. */
+interface Report extends Omit<GenerateResult["settings"], "seed"> {
+  readonly path: string;
+  readonly trace?: string;
+  readonly prompt: string;
+  readonly model: string;
+  readonly device: string;
+  readonly description: string;
+  readonly recipes: readonly string[];
+  readonly seed: string;
+  readonly warmups: number;
+  readonly runs: number;
+  /** `pictures` has each timed one. */
+  readonly milliseconds: PartStatistics & { readonly load: number; readonly pictures: readonly number[] };
+  /** Operations of a step, and how many 10^12 of them it did in a second. */
+  readonly step: Flops & { readonly teraflopsPerSecond: number };
+  /** In bytes. */
+  readonly memory: { readonly weights: number; readonly peak: number; readonly reserved: number };
+}
+
+function describe(report: Report): string {
+  const { milliseconds: { whole, text, step, steps, decode, postprocess, load }, memory } = report;
+  const row = (what: string, { mean, variance, median, min, max }: Statistics) => [
+    what,
+    ...[mean, variance, median, min, max].map((value) => value.toFixed(2)),
+  ];
+  const tera = (flops: number) => (flops / 1e12).toPrecision(3);
+  return [
+    `${report.model} on ${report.device} (${report.description}), ${report.recipes.join(", ")}`,
+    `${report.width} x ${report.height}, steps: ${report.numInferenceSteps}, seed ${report.seed}, ` +
+    `warm-ups: ${report.warmups}, timed pictures: ${report.runs}`,
+    "",
+    ...numberLines(["milliseconds", "mean", "variance", "median", "min", "max"], [
+      row("whole picture", whole),
+      row("text encoders", text),
+      row("one step", step),
+      row("decoder", decode),
+      row("post-processing", postprocess),
+    ]),
+    "",
+    `time mean/var: ${(whole.mean / 1000).toPrecision(6)} s, ${(whole.variance / 1e6).toPrecision(3)} s^2`,
+    `medians of the steps: ${steps.map(({ median }) => median.toFixed(2)).join(" ")} ms`,
+    `a step: ${tera(report.step.linear)} TFLOP in Linear layers, ${
+      tera(report.step.attention)
+    } in attention: ` +
+    `${report.step.teraflopsPerSecond.toPrecision(4)} TFLOP/s`,
+    `loading: ${load.toFixed(0)} ms; memory: weights ${gigabytes(memory.weights)} GB, ` +
+    `activations ${gigabytes(memory.peak)} GB at most`,
+    ...[report.path, report.trace].filter((path) => path !== undefined),
+  ].join("\n");
+}
+
+/** TFLOP/s. */
+function rate({ linear, attention }: Flops, milliseconds: number): number {
+  return (linear + attention) / 1e9 / milliseconds;
+}
+
+if (import.meta.main) Deno.exit(await runProgram(NAME, () => runBenchmark(Deno.args)));

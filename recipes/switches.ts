@@ -1,0 +1,275 @@
+/**
+ * The ladder as one table, and the flags that switch its rungs: flux-fast's, with its spelling and its defaults, which
+ * are that every optimization is on. A recipe is registered by giving its row a `recipe`.
+ *
+ * Nothing that was asked for is dropped silently: rungs that a device does not run are left out when no flag asks for
+ * them, and flags that cannot go together end in an error that names both.
+ */
+import { Option } from "@commander-js/extra-typings";
+import type { DeviceKind } from "../ffi/device.ts";
+import { baselineFp32 } from "./00_baseline_fp32.ts";
+import { bfloat16 } from "./01_bfloat16.ts";
+import { compile } from "./02_compile.ts";
+import { fuseQkv } from "./03_fuse_qkv.ts";
+import { tuning } from "./07_tuning.ts";
+import { createParser, pngPath, userPath } from "./base/command_line.ts";
+import { UsageError } from "./base/errors.ts";
+import type { Recipe } from "./base/plan.ts";
+
+/** The switches as commander parses them; undefined where the user said nothing. */
+export interface Switches {
+  readonly disable_bf16?: true | undefined;
+  readonly compile_export_mode?: CompileExportMode | undefined;
+  readonly disable_fused_projections?: true | undefined;
+  readonly disable_channels_last?: true | undefined;
+  readonly disable_fa3?: true | undefined;
+  readonly disable_quant?: true | undefined;
+  readonly disable_inductor_tuning_flags?: true | undefined;
+  readonly useCachedModel?: true | undefined;
+  readonly cache_dit_config?: string | undefined;
+}
+
+const COMPILE_EXPORT_MODES = ["compile", "export_aoti", "disabled"] as const;
+type CompileExportMode = (typeof COMPILE_EXPORT_MODES)[number];
+
+/** What a flag wants of a rung. */
+interface Wish {
+  readonly on: boolean;
+  /** The flag as it was typed. */
+  readonly flag: string;
+}
+
+/** One rung of the ladder. */
+export interface Rung {
+  /** The recipe's file name without extension. */
+  readonly name: string;
+  /** Gives the recipe for the flags; undefined while it is not written, and its flags are refused. */
+  readonly recipe: ((switches: Switches) => Recipe) | undefined;
+  /** Where it is on without being asked for; empty for what has to be asked for. */
+  readonly devices: readonly DeviceKind[];
+  /** Names of earlier rungs that it builds on. */
+  readonly needs?: readonly string[];
+  /** The flag that belongs to it. */
+  readonly flag: string;
+  /** What to type to be without it. */
+  readonly off: string;
+  readonly wishes: (switches: Switches) => readonly Wish[];
+}
+
+const ALL: readonly DeviceKind[] = ["cpu", "cuda", "hip"];
+const GPUS: readonly DeviceKind[] = ["cuda", "hip"];
+
+/** The ladder, in the order in which recipes are applied. */
+export const LADDER: readonly Rung[] = [
+  { name: "00_baseline_fp32", recipe: () => baselineFp32, devices: [], ...askedBy("disable_bf16") },
+  { name: "01_bfloat16", recipe: () => bfloat16, devices: ALL, ...unless("disable_bf16") },
+  { name: "02_compile", recipe: () => compile, devices: ALL, ...compileMode() },
+  { name: "03_fuse_qkv", recipe: () => fuseQkv, devices: ALL, ...unless("disable_fused_projections") },
+  { name: "04_channels_last", recipe: undefined, devices: GPUS, ...unless("disable_channels_last") },
+  {
+    name: "05_flash_attention",
+    recipe: undefined,
+    devices: GPUS,
+    needs: ["01_bfloat16"],
+    ...unless("disable_fa3"),
+  },
+  { name: "06_float8", recipe: undefined, devices: GPUS, needs: ["01_bfloat16"], ...unless("disable_quant") },
+  {
+    name: "07_tuning",
+    recipe: () => tuning,
+    devices: ALL,
+    needs: ["02_compile"],
+    ...unless("disable_inductor_tuning_flags"),
+  },
+  { name: "08_export", recipe: undefined, devices: GPUS, needs: ["02_compile"], ...exportMode() },
+  { name: "09_first_block_cache", recipe: undefined, devices: [], ...askedBy("cache_dit_config") },
+];
+
+type Behaviour = Pick<Rung, "flag" | "off" | "wishes">;
+
+/** On unless `--name` is given. */
+function unless(name: keyof Switches): Behaviour {
+  const flag = `--${name}`;
+  return { flag, off: flag, wishes: (given) => given[name] === undefined ? [] : [{ on: false, flag }] };
+}
+
+/** On only where `--name` is given. */
+function askedBy(name: keyof Switches): Behaviour {
+  const flag = `--${name}`;
+  return {
+    flag,
+    off: `no ${flag}`,
+    wishes: (given) => given[name] === undefined ? [] : [{ on: true, flag }],
+  };
+}
+
+/** 02_compile: an exported model is a compiled one, too. */
+function compileMode(): Behaviour {
+  return {
+    flag: "--compile_export_mode",
+    off: "--compile_export_mode disabled",
+    wishes: ({ compile_export_mode: mode }) =>
+      mode === undefined ? [] : [{ on: mode !== "disabled", flag: `--compile_export_mode ${mode}` }],
+  };
+}
+
+function exportMode(): Behaviour {
+  return {
+    flag: "--use-cached-model",
+    off: "--compile_export_mode compile",
+    wishes: ({ compile_export_mode: mode, useCachedModel }) => [
+      ...(mode === undefined ? [] : [{ on: mode === "export_aoti", flag: `--compile_export_mode ${mode}` }]),
+      ...(useCachedModel === undefined ? [] : [{ on: true, flag: "--use-cached-model" }]),
+    ],
+  };
+}
+
+/**
+ * The recipes to compose for the given flags, in order.
+ *
+ * @throws UsageError for a flag whose recipe is not written yet, for one that asks for what the device does not run,
+ * and for flags that clash, with all that clashes and what to type instead.
+ */
+export function recipesFor(
+  switches: Switches,
+  kind: DeviceKind,
+  ladder: readonly Rung[] = LADDER,
+): Recipe[] {
+  refuseUnwritten(switches, ladder);
+  const chosen = new Map<string, Recipe>();
+  const clashes: Clash[] = [];
+  for (const rung of ladder) {
+    const wishes = rung.wishes(switches);
+    const asked = wishes.find(({ on }) => on);
+    const refused = wishes.find(({ on }) => !on);
+    if (asked !== undefined && refused !== undefined) {
+      clashes.push({ between: [refused.flag, asked.flag], instead: [`leave ${asked.flag} out`] });
+    }
+    if (rung.recipe === undefined || refused !== undefined) continue;
+    if (asked === undefined && !rung.devices.includes(kind)) continue;
+    const recipe = rung.recipe(switches);
+    if (!recipe.devices.includes(kind)) {
+      if (asked === undefined) continue;
+      throw new UsageError(
+        `${asked.flag} asks for recipe ${recipe.name}, which runs on ${
+          recipe.devices.join(" and ")
+        }, not on ${kind}`,
+        { hint: `use --device ${recipe.devices[0]}, or leave ${asked.flag} out` },
+      );
+    }
+    const missing = (rung.needs ?? []).filter((name) => !chosen.has(name));
+    if (missing.length === 0) {
+      chosen.set(rung.name, recipe);
+      continue;
+    }
+    const culprit = ladder.filter(({ name }) => missing.includes(name))
+      .flatMap((needed) => needed.wishes(switches)).find(({ on }) => !on);
+    // What nobody asked for is left out with what it builds on.
+    if (culprit === undefined && asked === undefined) continue;
+    if (culprit === undefined) {
+      throw new UsageError(
+        `${asked!.flag} needs recipe ${missing.join(", ")}, which does not run on ${kind}`,
+      );
+    }
+    clashes.push(
+      asked === undefined
+        ? {
+          between: [culprit.flag, `${rung.name}, which is on by default`],
+          instead: [`add ${rung.off}`, `leave ${culprit.flag} out`],
+        }
+        : { between: [culprit.flag, asked.flag], instead: ["leave one of them out"] },
+    );
+  }
+  if (clashes.length > 0) throw clashError(clashes);
+  return [...chosen.values()];
+}
+
+interface Clash {
+  readonly between: readonly [string, string];
+  readonly instead: readonly string[];
+}
+
+function clashError(clashes: readonly Clash[]): UsageError {
+  const message = clashes.map(({ between: [first, second] }) => `${first} clashes with ${second}`).join("; ");
+  return new UsageError(message, {
+    hint: [...new Set(clashes.map(({ instead }) => instead.join(", or ")))].join("; "),
+  });
+}
+
+function refuseUnwritten(switches: Switches, ladder: readonly Rung[]): void {
+  for (const { name, recipe, flag: own, wishes } of ladder) {
+    if (recipe !== undefined) continue;
+    // "compile" is a wish for no export, and can be had without the recipe that exports.
+    const wish = wishes(switches).find(({ on, flag }) => on || flag.split(" ")[0] === own);
+    if (wish === undefined) continue;
+    throw new UsageError(`${wish.flag} is not available yet: it comes with recipe ${name}`);
+  }
+}
+
+/** The recipes that are written, in the ladder's order. */
+export function writtenRecipes(ladder: readonly Rung[] = LADDER): Recipe[] {
+  return ladder.flatMap(({ recipe }) => recipe === undefined ? [] : [recipe({})]);
+}
+
+/**
+ * The recipes of each measured rung: the baseline, then one more recipe at a time, of those that are written and run on
+ * the device. What has to be asked for is no part of it.
+ */
+export function cumulativeRungs(kind: DeviceKind, ladder: readonly Rung[] = LADDER): Recipe[][] {
+  const [baseline, ...others] = ladder;
+  const rungs = [[baseline.recipe!({})]];
+  let current: readonly Recipe[] = [];
+  for (const { recipe, devices, needs = [] } of others) {
+    if (recipe === undefined || devices.length === 0) continue;
+    const next = recipe({});
+    const standing = needs.every((name) => current.some((below) => below.name === name));
+    if (!next.devices.includes(kind) || !standing) continue;
+    current = [...current, next];
+    rungs.push([...current]);
+  }
+  return rungs;
+}
+
+/** The kind of a device by its name, before it is opened. */
+export function kindOf(device: string): DeviceKind {
+  return device.split(":")[0] as DeviceKind;
+}
+
+/** The flags of programs that draw one picture: the common ones, those of the picture, and the ladder's switches. */
+export function createPictureParser(name: string, description: string) {
+  const mode = new Option(
+    "--compile_export_mode <mode>",
+    "compile: fused kernels and graphs; export_aoti (default): these from an ahead-of-time package; disabled: neither",
+  ).choices(COMPILE_EXPORT_MODES);
+  return createParser(name, description)
+    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
+    .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
+    .option("--disable_bf16", "compute in float32 instead of bfloat16")
+    .addOption(mode.hideHelp(!written("--compile_export_mode")))
+    .addOption(toggle("--disable_fused_projections", "one projection each for query, key and value"))
+    .addOption(toggle("--disable_channels_last", "the autoencoder in NCHW instead of channels-last"))
+    .addOption(toggle("--disable_fa3", "attention in bfloat16 instead of Flash Attention 3 in float8"))
+    .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8"))
+    .addOption(toggle("--disable_inductor_tuning_flags", "libraries' own choices instead of measured ones"))
+    .addOption(toggle("--use-cached-model", "an exported package that is there already, or none"))
+    .addOption(
+      toggle("--cache_dit_config <file>", "skip blocks whose input hardly changes, as this file says"),
+    );
+}
+
+/** Throws a {@link UsageError} where a picture to edit is given. */
+export function refuseImage({ image }: { readonly image?: string | undefined }): void {
+  if (image === undefined) return;
+  throw new UsageError(
+    "--image is for FLUX.1-Kontext checkpoints, which this version does not edit with yet",
+  );
+}
+
+/** An option that the help shows as soon as its recipe is written. */
+function toggle<const Flags extends string>(flags: Flags, description: string): Option<Flags> {
+  return new Option(flags, description).hideHelp(!written(flags.split(" ")[0]));
+}
+
+function written(flag: string): boolean {
+  return LADDER.some((rung) => rung.flag === flag && rung.recipe !== undefined);
+}

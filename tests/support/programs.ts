@@ -1,0 +1,38 @@
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+/** The repository's folder. */
+export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
+
+const TASKS: Readonly<Record<string, { readonly command: string }>> =
+  JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks;
+
+/** A task as a process of its own, by the command line of deno.json, so that its permissions are what is tested. */
+export function taskCommand(task: string, args: readonly string[]): Deno.Command {
+  const [program, ...flags] = TASKS[task].command.split(" ");
+  return new Deno.Command(program, {
+    args: [...flags, ...args],
+    cwd: ROOT,
+    stdout: "piped",
+    stderr: "piped",
+  });
+}
+
+/** What a program left when it ended. */
+export interface Ended {
+  readonly code: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+/** Runs a task to its end. */
+export async function runTask(task: string, ...args: string[]): Promise<Ended> {
+  const { code, stdout, stderr } = await taskCommand(task, args).output();
+  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
+  return { code, stdout: text(stdout), stderr: text(stderr) };
+}
+
+/** Names in a folder, sorted. */
+export function namesIn(folder: string): string[] {
+  return [...Deno.readDirSync(folder)].map(({ name }) => name).sort();
+}
