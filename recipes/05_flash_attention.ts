@@ -11,7 +11,7 @@
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import { isGpu } from "../ffi/gpu.ts";
-import { attention } from "../kernels/attention.ts";
+import type { attention } from "../kernels/attention.ts";
 import {
   flashAttentionFloat8,
   flashAttentionFloat8Takes,
