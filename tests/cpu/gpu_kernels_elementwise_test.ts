@@ -10,6 +10,8 @@ import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
 import { gatedResidual } from "../../kernels/gated_residual.ts";
+import { groupNormSiluFused } from "../../kernels/group_norm_silu.ts";
+import { NCHW } from "../../kernels/layout.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { multiply } from "../../kernels/multiply.ts";
 import { silu } from "../../kernels/silu.ts";
@@ -81,6 +83,19 @@ for (const dtype of ["bf16", "f32"] as const) {
 
     const [upsampled] = launchesOf((tensor) => void upsampleNearest(tensor([1, 256, 512, 512], dtype)));
     assert.equal(2 * upsampled.constants.N * dtypeBytes(dtype), 16);
+    const channelsLast = launchesOf((tensor) => {
+      const picture = tensor([1, 512, 512, 256], dtype).permute(NCHW);
+      upsampleNearest(picture);
+      add(picture, picture);
+      groupNormSiluFused(picture, 32, tensor([256], dtype), tensor([256], dtype), 1e-6);
+    });
+    assert.equal(channelsLast.length, 5); // three of them the norm's
+    for (const { constants, blocks } of channelsLast) {
+      assert.ok(
+        constants.N * dtypeBytes(dtype) === 16 && (blocks >= 1000 || blocks === 32),
+        `${blocks} blocks`,
+      );
+    }
     const copies = launchesOf((tensor) => {
       concat([tensor(tokens, dtype), tensor(wide, dtype)], 2);
       concat([tensor([1, 256, 24, 128], dtype), tensor([1, 4096, 24, 128], dtype)], 1);
