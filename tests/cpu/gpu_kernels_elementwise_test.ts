@@ -1,9 +1,6 @@
 /** The elementwise and copying kernels on the emulated GPU, and how they are launched at FLUX's sizes. */
 import assert from "node:assert/strict";
-import type { Memory } from "../../ffi/device.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
-import type { Dim3, GpuDevice, KernelArgument, KernelSource, Launch } from "../../ffi/gpu.ts";
-import { MemoryScopes } from "../../ffi/scope.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { add } from "../../kernels/add.ts";
 import { cast } from "../../kernels/cast.ts";
@@ -18,41 +15,15 @@ import { silu } from "../../kernels/silu.ts";
 import { toPixels } from "../../kernels/to_pixels.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
+import { type Launched, openNullGpu } from "../support/null_gpu.ts";
 
 elementwiseSuite();
 
-interface Launched {
-  readonly constants: Readonly<Record<string, number>>;
-  readonly blocks: number;
-  readonly threads: number;
-  readonly args: readonly KernelArgument[];
-}
-
-const count = (size: Dim3) => typeof size === "number" ? size : size.reduce<number>((a, b) => a * b, 1);
-
-/** The launches of `body` on a GPU that has any amount of memory and computes nothing. */
-function launchesOf(body: (tensor: (shape: readonly number[], dtype: DType) => Tensor) => void): Launched[] {
-  const launches: Launched[] = [];
-  const scopes = new MemoryScopes(() => {});
-  const gpu = {
-    kind: "cuda",
-    name: "null GPU",
-    limits: { multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
-    alloc: (byteLength: number): Memory => ({ device: gpu, pointer: 1n << 40n, byteLength }),
-    scope: <T>(inner: () => T): T => scopes.run(inner),
-    kernel: ({ text }: KernelSource) => ({ name: text }),
-    launch: ({ name }: { name: string }, { grid, block }: Launch, args: readonly KernelArgument[]) => {
-      const constants = [...name.matchAll(/^constexpr int (\w+) = (\d+);$/gm)].map(([, key, value]) =>
-        [key, Number(value)] as const
-      );
-      launches.push({
-        constants: Object.fromEntries(constants),
-        blocks: count(grid),
-        threads: count(block),
-        args,
-      });
-    },
-  } as unknown as GpuDevice;
+/** The launches of `body` at sizes that nothing here could compute. */
+function launchesOf(
+  body: (tensor: (shape: readonly number[], dtype: DType) => Tensor) => void,
+): readonly Launched[] {
+  const { gpu, launches } = openNullGpu();
   body((shape, dtype) => Tensor.empty(gpu, shape, dtype));
   return launches;
 }
