@@ -6,7 +6,8 @@
  * autoencoder, where they have 16 or 3 channels. There a 1 x 1 convolution is a matrix product.
  * Changes: the convolutions' weights become `[out, kernelHeight, kernelWidth, in]` in memory; pictures follow them,
  * since operators keep the layout that they find. Group norm and SiLU become one operator, whose kernels read the
- * channels of a pixel side by side. Exact: yes, up to the order of sums.
+ * channels of a pixel side by side. Exact: yes, up to the order of sums. For bfloat16: in float32 cuDNN computes in
+ * NCHW (9.14 on an H100), and then the turning is its own.
  */
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
