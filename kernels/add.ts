@@ -6,6 +6,7 @@ import { contiguous } from "./contiguous.ts";
 import { eachPiece, onCpu } from "./cpu.ts";
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { inFlight } from "./launch_shapes.ts";
+import { isChannelsLast, NCHW, NHWC } from "./layout.ts";
 
 const SOURCE = { name: "add.cu", text: ADD_CU };
 /** Blocks that a grid can have along y; a block takes several repeats of `b` where there are more. */
@@ -15,7 +16,7 @@ const MOST_ROWS = 65535;
  * Sum of two tensors. `b`'s shape equals `a`'s or its last dimensions (a position embedding `[tokens, hidden]` under
  * `[batch, tokens, hidden]`).
  *
- * @returns `a`'s shape and dtype.
+ * @returns `a`'s shape and dtype; dense, or with the channels last where both are pictures and `a` is so.
  */
 export function add(a: Tensor, b: Tensor): Tensor {
   const suffix = a.shape.slice(a.rank - b.rank);
@@ -24,6 +25,7 @@ export function add(a: Tensor, b: Tensor): Tensor {
     "add",
     () => `${b} is not a suffix of ${a}`,
   );
+  if (isChannelsLast(a) && b.rank === a.rank) return add(a.permute(NHWC), b.permute(NHWC)).permute(NCHW);
   const out = Tensor.empty(a.device, a.shape, a.dtype);
   const gpu = gpuOf(out);
   if (gpu !== undefined) {

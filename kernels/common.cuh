@@ -127,6 +127,10 @@ template <int N, typename T> __device__ __forceinline__ void storeVec(T* p, cons
 
 // -- element by element ------------------------------------------------------------------------------------------
 
+// x / (1 + e^-u), for SiLU and its like. The quotient is a product with a reciprocal: two units in the last place, and 0
+// where the result is below 1e-36.
+__device__ __forceinline__ float timesSigmoid(float x, float u) { return __fdividef(x, 1.0f + expf(-u)); }
+
 // out = f(x), or f(x, y), for `count` pieces of N elements that lie side by side; f takes and returns floats. out may be
 // an input. Each thread holds VECTORS pieces, so that as many loads are in flight (kernels/elementwise.ts launches it).
 template <int N, int VECTORS, typename T, typename X, typename F>

@@ -1,5 +1,8 @@
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
+import { contiguous } from "./contiguous.ts";
+import { isChannelsLast, NCHW, NHWC } from "./layout.ts";
+import { linear } from "./linear.ts";
 
 export interface Conv2dOptions {
   /** Step between output pixels, in both directions; 1 when left out. */
@@ -9,12 +12,15 @@ export interface Conv2dOptions {
 }
 
 /**
- * 2-D cross-correlation with bias, accumulated in f32.
+ * 2-D cross-correlation with bias, accumulated in f32. Where the weight lies with its channels last (`[out,
+ * kernelHeight, kernelWidth, in]`), the result does too, and `x` is brought there if it is not; the layout of a 1 x 1
+ * weight says nothing, so `x`'s counts.
  *
  * @param x `[batch, in, height, width]`.
  * @param weight `[out, in, kernelHeight, kernelWidth]`, same dtype as `x`.
  * @param bias `[out]`.
- * @returns `[batch, out, (height + top + bottom - kernelHeight) / stride + 1, ...]`, dense NCHW, in `x`'s dtype.
+ * @returns `[batch, out, (height + top + bottom - kernelHeight) / stride + 1, ...]` in `x`'s dtype, dense NCHW or with
+ * the channels last.
  * @throws ShapeError where the sizes do not fit.
  */
 export function conv2d(x: Tensor, weight: Tensor, bias?: Tensor, options: Conv2dOptions = {}): Tensor {
@@ -29,9 +35,25 @@ export function conv2d(x: Tensor, weight: Tensor, bias?: Tensor, options: Conv2d
   const outHeight = Math.floor((height + top + bottom - kernelHeight) / stride) + 1;
   const outWidth = Math.floor((width + left + right - kernelWidth) / stride) + 1;
   expect(outHeight > 0 && outWidth > 0, "conv2d", () => `x ${x} is smaller than the kernel ${weight}`);
-  const out = Tensor.empty(x.device, [batch, channels, outHeight, outWidth], x.dtype);
-  x.device.conv({ x, weight, bias, out, stride, padding });
+  const { device } = x;
+  const pointwise = kernelHeight === 1 && kernelWidth === 1;
+  const channelsLast = isChannelsLast(weight) || (pointwise && isChannelsLast(x));
+  if (channelsLast && pointwise && stride === 1 && padding.every((zeros) => zeros === 0)) {
+    return pointwiseConv(x, weight, bias);
+  }
+  const out = channelsLast
+    ? Tensor.empty(device, [batch, outHeight, outWidth, channels], x.dtype).permute(NCHW)
+    : Tensor.empty(device, [batch, channels, outHeight, outWidth], x.dtype);
+  device.scope(() => {
+    const source = channelsLast ? contiguous(x.permute(NHWC)).permute(NCHW) : contiguous(x);
+    device.conv({ x: source, weight, bias, out, stride, padding });
+  });
   return out;
+}
+
+/** A 1 x 1 convolution with the channels last: a Linear layer of each pixel. */
+function pointwiseConv(x: Tensor, weight: Tensor, bias: Tensor | undefined): Tensor {
+  return linear(x.permute(NHWC), weight.reshape([weight.shape[0], weight.shape[1]]), bias).permute(NCHW);
 }
 
 /** Reference on dense NCHW arrays; sums in double precision. */

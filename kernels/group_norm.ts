@@ -21,6 +21,16 @@ const BLOCKS = 1024;
 /** Floats of a `Moments` in group_norm.cu. */
 const MOMENTS = 3;
 
+/** What {@link groupNorm} takes beside the picture. */
+interface GroupNorm {
+  readonly groups: number;
+  readonly weight: Tensor;
+  readonly bias: Tensor;
+  readonly eps: number;
+  /** Whether SiLU follows, before the result is stored. */
+  readonly silu: boolean;
+}
+
 /**
  * Group norm (Wu & He 2018): mean and variance over each group of channels and the whole picture.
  *
@@ -31,12 +41,10 @@ const MOMENTS = 3;
  * @throws ShapeError where the sizes do not fit.
  */
 export function groupNorm(x: Tensor, groups: number, weight: Tensor, bias: Tensor, eps: number): Tensor {
-  const [batch, channels] = x.shape;
-  expect(channels % groups === 0, "groupNorm", () => `${groups} groups do not divide ${channels} channels`);
-  expectShape("groupNorm", "weight", weight, [channels]);
-  expectShape("groupNorm", "bias", bias, [channels]);
   const gpu = gpuOf(x);
-  if (gpu !== undefined) return groupNormOnGpu(gpu, x, groups, weight, bias, eps);
+  if (gpu !== undefined) return groupNormOnGpu(gpu, x, { groups, weight, bias, eps, silu: false });
+  const [batch, channels] = x.shape;
+  expectFit(x, groups, weight, bias);
   const out = Tensor.empty(x.device, x.shape, x.dtype);
   const wasm = wasmKernels("group_norm.wat", GROUP_NORM_WAT, out, [x]);
   if (wasm === undefined || x.size === 0) {
@@ -65,14 +73,17 @@ export function groupNorm(x: Tensor, groups: number, weight: Tensor, bias: Tenso
   return out;
 }
 
-function groupNormOnGpu(
-  gpu: GpuDevice,
-  x: Tensor,
-  groups: number,
-  weight: Tensor,
-  bias: Tensor,
-  eps: number,
-): Tensor {
+function expectFit(x: Tensor, groups: number, weight: Tensor, bias: Tensor): void {
+  const [, channels] = x.shape;
+  expect(channels % groups === 0, "groupNorm", () => `${groups} groups do not divide ${channels} channels`);
+  expectShape("groupNorm", "weight", weight, [channels]);
+  expectShape("groupNorm", "bias", bias, [channels]);
+}
+
+/** {@link groupNorm} on a GPU, or with SiLU behind it in the same kernels. */
+export function groupNormOnGpu(gpu: GpuDevice, x: Tensor, norm: GroupNorm): Tensor {
+  const { groups, weight, bias } = norm;
+  expectFit(x, groups, weight, bias);
   expect(
     weight.dtype === bias.dtype,
     "groupNorm",
@@ -83,31 +94,24 @@ function groupNormOnGpu(
   return gpu.scope(() => {
     if (x.isContiguous || !interleaved.isContiguous) {
       const out = Tensor.empty(gpu, x.shape, x.dtype);
-      normalizePlanar(gpu, out, contiguous(x), groups, weight, bias, eps);
+      normalizePlanar(gpu, out, contiguous(x), norm);
       return out;
     }
     const out = Tensor.empty(gpu, interleaved.shape, x.dtype);
-    normalizeInterleaved(gpu, out, interleaved, groups, weight, bias, eps);
+    normalizeInterleaved(gpu, out, interleaved, norm);
     return out.permute([0, x.rank - 1, ...x.shape.keys().drop(2).map((dim) => dim - 1)]);
   });
 }
 
 /** `out` and `x` dense `[batch, channels, ...]`. */
-function normalizePlanar(
-  gpu: GpuDevice,
-  out: Tensor,
-  x: Tensor,
-  groups: number,
-  weight: Tensor,
-  bias: Tensor,
-  eps: number,
-): void {
+function normalizePlanar(gpu: GpuDevice, out: Tensor, x: Tensor, norm: GroupNorm): void {
+  const { groups, weight, bias, eps, silu } = norm;
   const [batch, channels] = x.shape;
   const pixels = x.size / (batch * channels);
   const perGroup = channels / groups;
   const width = vectorWidth(pixels, [out, x].map((picture) => picture.reshape([batch, channels, pixels])));
   const types = { T: x.dtype, W: weight.dtype };
-  const constants = { N: width, VECTORS, BLOCK, LANES: 1 };
+  const constants = { N: width, VECTORS, BLOCK, LANES: 1, SILU: 0 };
   const tile = BLOCK * VECTORS * width;
   const { chunk, parts } = shareOut(perGroup * pixels, tile, batch * groups);
   const partials = Tensor.empty(gpu, [batch * groups, parts, MOMENTS], "f32");
@@ -124,7 +128,7 @@ function normalizePlanar(
   launch(gpu, SOURCE, {
     entry: "normalizePlanar",
     types,
-    constants,
+    constants: { ...constants, SILU: Number(silu) },
     grid: batch * channels * tiles,
     block: BLOCK,
     args: [out, x, statistics, weight, bias, channels, perGroup, BigInt(pixels), tiles],
@@ -132,15 +136,8 @@ function normalizePlanar(
 }
 
 /** `out` and `x` dense `[batch, ..., channels]`. */
-function normalizeInterleaved(
-  gpu: GpuDevice,
-  out: Tensor,
-  x: Tensor,
-  groups: number,
-  weight: Tensor,
-  bias: Tensor,
-  eps: number,
-): void {
+function normalizeInterleaved(gpu: GpuDevice, out: Tensor, x: Tensor, norm: GroupNorm): void {
+  const { groups, weight, bias, eps, silu } = norm;
   const batch = x.shape[0];
   const channels = x.shape.at(-1)!;
   const pixels = x.size / (batch * channels);
@@ -150,7 +147,7 @@ function normalizeInterleaved(
   const lanes = Math.min(BLOCK, channels / width);
   const slices = Math.ceil(channels / (lanes * width));
   const rows = Math.floor(BLOCK / lanes);
-  const constants = { N: width, VECTORS, BLOCK, LANES: lanes };
+  const constants = { N: width, VECTORS, BLOCK, LANES: lanes, SILU: 0 };
   const { chunk, parts } = shareOut(pixels, rows * VECTORS, batch * slices);
   const partials = Tensor.empty(gpu, [batch * groups, parts * perGroup, MOMENTS], "f32");
   const shape = { grid: batch * slices * parts, block: rows * lanes };
@@ -165,7 +162,7 @@ function normalizeInterleaved(
   launch(gpu, SOURCE, {
     entry: "normalizeInterleaved",
     types,
-    constants,
+    constants: { ...constants, SILU: Number(silu) },
     ...shape,
     args: [out, x, statistics, weight, bias, channels, perGroup, BigInt(pixels), parts, chunk],
   });

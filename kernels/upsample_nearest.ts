@@ -1,11 +1,13 @@
 import { isAligned, viewOf } from "../ffi/cpu/device.ts";
 import { dtypeBytes } from "../ffi/dtype.ts";
+import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import { onCpu } from "./cpu.ts";
 import { gpuOf, launch } from "./gpu.ts";
 import { IN_FLIGHT, rowBlock, wordBytes } from "./launch_shapes.ts";
+import { isChannelsLast, NCHW, NHWC } from "./layout.ts";
 import UPSAMPLE_NEAREST_CU from "./upsample_nearest.cu" with { type: "text" };
 
 const SOURCE = { name: "upsample_nearest.cu", text: UPSAMPLE_NEAREST_CU };
@@ -13,32 +15,21 @@ const SOURCE = { name: "upsample_nearest.cu", text: UPSAMPLE_NEAREST_CU };
 /**
  * Each pixel becomes a square of 2 x 2.
  *
- * @param x `[batch, channels, height, width]`. @returns `[batch, channels, 2 height, 2 width]`, `x`'s dtype.
+ * @param x `[batch, channels, height, width]`.
+ * @returns `[batch, channels, 2 height, 2 width]`, `x`'s dtype, dense; on a GPU with the channels last where `x` is so.
  */
 export function upsampleNearest(x: Tensor): Tensor {
   expectShape("upsampleNearest", "x", x, [null, null, null, null]);
   const [batch, channels, height, width] = x.shape;
+  const gpu = gpuOf(x);
+  if (gpu !== undefined && isChannelsLast(x)) {
+    const out = Tensor.empty(gpu, [batch, 2 * height, 2 * width, channels], x.dtype);
+    upsampleInterleaved(gpu, out, x.permute(NHWC));
+    return out.permute(NCHW);
+  }
   const out = Tensor.empty(x.device, [batch, channels, 2 * height, 2 * width], x.dtype);
-  const gpu = gpuOf(out);
   if (gpu !== undefined) {
-    if (out.size === 0) return out;
-    gpu.scope(() => {
-      const source = contiguous(x);
-      const rows = batch * channels * height;
-      const size = dtypeBytes(x.dtype);
-      // What a thread stores at a time is twice what it loads.
-      const stored = wordBytes([out.pointer, 2n * source.pointer, 2 * width * size]);
-      const pixels = stored / 2 / size;
-      const block = rowBlock(width / pixels);
-      launch(gpu, SOURCE, {
-        entry: "upsampleNearest",
-        types: { T: x.dtype },
-        constants: { N: pixels, ROWS: IN_FLIGHT },
-        grid: Math.ceil(rows / (block[1] * IN_FLIGHT)),
-        block,
-        args: [out, source, rows, width],
-      });
-    });
+    gpu.scope(() => upsamplePlanar(gpu, out, contiguous(x)));
     return out;
   }
   const unit = ({ 2: "bf16", 4: "i32" } as const)[dtypeBytes(x.dtype)]; // elements move as they are, bit by bit
@@ -47,6 +38,43 @@ export function upsampleNearest(x: Tensor): Tensor {
   }
   upsampleNearestReference(viewOf(out, unit, out.size), viewOf(x, unit, x.size), width);
   return out;
+}
+
+/** `out` and `x` dense `[batch, channels, ...]`. */
+function upsamplePlanar(gpu: GpuDevice, out: Tensor, x: Tensor): void {
+  const [batch, channels, height, width] = x.shape;
+  const rows = batch * channels * height;
+  const size = dtypeBytes(x.dtype);
+  // What a thread stores at a time is twice what it loads.
+  const stored = wordBytes([out.pointer, 2n * x.pointer, 2 * width * size]);
+  const pixels = stored / 2 / size;
+  const block = rowBlock(width / pixels);
+  launch(gpu, SOURCE, {
+    entry: "upsampleNearest",
+    types: { T: x.dtype },
+    constants: { N: pixels, ROWS: IN_FLIGHT },
+    grid: Math.ceil(rows / (block[1] * IN_FLIGHT)),
+    block,
+    args: [out, x, rows, width],
+  });
+}
+
+/** `out` and `x` dense `[batch, ..., channels]`. */
+function upsampleInterleaved(gpu: GpuDevice, out: Tensor, x: Tensor): void {
+  const [batch, height, width, channels] = x.shape;
+  const rows = batch * height;
+  const size = dtypeBytes(x.dtype);
+  const N = wordBytes([out.pointer, x.pointer, channels * size]) / size;
+  const vectors = width * channels / N;
+  const block = rowBlock(vectors);
+  launch(gpu, SOURCE, {
+    entry: "upsampleNearestInterleaved",
+    types: { T: x.dtype },
+    constants: { N, ROWS: IN_FLIGHT },
+    grid: [Math.ceil(rows / (block[1] * IN_FLIGHT)), Math.ceil(vectors / block[0])],
+    block,
+    args: [out, x, rows, width, channels],
+  });
 }
 
 /** `x` `[rows, width]`, all pictures' rows behind one another; elements of any type. */

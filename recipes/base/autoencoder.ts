@@ -45,7 +45,7 @@ export function spatialFactor(config: AutoencoderConfig): number {
  * resolution is what takes the most memory of all.
  *
  * @param latents `[batch, latent_channels, height, width]`.
- * @returns `[batch, 3, factor height, factor width]`, about -1..1, in the weights' dtype.
+ * @returns `[batch, 3, factor height, factor width]`, dense, about -1..1, in the weights' dtype.
  */
 export function decode(config: AutoencoderConfig, weights: Weights, ops: Ops, latents: Tensor): Tensor {
   const [batch] = latents.shape;
@@ -74,7 +74,8 @@ function decodeOne(config: AutoencoderConfig, weights: Weights, ops: Ops, latent
         x = replace(x, (y) => conv(ops, block, "upsamplers.0.conv", ops.upsampleNearest(y), SAME));
       }
     }
-    return normConv(config, decoder, ops, "conv_norm_out", "conv_out", x);
+    // Convolutions may leave the channels last in memory.
+    return ops.contiguous(normConv(config, decoder, ops, "conv_norm_out", "conv_out", x));
   });
 }
 
@@ -190,7 +191,7 @@ function selfAttention(config: AutoencoderConfig, weights: Weights, ops: Ops, x:
       y.reshape([batch, height * width, 1, channels])
     );
     const attended = dense(ops, weights, "to_out.0", ops.attention(q, k, v).reshape(tokens.shape));
-    return ops.add(x, ops.contiguous(attended.permute([0, 2, 1])).reshape(x.shape));
+    return ops.add(x, attended.permute([0, 2, 1]).reshape(x.shape));
   });
 }
 

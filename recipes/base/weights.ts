@@ -34,9 +34,9 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
       const tensor = find(name);
       if (freed.has(name)) {
         throw new UsageError(
-          `the weight ${name} is gone from ${tensor.device.name}: a recipe with another dtype took the model's ` +
-            "weights, or the model was disposed",
-          { hint: "load the model once for each dtype, or give all pipelines the same plan" },
+          `the weight ${name} is gone from ${tensor.device.name}: a recipe with another dtype or layout took the ` +
+            "model's weights, or the model was disposed",
+          { hint: "load the model once for each dtype and layout, or give all pipelines the same plan" },
         );
       }
       return tensor;

@@ -18,7 +18,9 @@ import {
 import type { DType } from "../../ffi/dtype.ts";
 import { FfiError } from "../../ffi/errors.ts";
 import { contiguousStrides, Tensor } from "../../ffi/tensor.ts";
+import { channelsLast } from "../../recipes/04_channels_last.ts";
 import { compareWithHeaders, compileC, missingHeaders } from "../support/cuda_headers.ts";
+import { issueAutoencoder } from "../support/flux_autoencoder.ts";
 import { H100 } from "../support/h100.ts";
 import STAND_IN from "../support/libcuda_on_cpu.c" with { type: "text" };
 import { ATTENTION_CASES } from "../support/plan_attention.ts";
@@ -139,6 +141,41 @@ cudnnTest("plans the autoencoder's convolutions in every dtype and order", () =>
       }
     }
   }));
+
+for (const direction of ["decode", "encode"] as const) {
+  cudnnTest(
+    `plans FLUX.1's autoencoder with its channels last (${direction})`,
+    () =>
+      withPlanner((planner) => {
+        const layoutOf = ({ dtype, shape, strides }: Tensor): Layout => ({
+          dtype,
+          shape,
+          strides,
+          alignment: 16,
+        });
+        for (const dtype of ["bf16", "f32"] as const) {
+          const { convs } = issueAutoencoder(direction, dtype, [channelsLast]);
+          for (const { x, weight, bias, out, stride, padding } of convs) {
+            using plan = planner.conv({
+              x: layoutOf(x),
+              weight: layoutOf(weight),
+              bias: layoutOf(bias!),
+              out: layoutOf(out),
+              stride,
+              padding,
+            });
+            const what = `x ${x}, weight ${weight}: engine ${plan.engine} wants ${plan.workspaceBytes} bytes`;
+            const tensorCores = plan.numericalNotes.includes(HEADER.CUDNN_NUMERICAL_NOTE_TENSOR_CORE);
+            assert.equal(tensorCores, dtype === "bf16", what);
+            // No room for a copy of a picture, except where 3 channels are made 8. In f32 only NCHW has fast engines.
+            const few = x.shape[1] === 3 || out.shape[1] === 3;
+            const most = dtype === "f32" ? 2 ** 31 : few ? 2 ** 25 : 2 ** 21;
+            assert.ok(plan.workspaceBytes <= most, what);
+          }
+        }
+      }),
+  );
+}
 
 cudnnTest("an f32 plan leaves out engines that would use TF32", () =>
   withPlanner((planner) => {

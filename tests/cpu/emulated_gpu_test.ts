@@ -3,8 +3,10 @@ import assert from "node:assert/strict";
 import { FfiError, OutOfMemoryError, ShapeError } from "../../ffi/errors.ts";
 import { Float, type GpuDevice, type KernelArgument, type Launch } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
+import { NCHW, NHWC } from "../../kernels/layout.ts";
 import { cast } from "../../kernels/cast.ts";
 import { linearReference } from "../../kernels/linear.ts";
+import { contiguous } from "../../kernels/contiguous.ts";
 import { conv2d, conv2dReference } from "../../kernels/conv2d.ts";
 import { attentionReference } from "../../kernels/attention.ts";
 import { assertClose } from "../support/compare.ts";
@@ -439,20 +441,16 @@ forEachGpu("emulation", (test) => {
     const out = conv2d(input, filter, floats(device, [...bias]), { stride: 2, padding });
     assertClose(await valuesOf(out), expected, 1e-6, "NCHW");
 
-    const channelsLast = Tensor.empty(device, [2, 3, 3, 4], "f32");
-    device.conv({
-      x: input,
-      weight: filter,
-      bias: floats(device, [...bias]),
-      out: channelsLast.permute([0, 3, 1, 2]),
-      stride: 2,
-      padding,
-    });
-    const values = await valuesOf(channelsLast);
-    const reordered = range(72).map((i) =>
-      values[Math.floor(i / 36) * 36 + (i % 9) * 4 + Math.floor(i / 9) % 4]
+    const [inputLast, filterLast] = [input, filter].map((tensor) =>
+      contiguous(tensor.permute(NHWC)).permute(NCHW)
     );
-    assertClose(reordered, expected, 1e-6, "NHWC");
+    const last = conv2d(inputLast, filterLast, floats(device, [...bias]), { stride: 2, padding });
+    assert.ok(last.permute(NHWC).isContiguous);
+    assertClose(await valuesOf(contiguous(last)), expected, 1e-6, "NHWC");
+    assert.throws(
+      () => device.conv({ x: inputLast, weight: filter, out: last, stride: 2, padding }),
+      /differ in layout/,
+    );
   });
 
   test("attention by a library is there on demand, and equals its reference", async (device) => {

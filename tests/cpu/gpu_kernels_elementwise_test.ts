@@ -1,56 +1,29 @@
 /** The elementwise and copying kernels on the emulated GPU, and how they are launched at FLUX's sizes. */
 import assert from "node:assert/strict";
-import type { Memory } from "../../ffi/device.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
-import type { Dim3, GpuDevice, KernelArgument, KernelSource, Launch } from "../../ffi/gpu.ts";
-import { MemoryScopes } from "../../ffi/scope.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { add } from "../../kernels/add.ts";
 import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
 import { gatedResidual } from "../../kernels/gated_residual.ts";
+import { groupNormSiluFused } from "../../kernels/group_norm_silu.ts";
+import { NCHW } from "../../kernels/layout.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { multiply } from "../../kernels/multiply.ts";
 import { silu } from "../../kernels/silu.ts";
 import { toPixels } from "../../kernels/to_pixels.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
+import { type Launched, openNullGpu } from "../support/null_gpu.ts";
 
 elementwiseSuite();
 
-interface Launched {
-  readonly constants: Readonly<Record<string, number>>;
-  readonly blocks: number;
-  readonly threads: number;
-  readonly args: readonly KernelArgument[];
-}
-
-const count = (size: Dim3) => typeof size === "number" ? size : size.reduce<number>((a, b) => a * b, 1);
-
-/** The launches of `body` on a GPU that has any amount of memory and computes nothing. */
-function launchesOf(body: (tensor: (shape: readonly number[], dtype: DType) => Tensor) => void): Launched[] {
-  const launches: Launched[] = [];
-  const scopes = new MemoryScopes(() => {});
-  const gpu = {
-    kind: "cuda",
-    name: "null GPU",
-    limits: { architecture: "", multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
-    alloc: (byteLength: number): Memory => ({ device: gpu, pointer: 1n << 40n, byteLength }),
-    scope: <T>(inner: () => T): T => scopes.run(inner),
-    kernel: ({ text }: KernelSource) => ({ name: text }),
-    launch: ({ name }: { name: string }, { grid, block }: Launch, args: readonly KernelArgument[]) => {
-      const constants = [...name.matchAll(/^constexpr int (\w+) = (\d+);$/gm)].map(([, key, value]) =>
-        [key, Number(value)] as const
-      );
-      launches.push({
-        constants: Object.fromEntries(constants),
-        blocks: count(grid),
-        threads: count(block),
-        args,
-      });
-    },
-  } as unknown as GpuDevice;
+/** The launches of `body` at sizes that nothing here could compute. */
+function launchesOf(
+  body: (tensor: (shape: readonly number[], dtype: DType) => Tensor) => void,
+): readonly Launched[] {
+  const { gpu, launches } = openNullGpu();
   body((shape, dtype) => Tensor.empty(gpu, shape, dtype));
   return launches;
 }
@@ -81,6 +54,19 @@ for (const dtype of ["bf16", "f32"] as const) {
 
     const [upsampled] = launchesOf((tensor) => void upsampleNearest(tensor([1, 256, 512, 512], dtype)));
     assert.equal(2 * upsampled.constants.N * dtypeBytes(dtype), 16);
+    const channelsLast = launchesOf((tensor) => {
+      const picture = tensor([1, 512, 512, 256], dtype).permute(NCHW);
+      upsampleNearest(picture);
+      add(picture, picture);
+      groupNormSiluFused(picture, 32, tensor([256], dtype), tensor([256], dtype), 1e-6);
+    });
+    assert.equal(channelsLast.length, 5); // three of them the norm's
+    for (const { constants, blocks } of channelsLast) {
+      assert.ok(
+        constants.N * dtypeBytes(dtype) === 16 && (blocks >= 1000 || blocks === 32),
+        `${blocks} blocks`,
+      );
+    }
     const copies = launchesOf((tensor) => {
       concat([tensor(tokens, dtype), tensor(wide, dtype)], 2);
       concat([tensor([1, 256, 24, 128], dtype), tensor([1, 4096, 24, 128], dtype)], 1);

@@ -1,6 +1,8 @@
 /** Every kernel against its TypeScript reference, on the CUDA device. */
+import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 
+convolutionSuite();
 elementwiseSuite();
 normsSuite();

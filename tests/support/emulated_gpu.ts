@@ -251,6 +251,12 @@ class EmulatedGpu implements GpuDevice {
     const [images, channels, height, width] = x.shape;
     const [filters, , rows, columns] = weight.shape;
     const [top, left, bottom, right] = padding;
+    // cuDNN takes all of them NCHW or all of them NHWC.
+    const inOneOrder = (order: readonly number[]) =>
+      [x, weight, out].every((tensor) => tensor.permute(order).isContiguous);
+    if (!inOneOrder([0, 1, 2, 3]) && !inOneOrder([0, 2, 3, 1])) {
+      throw new FfiError(`${this.name}: conv: x ${x}, weight ${weight} and out ${out} differ in layout`);
+    }
     requireShape("conv", "weight", weight, [filters, channels, rows, columns]);
     if (bias !== undefined) requireShape("conv", "bias", bias, [filters]);
     for (const other of [weight, out, bias ?? x]) {

@@ -18,7 +18,8 @@ import {
   clipWeightShapes,
   endOfTextPositions,
 } from "../../recipes/base/clip.ts";
-import { eagerOps as ops } from "../../recipes/base/ops.ts";
+import { eagerOps as ops, type Ops } from "../../recipes/base/ops.ts";
+import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { rotaryTables } from "../../recipes/base/rotary.ts";
 import { relativePositionBuckets, t5ConfigSchema, t5Encoder, t5WeightShapes } from "../../recipes/base/t5.ts";
 import {
@@ -26,7 +27,13 @@ import {
   transformerConfigSchema,
   transformerWeightShapes,
 } from "../../recipes/base/transformer.ts";
-import { castWeights, placeWeights, type Weights, type WeightShapes } from "../../recipes/base/weights.ts";
+import {
+  castWeights,
+  placeWeights,
+  type Weights,
+  weightsFrom,
+  type WeightShapes,
+} from "../../recipes/base/weights.ts";
 import { assertClose, relativeError } from "./compare.ts";
 import { Golden, goldenPath, valuesOf } from "./golden.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
@@ -176,43 +183,60 @@ export function componentSuite(target: TestDevice, together?: number): void {
         return { sample };
       });
     });
-
-    test(`autoencoder equals diffusers' (${model})`, async (device) => {
-      await compareAutoencoder(device, folder, "vae", `components/${model}/vae.safetensors`, 2, together);
-    });
   }
+  autoencoderSuite(target, [], together);
+}
 
-  test("autoencoder equals diffusers' with uneven groups and sizes (vae-odd)", async (device) => {
-    await compareAutoencoder(
-      device,
-      goldenPath(""),
-      "vae-odd",
-      "components/vae-odd/vae.safetensors",
-      1,
-      together,
+/** The part of {@link componentSuite} that is about the autoencoder, with recipes. */
+export function autoencoderSuite(
+  target: TestDevice,
+  recipes: readonly Recipe[],
+  together?: number,
+): void {
+  const cases = [
+    ...MODELS.map((model) => ({ model, folder: goldenPath(model), component: "vae", cases: 2 })),
+    // Uneven groups and sizes.
+    { model: "vae-odd", folder: goldenPath(""), component: "vae-odd", cases: 1 },
+  ];
+  const suffix = recipes.map(({ name }) => `, ${name}`).join("");
+  for (const one of cases) {
+    testOn(
+      target,
+      `autoencoder equals diffusers' (${one.model}${suffix})`,
+      (device) => compareAutoencoder(device, one, recipes, together),
     );
-  });
+  }
 }
 
 async function compareAutoencoder(
   device: Device,
-  folder: string,
-  component: string,
-  file: string,
-  cases: number,
+  { model, folder, component, cases }: {
+    readonly model: string;
+    readonly folder: string;
+    readonly component: string;
+    /** Pictures in the golden file. */
+    readonly cases: number;
+  },
+  recipes: readonly Recipe[],
   together: number | undefined,
 ): Promise<void> {
+  const file = `components/${model}/vae.safetensors`;
   using golden = new Golden(file, device);
   const config: AutoencoderConfig = readJson(folder, `${component}/config.json`, autoencoderConfigSchema);
-  const withWeights = async <T>(dtype: DType, run: (weights: Weights) => T): Promise<T> => {
+  const withPlan = async <T>(dtype: DType, run: (weights: Weights, ops: Ops) => T): Promise<T> => {
     using loaded = await load(device, folder, component, () => autoencoderWeightShapes(config), dtype);
-    return run(loaded.weights);
+    const none = weightsFrom(new Map());
+    const all = { text_encoder: none, text_encoder_2: none, transformer: none, vae: loaded.weights };
+    const { weights, ops } = compose(eagerPlan(device, all), ...recipes);
+    return run(weights.vae, ops);
   };
   await compare(golden, (dtype) =>
-    withWeights(dtype, (weights) => {
+    withPlan(dtype, (weights, ops) => {
       const outputs: Record<string, Tensor> = {};
       for (let i = 0; i < cases; i++) {
-        outputs[`moments${i}`] = encodeMoments(config, weights, ops, golden.tensor(`in.image${i}`));
+        outputs[`moments${i}`] = ops.contiguous(
+          encodeMoments(config, weights, ops, golden.tensor(`in.image${i}`)),
+        );
         // The golden file gives the decoder's input itself; ours takes the transformer's latents.
         const { scaling_factor: scale, shift_factor: shift } = config;
         const latents = ops.scaleShift(golden.tensor(`in.latents${i}`), scale, -(shift ?? 0) * scale);
@@ -221,9 +245,9 @@ async function compareAutoencoder(
       return outputs;
     }), together);
   for (let i = 0; i < cases; i++) {
-    const latents = await withWeights(
+    const latents = await withPlan(
       "f32",
-      (weights) => encode(config, weights, ops, golden.tensor(`in.image${i}`)),
+      (weights, ops) => encode(config, weights, ops, golden.tensor(`in.image${i}`)),
     );
     const { scaling_factor: scale, shift_factor: shift } = config;
     const expected = golden.values(`out.mode${i}`).map((mode) => (mode - (shift ?? 0)) * scale);

@@ -15,6 +15,8 @@ import { FfiError } from "../../../ffi/errors.ts";
 import { type GpuDevice, isGpu } from "../../../ffi/gpu.ts";
 import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
+import { groupNormSiluFused } from "../../../kernels/group_norm_silu.ts";
+import { NCHW } from "../../../kernels/layout.ts";
 import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
 import { softmaxOnGpu } from "../../../kernels/softmax.ts";
@@ -157,7 +159,24 @@ const CASES: readonly Case[] = [
     run: (x, weight, bias) => ops.groupNorm(x, 32, weight, bias, 1e-6),
     bytes: twiceRead,
   },
+  {
+    name: "groupNorm and silu in one, NCHW",
+    inputs: () => [bf16(1, 128, 1024, 1024), bf16(128), bf16(128)],
+    run: (x, weight, bias) => groupNormSiluFused(x, 32, weight, bias, 1e-6),
+    bytes: twiceRead,
+  },
+  {
+    name: "groupNorm and silu in one, NHWC",
+    inputs: () => [bf16(1, 1024, 1024, 128).permute(NCHW), bf16(128), bf16(128)],
+    run: (x, weight, bias) => groupNormSiluFused(x, 32, weight, bias, 1e-6),
+    bytes: twiceRead,
+  },
   { name: "upsampleNearest", inputs: () => [bf16(1, 256, 512, 512)], run: (x) => ops.upsampleNearest(x) },
+  {
+    name: "upsampleNearest, NHWC",
+    inputs: () => [bf16(1, 512, 512, 256).permute(NCHW)],
+    run: (x) => ops.upsampleNearest(x),
+  },
   { name: "toPixels", inputs: () => [f32(8, 3, 1024, 1024)], run: (x) => ops.toPixels(x) },
   {
     name: "fillRandom",

@@ -15,6 +15,7 @@ import { eulerStep, eulerStepReference } from "../../../kernels/euler_step.ts";
 import { float8ToFloat32 } from "../../../kernels/float8.ts";
 import { gatedResidual, gatedResidualReference } from "../../../kernels/gated_residual.ts";
 import { geluTanh, geluTanhReference } from "../../../kernels/gelu_tanh.ts";
+import { isChannelsLast, NHWC } from "../../../kernels/layout.ts";
 import { modulate, modulateReference } from "../../../kernels/modulate.ts";
 import { multiply, multiplyReference } from "../../../kernels/multiply.ts";
 import { quickGelu, quickGeluReference } from "../../../kernels/quick_gelu.ts";
@@ -264,6 +265,13 @@ const seeds = fc.nat(10000);
 const sizes = fc.oneof(fc.integer({ min: 1, max: 300 }).map((n) => 8 * n), fc.integer({ min: 1, max: 3000 }));
 /** First elements on and off a vector's boundary. */
 const starts = fc.constantFrom(0, 8, 1);
+/** Shapes of pictures, `[batch, channels, height, width]`. */
+const pictures = fc.tuple(
+  fc.integer({ min: 1, max: 2 }),
+  fc.constantFrom(1, 3, 8, 40),
+  fc.integer({ min: 1, max: 9 }),
+  fc.integer({ min: 1, max: 70 }),
+);
 const range = (length: number) => Array.from({ length }, (_, i) => i);
 
 function activationTests(): void {
@@ -341,6 +349,24 @@ function arithmeticTests(): void {
           rounded(add(a.tensor, b.tensor), "bf16", [6, 10, 7], expected[1]),
         ];
       }));
+  });
+
+  forEachGpu("add", (test) => {
+    test("keeps the layout of a picture, whatever the other one's is", (device) =>
+      property(
+        device,
+        [floatTypes, pictures, fc.boolean(), fc.boolean(), seeds],
+        (dtype, shape, last, otherLast, seed) => {
+          const layout = (last: boolean) => last ? { order: NHWC, wild: true } : { wild: true };
+          const a = floats(device, shape, dtype, seed, layout(last));
+          const b = floats(device, shape, dtype, seed + 1, layout(otherLast));
+          const expected = new Float32Array(a.values.length);
+          addReference(expected, a.values, b.values);
+          const sum = add(a.tensor, b.tensor);
+          assert.equal(isChannelsLast(sum), isChannelsLast(a.tensor));
+          return [rounded(contiguous(sum), dtype, shape, expected)];
+        },
+      ));
   });
 
   forEachGpu("multiply", (test) => {
@@ -520,6 +546,11 @@ function castTests(): void {
           rounded(out, "bf16", [3, size], x.values),
           rounded(cast(y.tensor, "f32"), "f32", [size, 3], y.values),
         ];
+      }, 15));
+    test("makes a picture with channels last dense", (device) =>
+      property(device, [pictures, seeds], (shape, seed) => {
+        const x = floats(device, shape, "bf16", seed, { order: NHWC, wild: true });
+        return [rounded(cast(x.tensor, "f32"), "f32", shape, x.values)];
       }, 15));
     test("makes floats of integers, and no float8", (device) =>
       check(device, () => {
@@ -723,13 +754,22 @@ function pictureTests(): void {
           return [same(upsampleNearest(x.tensor), dtype, [2, 3, 2 * height, 2 * width], bytes)];
         },
       ));
-    test("takes channels-last pictures", (device) =>
-      check(device, () => {
-        const x = floats(device, [1, 8, 5, 6], "bf16", 1, { order: [0, 2, 3, 1] });
-        const expected = new Float32Array(4 * x.values.length);
-        upsampleNearestReference(expected, x.values, 6);
-        return [rounded(upsampleNearest(x.tensor), "bf16", [1, 8, 10, 12], expected)];
-      }));
+    test("keeps channels last", (device) =>
+      property(
+        device,
+        [fc.constantFrom<DType>("bf16", "f32"), pictures, starts, seeds],
+        (dtype, shape, start, seed) => {
+          const [batch, channels, height, width] = shape;
+          const x = bits(device, shape, dtype, seed, { order: NHWC, start });
+          const Words = dtype === "bf16" ? Uint16Array : Int32Array;
+          const expected = new Words(4 * x.values.length);
+          upsampleNearestReference<Uint16Array | Int32Array>(expected, new Words(x.bytes.buffer), width);
+          const out = upsampleNearest(x.tensor);
+          assert.equal(isChannelsLast(out), isChannelsLast(x.tensor));
+          const bytes = new Uint8Array(expected.buffer);
+          return [same(contiguous(out), dtype, [batch, channels, 2 * height, 2 * width], bytes)];
+        },
+      ));
   });
 
   forEachGpu("toPixels", (test) => {

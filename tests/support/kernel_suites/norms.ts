@@ -7,10 +7,12 @@ import { elementCount, Tensor } from "../../../ffi/tensor.ts";
 import { attention, attentionByMatmul, attentionReference, softmaxRows } from "../../../kernels/attention.ts";
 import { bfloat16ToFloat32, float32ToBfloat16 } from "../../../kernels/bfloat16.ts";
 import { groupNorm, groupNormReference } from "../../../kernels/group_norm.ts";
+import { groupNormSilu, groupNormSiluFused } from "../../../kernels/group_norm_silu.ts";
 import { layerNorm, layerNormReference } from "../../../kernels/layer_norm.ts";
 import { fillRandom, fillRandomReference, type RandomFillOptions } from "../../../kernels/random_fill.ts";
 import { rmsNorm, rmsNormReference } from "../../../kernels/rms_norm.ts";
 import { rope, ropeReference } from "../../../kernels/rope.ts";
+import { siluReference } from "../../../kernels/silu.ts";
 import { softmaxOnGpu } from "../../../kernels/softmax.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
@@ -337,8 +339,37 @@ function interleave(values: Float32Array, batch: number, channels: number): Floa
   });
 }
 
+/** Group norm alone, and what follows it with SiLU. */
 function groupNormSuite(): void {
-  /** Both layouts of a picture `[batch, channels, height, width]` of `value(i)`, normed. */
+  groupNormTests("groupNorm", groupNorm, false);
+  groupNormTests("groupNormSilu", groupNormSilu, true);
+  groupNormTests("groupNormSiluFused", groupNormSiluFused, true);
+}
+
+function groupNormTests(name: string, op: typeof groupNorm, withSilu: boolean): void {
+  /** What `op` makes of row-major `[batch, channels, pixels]`, and how far from it a GPU's result may be. */
+  const reference = (
+    x: Float32Array,
+    weight: Float32Array,
+    bias: Float32Array,
+    batch: number,
+    groups: number,
+    dtype: Float,
+    normSlack: (i: number) => number,
+  ) => {
+    const normed = new Float32Array(x.length);
+    groupNormReference(normed, x, weight, bias, batch, groups, EPS);
+    if (!withSilu) return { expected: normed, slack: normSlack };
+    const expected = new Float32Array(x.length);
+    siluReference(expected, normed);
+    // SiLU's slope is up to 1.1, and its exponential is good to some units in the last place. Two kernels round twice.
+    const rounding = dtype === "bf16" && op === groupNormSilu ? 2 ** -8 : 0;
+    const slack = (i: number) =>
+      1.1 * (normSlack(i) + rounding * Math.abs(normed[i])) + 1e-6 * Math.abs(expected[i]);
+    return { expected, slack };
+  };
+
+  /** Both layouts of a picture `[batch, channels, height, width]` of `value(i)`, through `op`. */
   const bothLayouts = (
     device: GpuDevice,
     shape: readonly number[],
@@ -347,14 +378,21 @@ function groupNormSuite(): void {
     weightDtype: Float,
     start: number,
     value: (i: number) => number,
-    slack: (i: number) => number,
+    normSlack: (i: number) => number,
   ): Result[] => {
     const [batch, channels, height, width] = shape;
     const x = sample(device, shape, dtype, value, start);
     const [weight, bias] = [1, 2].map((seed) => sample(device, [channels], weightDtype, noise(seed)));
-    const expected = new Float32Array(x.values.length);
-    groupNormReference(expected, x.values, weight.values, bias.values, batch, groups, EPS);
-    const norm = (picture: Tensor) => groupNorm(picture, groups, weight.tensor, bias.tensor, EPS);
+    const { expected, slack } = reference(
+      x.values,
+      weight.values,
+      bias.values,
+      batch,
+      groups,
+      dtype,
+      normSlack,
+    );
+    const norm = (picture: Tensor) => op(picture, groups, weight.tensor, bias.tensor, EPS);
 
     const inside = interleave(x.values, batch, channels);
     const pixelsFirst = sample(device, [batch, height, width, channels], dtype, (i) => inside[i], start);
@@ -374,7 +412,7 @@ function groupNormSuite(): void {
     }];
   };
 
-  forEachGpu("groupNorm", (test) => {
+  forEachGpu(name, (test) => {
     test("equals its reference, NCHW and NHWC: sizes, dtypes, large means, odd addresses", async (device) => {
       const drawn = fc.record({
         batch: fc.integer({ min: 1, max: 2 }),
@@ -418,7 +456,7 @@ function groupNormSuite(): void {
           return bothLayouts(device, shape, 4, dtype, "f32", 0, value, () => 2e-5);
         })));
 
-    test("a picture of one colour is its bias", (device) =>
+    test("a picture of one colour becomes its bias", (device) =>
       check(device, () => bothLayouts(device, [1, 8, 40, 52], 2, "f32", "f32", 0, () => -300, () => 1e-6)));
 
     test("other layouts are copied, and channels may be more than a block has threads", (device) =>
@@ -426,9 +464,8 @@ function groupNormSuite(): void {
         const x = sample(device, [2, 5, 6, 300], "f32", noise(1));
         const [weight, bias] = [1, 2].map((seed) => sample(device, [300], "f32", noise(seed)));
         const values = interleave(x.values, 2, 30); // [2, 300, 30] of the view below
-        const expected = new Float32Array(values.length);
-        groupNormReference(expected, values, weight.values, bias.values, 2, 100, EPS);
-        const norm = (picture: Tensor) => groupNorm(picture, 100, weight.tensor, bias.tensor, EPS);
+        const { expected } = reference(values, weight.values, bias.values, 2, 100, "f32", () => 0);
+        const norm = (picture: Tensor) => op(picture, 100, weight.tensor, bias.tensor, EPS);
         const last = norm(x.tensor.permute([0, 3, 1, 2])).permute([0, 2, 3, 1]);
         const turned = x.tensor.permute([0, 3, 2, 1]);
         const turnedExpected = expected.map((_, i) => {

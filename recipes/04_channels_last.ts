@@ -1,0 +1,47 @@
+/**
+ * 04 channels last: the autoencoder's pictures with their channels last in memory (NHWC).
+ *
+ * Idea: matrix units multiply runs of channels. From NCHW pictures cuDNN has to make them first and turn its result
+ * around again, at each convolution; pictures that lie as NHWC all along are turned once at either end of the
+ * autoencoder, where they have 16 or 3 channels. There a 1 x 1 convolution is a matrix product.
+ * Changes: the convolutions' weights become `[out, kernelHeight, kernelWidth, in]` in memory; pictures follow them,
+ * since operators keep the layout that they find. Group norm and SiLU become one operator, whose kernels read the
+ * channels of a pixel side by side. Exact: yes, up to the order of sums. For bfloat16: in float32 cuDNN computes in
+ * NCHW (9.14 on an H100), and then the turning is its own.
+ */
+import type { GpuDevice } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { groupNormSiluFused } from "../kernels/group_norm_silu.ts";
+import { NCHW, NHWC } from "../kernels/layout.ts";
+import { copyStridedOnGpu } from "../kernels/strided_copy.ts";
+import type { Plan, Recipe } from "./base/plan.ts";
+import { type Weights, weightsFrom } from "./base/weights.ts";
+
+/** The plan's autoencoder is consumed: neither that plan nor another one of the same model works afterwards. */
+export const channelsLast: Recipe = {
+  name: "04_channels_last",
+  exact: true,
+  devices: ["cuda", "hip"],
+  apply: (plan: Plan) => ({
+    ...plan,
+    weights: { ...plan.weights, vae: withChannelsLast(plan.device as GpuDevice, plan.weights.vae) },
+    ops: { ...plan.ops, groupNormSilu: groupNormSiluFused },
+  }),
+};
+
+/** The same weights, those of convolutions with their input channels last. Each old one is freed when it was copied. */
+function withChannelsLast(gpu: GpuDevice, weights: Weights): Weights {
+  return weightsFrom(
+    new Map(weights.names.map((name) => {
+      const weight = weights.get(name);
+      // 1 x 1 weights lie the same way in both layouts.
+      if (weight.rank !== 4 || weight.permute(NHWC).isContiguous) return [name, weight];
+      const memory = gpu.alloc(weight.byteLength, "weights");
+      const turned = new Tensor(memory, weight.dtype, NHWC.map((dim) => weight.shape[dim])).permute(NCHW);
+      copyStridedOnGpu(gpu, turned, weight);
+      // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
+      weights.free(name);
+      return [name, turned];
+    })),
+  );
+}

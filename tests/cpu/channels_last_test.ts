@@ -1,0 +1,83 @@
+/** The autoencoder with its channels last, on the emulated GPU, and what it issues at FLUX.1's sizes. */
+import assert from "node:assert/strict";
+import { Tensor } from "../../ffi/tensor.ts";
+import { isChannelsLast } from "../../kernels/layout.ts";
+import { bfloat16 } from "../../recipes/01_bfloat16.ts";
+import { channelsLast } from "../../recipes/04_channels_last.ts";
+import { UsageError } from "../../recipes/base/errors.ts";
+import { Model } from "../../recipes/base/model.ts";
+import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import { compose, eagerPlan, type Plan } from "../../recipes/base/plan.ts";
+import { assertClose } from "../support/compare.ts";
+import { issueAutoencoder } from "../support/flux_autoencoder.ts";
+import { autoencoderSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
+import { goldenPath, valuesOf } from "../support/golden.ts";
+import { TEST_GPU } from "../support/gpu_devices.ts";
+import { noise } from "../support/providers.ts";
+import { openReference } from "../support/reference_provider.ts";
+import { testOn } from "../support/test_device.ts";
+
+autoencoderSuite(TEST_GPU, [channelsLast], OTHER_ORDER);
+
+testOn(
+  TEST_GPU,
+  "channels last: a pipeline's pictures are dense f32 as without, and no memory more",
+  async (device) => {
+    using model = await Model.load(goldenPath("schnell-like"), device);
+    const plain = compose(eagerPlan(device, model.weights), bfloat16);
+    const latents = device.scope(() =>
+      Tensor.fromFloat32(device, new Float32Array(2 * 4 * 6 * 64).map((_, i) => noise(5)(i)), [2, 24, 64])
+    );
+    const decoded = async (plan: Plan) => {
+      const pictures = new FluxPipeline(model, plan).decodeLatents(latents, 8, 12);
+      assert.equal(pictures.dtype, "f32");
+      const values = await valuesOf(pictures);
+      pictures.dispose();
+      return { shape: pictures.shape, values };
+    };
+    const without = await decoded(plain);
+    const { current, weights } = device.memoryUse();
+    const turned = compose(plain, channelsLast);
+    assert.deepEqual([device.memoryUse().current, device.memoryUse().weights], [current, weights]);
+    const name = "decoder.conv_in.weight";
+    assert.ok(isChannelsLast(turned.weights.vae.get(name)));
+    assert.throws(() => plain.weights.vae.get(name), UsageError);
+    const last = await decoded(turned);
+    assert.deepEqual(last.shape, without.shape);
+    assertClose(last.values, without.values, 0.03, "the picture in bf16");
+    assert.equal(device.memoryUse().current, current);
+    latents.dispose();
+  },
+);
+
+Deno.test("channels last: refused on the CPU", () => {
+  using device = openReference();
+  assert.throws(() => compose(eagerPlan(device, {} as never), channelsLast), UsageError);
+});
+
+for (const dtype of ["bf16", "f32"] as const) {
+  for (const direction of ["decode", "encode"] as const) {
+    Deno.test(`channels last: FLUX.1's autoencoder turns no large picture around (${direction}, ${dtype})`, () => {
+      const { launches, convs } = issueAutoencoder(direction, dtype, [channelsLast]);
+      for (const { x, weight, out } of convs) {
+        assert.ok([x, weight, out].every(isChannelsLast), `x ${x}, weight ${weight}, out ${out}`);
+      }
+      // The shortcuts are matrix products.
+      assert.ok(convs.every(({ weight }) => weight.shape[2] === 3));
+      const copies = launches.filter(({ entry }) => /^(copyRows|transposeTiles)$/.test(entry));
+      for (const { args } of copies) {
+        const [to] = args as Tensor[];
+        assert.ok(to.size <= 3 * 1024 ** 2, `${to} is a copy`);
+      }
+      assert.equal(copies.length, 2, "one at either end");
+      for (const { entry, constants, args } of launches) {
+        const [to] = args as Tensor[];
+        if (to.size < 2 ** 23 || constants.N === undefined) continue;
+        assert.ok(
+          constants.N * to.byteLength / to.size === 16,
+          `${entry} moves ${constants.N} elements at a time`,
+        );
+      }
+    });
+  }
+}

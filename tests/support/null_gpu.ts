@@ -1,0 +1,56 @@
+import type { ConvPlan, Memory } from "../../ffi/device.ts";
+import type { Dim3, GpuDevice, KernelArgument, KernelSource, Launch } from "../../ffi/gpu.ts";
+import { MemoryScopes } from "../../ffi/scope.ts";
+
+/** A launch of a kernel, with the constants that it was compiled for. */
+export interface Launched {
+  readonly entry: string;
+  readonly constants: Readonly<Record<string, number>>;
+  readonly blocks: number;
+  readonly threads: number;
+  readonly args: readonly KernelArgument[];
+}
+
+/** A GPU that has any amount of memory and computes nothing, and what it was told to do. */
+export interface NullGpu {
+  readonly gpu: GpuDevice;
+  readonly launches: readonly Launched[];
+  readonly convs: readonly ConvPlan[];
+}
+
+export function openNullGpu(): NullGpu {
+  const launches: Launched[] = [];
+  const convs: ConvPlan[] = [];
+  const scopes = new MemoryScopes(() => {});
+  const gpu = {
+    kind: "cuda",
+    name: "null GPU",
+    limits: { architecture: "", multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
+    alloc: (byteLength: number): Memory => ({ device: gpu, pointer: 1n << 40n, byteLength }),
+    free: () => {},
+    scope: <T>(inner: () => T): T => scopes.run(inner),
+    kernel: ({ text }: KernelSource, entry: string) => ({ name: entry, text }),
+    launch: (
+      { name, text }: { name: string; text: string },
+      { grid, block }: Launch,
+      args: readonly KernelArgument[],
+    ) => {
+      const constants = [...text.matchAll(/^constexpr int (\w+) = (\d+);$/gm)].map(([, key, value]) =>
+        [key, Number(value)] as const
+      );
+      launches.push({
+        entry: name,
+        constants: Object.fromEntries(constants),
+        blocks: count(grid),
+        threads: count(block),
+        args,
+      });
+    },
+    conv: (plan: ConvPlan) => void convs.push(plan),
+    matmul: () => {},
+    attention: () => true,
+  } as unknown as GpuDevice;
+  return { gpu, launches, convs };
+}
+
+const count = (size: Dim3) => typeof size === "number" ? size : size.reduce<number>((a, b) => a * b, 1);
