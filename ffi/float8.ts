@@ -27,3 +27,25 @@ export function float8ToFloat32(source: Uint8Array, target: Float32Array, dtype:
   const table = TABLES[dtype];
   for (let i = 0; i < target.length; i++) target[i] = table[source[i]];
 }
+
+/**
+ * Rounds to the nearest E4M3 value, ties to even. What is larger than 448, infinities too, becomes 448; a NaN stays one
+ * (without its sign).
+ */
+export function float32ToFloat8(source: Float32Array, target: Uint8Array): void {
+  const bits = new Uint32Array(source.buffer, source.byteOffset, source.length);
+  for (let i = 0; i < bits.length; i++) {
+    const magnitude = bits[i] & 0x7fffffff;
+    if (magnitude > 0x7f800000) {
+      target[i] = 0x7f;
+      continue;
+    }
+    let code: number;
+    if (magnitude >= 0x43e00000) code = 0x7e; // 448
+    else if (magnitude < 0x3c800000) {
+      // Below 2^-6 the steps are 2^-9, which are float32's between 2^14 and 2^15: the addition rounds.
+      code = (Math.fround(Math.abs(source[i]) + 2 ** 14) - 2 ** 14) * 2 ** 9;
+    } else code = (magnitude - 0x3c000000 + 0x7ffff + ((magnitude >>> 20) & 1)) >>> 20;
+    target[i] = code | (bits[i] >>> 24 & 0x80);
+  }
+}
