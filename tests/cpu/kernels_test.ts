@@ -14,6 +14,7 @@ import { layerNorm } from "../../kernels/layer_norm.ts";
 import { linear } from "../../kernels/linear.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { quickGeluReference } from "../../kernels/quick_gelu.ts";
+import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { siluReference } from "../../kernels/silu.ts";
 import { timestepEmbeddingReference } from "../../kernels/timestep_embedding.ts";
@@ -102,6 +103,40 @@ Deno.test("float8: rounding to E4M3 is to nearest, ties to even, and ends at 448
   assert.deepEqual(rounded(448, 463, 465, 3e38, Infinity), Array(5).fill(0x7e));
   assert.deepEqual(rounded(-449, -Infinity, -1e-30, 1e-44, -0), [0xfe, 0xfe, 0x80, 0, 0x80]);
   assert.deepEqual(rounded(NaN, -NaN), [0x7f, 0x7f]);
+});
+
+Deno.test("quantization: values times scales are what they were, to within 1/16 or a part of the largest", () => {
+  using device = openReference();
+  const element = fc.float({ min: -1e4, max: 1e4, noNaN: true });
+  const rows = fc.array(fc.array(element, { minLength: 6, maxLength: 6 }), { minLength: 1, maxLength: 5 });
+  fc.assert(fc.property(rows, (xs) =>
+    device.scope(() => {
+      // A view of four of six columns.
+      const x = Tensor.fromFloat32(device, xs.flat(), [xs.length, 6]).narrow(1, 1, 4);
+      for (const quantize of [quantizeRows, quantizeTensor]) {
+        const { values, scales } = quantize(x);
+        assert.deepEqual([values.shape, scales.shape], [x.shape, [
+          quantize === quantizeRows ? xs.length : 1,
+        ]]);
+        const [before, codes, factors] = [x, values, scales].map((tensor) => readFloat32(tensor));
+        const largest = (from: number, to: number) =>
+          Math.max(1e-12, ...before.slice(from, to).map(Math.abs));
+        for (let i = 0; i < before.length; i++) {
+          const row = Math.floor(i / 4);
+          const [factor, most] = quantize === quantizeRows
+            ? [factors[row], largest(4 * row, 4 * row + 4)]
+            : [factors[0], largest(0, before.length)];
+          assert.equal(factor, Math.fround(Math.fround(most) / 448));
+          const error = Math.abs(codes[i] * factor - before[i]);
+          // Steps of 2^-3 of a power of two; of 2^-9 below 2^-6.
+          assert.ok(
+            error <= 1.0001 * Math.max(Math.abs(before[i]) / 16, factor * 2 ** -10),
+            `${before[i]}: ${error}`,
+          );
+        }
+      }
+    })));
+  assert.throws(() => quantizeRows(Tensor.fromInt32(device, [1], [1, 1])), ShapeError);
 });
 
 Deno.test("activations equal their formulas and stay finite at the ends", () => {

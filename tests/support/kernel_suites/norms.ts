@@ -19,7 +19,7 @@ import { noise } from "../providers.ts";
 export type Float = "f32" | "bf16";
 
 /** A tensor on the GPU, and its values in row-major order as they are stored. */
-interface Sample {
+export interface Sample {
   readonly tensor: Tensor;
   readonly values: Float32Array;
 }
