@@ -12,7 +12,7 @@ export interface Memory {
 }
 
 /**
- * One matrix product `out = alpha * a @ b^T + bias`, accumulated in f32, or a batch of them.
+ * One matrix product `out = activation(alpha * a @ b^T + bias)`, accumulated in f32, or a batch of them.
  *
  * `a` is `[m, k]`, `b` is `[n, k]` (a Linear layer's own layout; a transposed view serves for `[k, n]`), `bias` is
  * `[n]`, `out` is `[m, n]`. Each may be strided with any row stride; one of a matrix's two strides is 1.
@@ -21,6 +21,10 @@ export interface Memory {
  *
  * The dtypes of `a` and `b` are f32 or bf16, `out` is f32 or bf16. The CPU takes all of these mixed; a GPU takes `a` and
  * `b` of one dtype, `out` of that or f32, and `bias` of `out`'s dtype for an `out` with dense rows.
+ *
+ * Or `a` and `b` are both f8e4m3 and have scales, by which the sums are multiplied: `scaleA * scaleB * a @ b^T`. Then
+ * there is no batch; a GPU takes rows of `a` and `b` that are dense, `k` and `n` that are multiples of 16, and a bf16
+ * `bias`.
  */
 export interface MatmulPlan {
   readonly a: Tensor;
@@ -28,6 +32,11 @@ export interface MatmulPlan {
   readonly bias?: Tensor | undefined;
   readonly out: Tensor;
   readonly alpha?: number | undefined;
+  /** Applied to sum and bias before they are rounded. */
+  readonly activation?: "geluTanh" | undefined;
+  /** For f8e4m3: dense f32, both `[1]`, or `[m]` here and `[n]` in `scaleB`: one for each row of `a` and of `b`. */
+  readonly scaleA?: Tensor | undefined;
+  readonly scaleB?: Tensor | undefined;
   /** `b` never changes (a weight): a library may keep a packed copy of it, as long as `b`'s memory lives. */
   readonly constant?: boolean | undefined;
 }

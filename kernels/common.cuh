@@ -79,6 +79,36 @@ template <> __device__ __forceinline__ f16 fromFloat<f16>(float x) {
   return y;
 }
 template <> __device__ __forceinline__ unsigned char fromFloat<unsigned char>(float x) { return (unsigned char)x; }
+// E4M3 has no infinity: what is larger than 448 becomes 448. NaN loses its sign.
+template <> __device__ __forceinline__ f8e4m3 fromFloat<f8e4m3>(float x) {
+  f8e4m3 y;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+  y.bits = (unsigned char)pair;
+#else
+  unsigned raw = __float_as_uint(x), magnitude = raw & 0x7fffffffu, sign = raw >> 24 & 0x80u;
+  unsigned code;
+  if (magnitude > 0x7f800000u) code = 0x7fu, sign = 0;
+  else if (magnitude >= 0x43e00000u) code = 0x7eu;
+  else if (magnitude < 0x3c800000u) {
+    // Below 2^-6 the steps of E4M3 are those of f32 between 2^14 and 2^15: the addition rounds.
+    code = __float_as_uint(__uint_as_float(magnitude) + 16384.0f) - 0x46800000u;
+  } else code = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+  y.bits = (unsigned char)(code | sign);
+#endif
+  return y;
+}
+// Two at a time, as NVIDIA's instruction has them; the first one lies at the lower address.
+__device__ __forceinline__ unsigned short toFloat8Pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned short pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  return (unsigned short)(fromFloat<f8e4m3>(first).bits | fromFloat<f8e4m3>(second).bits << 8);
+#endif
+}
 
 // -- several elements at a time ----------------------------------------------------------------------------------
 

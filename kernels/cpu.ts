@@ -3,8 +3,8 @@ import { CpuDevice, isAligned, viewOf } from "../ffi/cpu/device.ts";
 import { dtypeBytes } from "../ffi/dtype.ts";
 import { ShapeError } from "../ffi/errors.ts";
 import { Tensor } from "../ffi/tensor.ts";
-import { bfloat16ToFloat32, float32ToBfloat16 } from "./bfloat16.ts";
-import { float8ToFloat32 } from "./float8.ts";
+import { bfloat16ToFloat32, float32ToBfloat16 } from "../ffi/bfloat16.ts";
+import { float8ToFloat32 } from "../ffi/float8.ts";
 
 /**
  * The CPU's way to run an operator: every input as a dense Float32Array, the reference on them, and the result

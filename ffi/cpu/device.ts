@@ -12,10 +12,12 @@ import { FfiError, OutOfMemoryError, ShapeError } from "../errors.ts";
 import { MemoryScopes } from "../scope.ts";
 import { Arena } from "../arena.ts";
 import { convBands } from "./bands.ts";
+import { composedMatmul, isComposed } from "./composed_matmul.ts";
 import { Tensor } from "../tensor.ts";
 import { ffiAllowed } from "../library.ts";
+import { scalingOf } from "../matmul_plan.ts";
 import { Converter } from "./convert.ts";
-import type { CpuProvider } from "./provider.ts";
+import { type CpuProvider, requireFloat } from "./provider.ts";
 import type { WasmRunner } from "./runner.ts";
 
 const PAGE = 65536;
@@ -214,7 +216,15 @@ export class CpuDevice implements Device {
   }
 
   matmul(plan: MatmulPlan): void {
-    for (const one of matricesOf(plan)) this.#withRoom(() => this.#open.matmul(one));
+    scalingOf(plan); // throws for scales that do not fit
+    for (const one of matricesOf(plan)) this.#withRoom(() => this.#matmul(one));
+  }
+
+  #matmul(plan: MatmulPlan): void {
+    const provider = this.#open;
+    if (!isComposed(plan)) return provider.matmul(plan);
+    requireFloat("matmul", plan.out, plan.bias);
+    this.withScratch((scratch) => composedMatmul(plan, scratch, (plain) => provider.matmul(plain)));
   }
 
   conv(plan: ConvPlan): void {

@@ -9,6 +9,7 @@ import type { MatmulPlan } from "../device.ts";
 import type { DType } from "../dtype.ts";
 import { FfiError, ShapeError } from "../errors.ts";
 import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { describeMatmul, type Scaling, scalingOf } from "../matmul_plan.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
 import { NumberMap } from "./number_map.ts";
@@ -91,6 +92,7 @@ export const HEADER = {
   CUDA_R_32F: 0,
   CUDA_R_16F: 2,
   CUDA_R_16BF: 14,
+  CUDA_R_8F_E4M3: 28,
   CUBLAS_COMPUTE_32F: 68, // "fast" variants beside it would round f32 inputs to TF32 or bf16
   CUBLAS_OP_N: 0,
   CUBLAS_OP_T: 1,
@@ -99,9 +101,17 @@ export const HEADER = {
   CUBLASLT_MATMUL_DESC_TRANSB: 4,
   CUBLASLT_MATMUL_DESC_EPILOGUE: 7,
   CUBLASLT_MATMUL_DESC_BIAS_POINTER: 8,
+  CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: 17,
+  CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: 18,
+  CUBLASLT_MATMUL_DESC_FAST_ACCUM: 25,
   CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: 26,
+  CUBLASLT_MATMUL_DESC_A_SCALE_MODE: 31,
+  CUBLASLT_MATMUL_DESC_B_SCALE_MODE: 32,
   CUBLASLT_EPILOGUE_DEFAULT: 1,
   CUBLASLT_EPILOGUE_BIAS: 4,
+  CUBLASLT_EPILOGUE_GELU: 32, // its tanh form
+  CUBLASLT_EPILOGUE_GELU_BIAS: 36,
+  CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F: 3, // from 12.9 on; without a mode a scale is one f32, in all versions
 
   CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: 5,
   CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: 6,
@@ -124,6 +134,7 @@ const DATA_TYPES: Partial<Record<DType, number>> = {
   f32: HEADER.CUDA_R_32F,
   f16: HEADER.CUDA_R_16F,
   bf16: HEADER.CUDA_R_16BF,
+  f8e4m3: HEADER.CUDA_R_8F_E4M3,
 };
 
 /** Scratch that an algorithm may use: what NVIDIA advises for Hopper. */
@@ -132,8 +143,10 @@ const WORKSPACE_BYTES = 32 * 2 ** 20;
 const CANDIDATES = 8;
 /** Alignments above this make no difference to cuBLASLt. */
 const MAX_ALIGNMENT = 256;
-/** Numbers in {@link writeKey}'s key: six per matrix, one per address, two of the bias, dtypes. */
-const KEY_LENGTH = 3 * 6 + 4 + 2 + 1;
+/** What sizes and leading dimensions of float8 matrices are multiples of: cuBLASLt reads 16 bytes at a time. */
+const FLOAT8_MULTIPLE = 16;
+/** Numbers in {@link writeKey}'s key: six per matrix, one per address, two per vector, activation, dtypes. */
+const KEY_LENGTH = 3 * 6 + 4 + 3 * 2 + 1 + 1;
 
 /** A matrix in column-major order: element (row, column) of batch entry i at `row + column * ld + i * batchStride`. */
 export interface ColumnMajor {
@@ -145,7 +158,7 @@ export interface ColumnMajor {
   readonly batchStride: number;
 }
 
-/** A product in cuBLASLt's terms: `d = alpha * op(a) @ op(b)`, where op transposes or does nothing. */
+/** A product in cuBLASLt's terms: `d = activation(alpha * op(a) @ op(b) + bias)`; op transposes or does nothing. */
 export interface Gemm {
   readonly a: ColumnMajor;
   readonly transposeA: boolean;
@@ -157,6 +170,8 @@ export interface Gemm {
   readonly swapped: boolean;
   /** Dtype of a vector that is added to every column of `d`. */
   readonly bias: DType | undefined;
+  readonly activation: MatmulPlan["activation"];
+  readonly scaling: Scaling | undefined;
 }
 
 /** The descriptors of a product; who makes them destroys them. */
@@ -193,7 +208,7 @@ export class CublasLt implements Disposable {
   readonly #prepared = new NumberMap<Prepared>(KEY_LENGTH);
   readonly #alpha = new Float32Array(1);
   readonly #beta = new Float32Array(1);
-  readonly #bias = new BigUint64Array(1);
+  readonly #address = new BigUint64Array(1);
 
   /**
    * Finds and opens libcublasLt.
@@ -216,12 +231,14 @@ export class CublasLt implements Disposable {
   /**
    * Issues a product to the device's stream. `a` and `b` are both f32, both bf16 or both f16, `out` f32 or their dtype,
    * `bias` of `out`'s dtype. Sums are in f32, and f32 inputs are multiplied as they are (no TF32); parts of sums that
-   * are made apart are added in f32 too.
+   * are made apart are added in f32 too. With `a` and `b` in f8e4m3, `out` is f32 or bf16 and `bias` bf16; their sums
+   * stay in the matrix units (with fewer bits than f32 has), which is faster.
    *
    * Any sizes, strides and element-aligned addresses are handed to the library as they are: its heuristics choose
    * kernels with narrower loads for odd ones. What it has no kernel for is refused by name, nothing is emulated.
    *
-   * @throws {ShapeError} for operands that do not fit together, or a bias with a result whose columns are dense
+   * @throws {ShapeError} for operands that do not fit together, a bias with a result whose columns are dense, and
+   *   float8 in other layouts and sizes than the matrix units read
    * @throws {FfiError} for what cuBLASLt does not do, and for every other status, with the plan
    */
   matmul(plan: MatmulPlan): void {
@@ -240,7 +257,8 @@ export class CublasLt implements Disposable {
       this.#prepared.set(prepared);
     }
     const { swapped, descriptors, candidates } = prepared;
-    if (bias !== undefined) this.#setBias(descriptors.operation, pointerBias);
+    if (bias !== undefined) this.#setAddress(descriptors.operation, "BIAS_POINTER", pointerBias);
+    if (plan.scaleA !== undefined) this.#setScales(descriptors.operation, plan, swapped);
     this.#alpha[0] = plan.alpha ?? 1;
     this.context.driver.enter();
     while (true) {
@@ -266,7 +284,7 @@ export class CublasLt implements Disposable {
       );
       if (status === HEADER.CUBLAS_STATUS_SUCCESS) return;
       if (status !== HEADER.CUBLAS_STATUS_NOT_SUPPORTED || candidates.length === 1) {
-        throw this.#lib.failure("cublasLtMatmul", status, describe(plan));
+        throw this.#lib.failure("cublasLtMatmul", status, describeMatmul(plan));
       }
       candidates.shift();
     }
@@ -283,8 +301,11 @@ export class CublasLt implements Disposable {
   #prepare(plan: MatmulPlan, gemm: Gemm): Prepared {
     const descriptors = this.#lib.describe(gemm);
     try {
-      // The heuristics read the alignment of the bias from its address.
-      if (plan.bias !== undefined) this.#setBias(descriptors.operation, plan.bias.pointer);
+      // The heuristics read the alignment of the bias from its address, and whether there are scales from theirs.
+      if (plan.bias !== undefined) {
+        this.#setAddress(descriptors.operation, "BIAS_POINTER", plan.bias.pointer);
+      }
+      if (gemm.scaling !== undefined) this.#setScales(descriptors.operation, plan, gemm.swapped);
       const [a, b] = gemm.swapped ? [plan.b, plan.a] : [plan.a, plan.b];
       const alignments = [a, b, plan.out, plan.out].map(({ pointer }) => alignmentOf(pointer));
       using preference = this.#lib.preference(alignments);
@@ -313,7 +334,7 @@ export class CublasLt implements Disposable {
       results,
       count,
     );
-    this.#lib.check("cublasLtMatmulAlgoGetHeuristic", status, () => describe(plan));
+    this.#lib.check("cublasLtMatmulAlgoGetHeuristic", status, () => describeMatmul(plan));
     const view = new DataView(results.buffer);
     const candidates: Algorithm[] = [];
     for (let at = 0; at < count[0] * stride; at += stride) {
@@ -326,21 +347,29 @@ export class CublasLt implements Disposable {
       });
     }
     if (candidates.length === 0) {
-      throw new FfiError(`cuBLASLt ${this.version} has no algorithm for ${describe(plan)}`);
+      throw new FfiError(`cuBLASLt ${this.version} has no algorithm for ${describeMatmul(plan)}`);
     }
     return candidates;
   }
 
-  #setBias(operation: bigint, pointer: bigint): void {
-    this.#bias[0] = pointer;
-    this.#lib.setOperation(operation, "CUBLASLT_MATMUL_DESC_BIAS_POINTER", this.#bias);
+  #setScales(operation: bigint, { scaleA, scaleB }: MatmulPlan, swapped: boolean): void {
+    const [first, second] = swapped ? [scaleB!, scaleA!] : [scaleA!, scaleB!];
+    this.#setAddress(operation, "A_SCALE_POINTER", first.pointer);
+    this.#setAddress(operation, "B_SCALE_POINTER", second.pointer);
+  }
+
+  #setAddress(operation: bigint, attribute: AddressAttribute, pointer: bigint): void {
+    this.#address[0] = pointer;
+    this.#lib.setOperation(operation, `CUBLASLT_MATMUL_DESC_${attribute}`, this.#address);
   }
 }
+
+type AddressAttribute = "BIAS_POINTER" | "A_SCALE_POINTER" | "B_SCALE_POINTER";
 
 type OperationAttribute = Extract<keyof typeof HEADER, `CUBLASLT_MATMUL_DESC_${string}`>;
 type LayoutAttribute = Extract<keyof typeof HEADER, `CUBLASLT_MATRIX_LAYOUT_${string}`>;
 type PreferenceAttribute = Extract<keyof typeof HEADER, `CUBLASLT_MATMUL_PREF_${string}`>;
-type Value = Int32Array<ArrayBuffer> | BigUint64Array<ArrayBuffer>;
+type Value = Int8Array<ArrayBuffer> | Int32Array<ArrayBuffer> | BigUint64Array<ArrayBuffer>;
 
 /** The opened library: its functions, its messages, and its descriptors, which need neither a handle nor a GPU. */
 export class CublasLtLibrary implements Disposable {
@@ -376,10 +405,17 @@ export class CublasLtLibrary implements Disposable {
     made.defer(() => this.check("cublasLtMatmulDescDestroy", cublasLtMatmulDescDestroy(operation)));
     this.setOperation(operation, "CUBLASLT_MATMUL_DESC_TRANSA", int32(transpose(gemm.transposeA)));
     this.setOperation(operation, "CUBLASLT_MATMUL_DESC_TRANSB", int32(transpose(gemm.transposeB)));
-    const epilogue = gemm.bias === undefined ? "CUBLASLT_EPILOGUE_DEFAULT" : "CUBLASLT_EPILOGUE_BIAS";
-    this.setOperation(operation, "CUBLASLT_MATMUL_DESC_EPILOGUE", int32(HEADER[epilogue]));
+    this.setOperation(operation, "CUBLASLT_MATMUL_DESC_EPILOGUE", int32(epilogue(gemm)));
     if (gemm.bias !== undefined) {
       this.setOperation(operation, "CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE", int32(dataType(gemm.bias)));
+    }
+    if (gemm.scaling !== undefined) {
+      this.setOperation(operation, "CUBLASLT_MATMUL_DESC_FAST_ACCUM", Int8Array.of(1));
+    }
+    if (gemm.scaling === "row") {
+      const mode = int32(HEADER.CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
+      this.setOperation(operation, "CUBLASLT_MATMUL_DESC_A_SCALE_MODE", mode);
+      this.setOperation(operation, "CUBLASLT_MATMUL_DESC_B_SCALE_MODE", mode);
     }
     const layout = (matrix: ColumnMajor) => {
       const handle = this.#layout(matrix, gemm.batch);
@@ -485,7 +521,7 @@ export class CublasLtLibrary implements Disposable {
 export function columnMajorGemm(plan: MatmulPlan): Gemm | undefined {
   const { a, b, bias, out } = plan;
   const require = (condition: boolean, problem: string) => {
-    if (!condition) throw new ShapeError(`matmul: ${problem}: ${describe(plan)}`);
+    if (!condition) throw new ShapeError(`matmul: ${problem}: ${describeMatmul(plan)}`);
   };
   const { rank } = out;
   require((rank === 2 || rank === 3) && a.rank === rank && b.rank === rank, "matrices are of rank 2 or 3");
@@ -496,7 +532,9 @@ export function columnMajorGemm(plan: MatmulPlan): Gemm | undefined {
   require(fits, "the sizes do not fit together");
   for (const { dtype } of [a, b, out]) require(DATA_TYPES[dtype] !== undefined, `no ${dtype} here`);
   require(a.dtype === b.dtype, "a and b differ in dtype");
-  require(out.dtype === "f32" || out.dtype === a.dtype, "out is neither f32 nor of the inputs' dtype");
+  const scaling = scalingOf(plan);
+  const rounded = scaling === undefined ? a.dtype : "bf16";
+  require(out.dtype === "f32" || out.dtype === rounded, `out is neither f32 nor ${rounded}`);
   if (out.size === 0) return undefined;
   require(k > 0, "there is nothing to sum over");
 
@@ -506,10 +544,18 @@ export function columnMajorGemm(plan: MatmulPlan): Gemm | undefined {
   const swapped = result.transposed;
   if (bias !== undefined) {
     const dense = bias.rank === 1 && bias.shape[0] === n && (n === 1 || bias.strides[0] === 1);
-    require(dense && bias.dtype === out.dtype, "bias is not a dense [n] in out's dtype");
+    const added = scaling === undefined ? out.dtype : "bf16";
+    require(dense && bias.dtype === added, `bias is not a dense [n] in ${added}`);
     require(swapped, "a bias takes a result with dense rows");
   }
   const [first, second] = swapped ? [right, left] : [left, right];
+  if (scaling !== undefined) {
+    require(first.transposed && second.transposed, "rows of float8 matrices are dense");
+    // The columns of d, tokens in a Linear layer, may be any number.
+    const aligned = [k, result.matrix.rows, first.matrix.ld, second.matrix.ld, result.matrix.ld]
+      .every((size) => size % FLOAT8_MULTIPLE === 0);
+    require(aligned, `float8 takes sizes and strides that are multiples of ${FLOAT8_MULTIPLE}`);
+  }
   return {
     a: first.matrix,
     transposeA: first.transposed,
@@ -519,6 +565,8 @@ export function columnMajorGemm(plan: MatmulPlan): Gemm | undefined {
     batch: rank === 3 ? out.shape[0] : 1,
     swapped,
     bias: bias?.dtype,
+    activation: plan.activation,
+    scaling,
   };
 }
 
@@ -545,7 +593,7 @@ function asColumnMajor(
 /** Writes all that a prepared product depends on; plans with the same numbers share it. */
 function writeKey(
   key: Float64Array,
-  { a, b, bias, out }: MatmulPlan,
+  { a, b, bias, out, activation, scaleA, scaleB }: MatmulPlan,
   pointerA: bigint,
   pointerB: bigint,
   pointerOut: bigint,
@@ -558,9 +606,12 @@ function writeKey(
   key[19] = alignmentOf(pointerB);
   key[20] = alignmentOf(pointerOut);
   key[21] = bias === undefined ? 0 : alignmentOf(pointerBias);
-  key[22] = bias === undefined ? -1 : bias.rank === 1 ? bias.shape[0] : -2;
-  key[23] = bias === undefined ? 0 : bias.strides[0];
-  key[24] = ((dtypeCode(a) * 32 + dtypeCode(b)) * 32 + dtypeCode(out)) * 32 + dtypeCode(bias);
+  writeVector(key, 22, bias);
+  writeVector(key, 24, scaleA);
+  writeVector(key, 26, scaleB);
+  key[28] = activation === undefined ? 0 : 1;
+  key[29] = 0;
+  for (const tensor of [a, b, out, bias, scaleA, scaleB]) key[29] = key[29] * 32 + dtypeCode(tensor);
 }
 
 function writeMatrix(key: Float64Array, at: number, { shape, strides }: Tensor): void {
@@ -574,6 +625,11 @@ function writeMatrix(key: Float64Array, at: number, { shape, strides }: Tensor):
   key[at + 5] = strides[rank - 1];
 }
 
+function writeVector(key: Float64Array, at: number, vector: Tensor | undefined): void {
+  key[at] = vector === undefined ? -1 : vector.rank === 1 ? vector.shape[0] : -2;
+  key[at + 1] = vector === undefined ? 0 : vector.strides[0];
+}
+
 function dtypeCode(tensor: Tensor | undefined): number {
   return tensor === undefined ? 31 : DATA_TYPES[tensor.dtype] ?? 30;
 }
@@ -584,13 +640,11 @@ function alignmentOf(pointer: bigint): number {
   return low === 0 ? MAX_ALIGNMENT : low & -low;
 }
 
-/** A plan in words, for messages. */
-function describe({ a, b, bias, out }: MatmulPlan): string {
-  const matrix = (name: string, tensor: Tensor) =>
-    `${name} ${tensor} with strides [${tensor.strides.join(", ")}]`;
-  const parts = [matrix("a", a), matrix("b", b), matrix("out", out)];
-  if (bias !== undefined) parts.push(matrix("bias", bias));
-  return parts.join(", ");
+function epilogue({ bias, activation }: Gemm): number {
+  if (activation === undefined) {
+    return bias === undefined ? HEADER.CUBLASLT_EPILOGUE_DEFAULT : HEADER.CUBLASLT_EPILOGUE_BIAS;
+  }
+  return bias === undefined ? HEADER.CUBLASLT_EPILOGUE_GELU : HEADER.CUBLASLT_EPILOGUE_GELU_BIAS;
 }
 
 function transpose(wanted: boolean): number {

@@ -20,7 +20,16 @@ import type { DType } from "../../ffi/dtype.ts";
 import { FfiError } from "../../ffi/errors.ts";
 import { contiguousStrides, Tensor } from "../../ffi/tensor.ts";
 import { compareWithHeaders, compileC, missingHeaders } from "../support/cuda_headers.ts";
-import { assertAccurate, noise, poisoned, readBack, type Sample, sample } from "../support/providers.ts";
+import {
+  assertAccurate,
+  geluTanh,
+  noise,
+  poisoned,
+  readBack,
+  type Sample,
+  sample,
+} from "../support/providers.ts";
+import { checkFloat8, float8Problem } from "../support/float8_products.ts";
 import STAND_IN from "../support/cublaslt_on_cpu.c" with { type: "text" };
 
 const memory = { device: undefined as never, pointer: 0n, byteLength: 0 };
@@ -56,6 +65,8 @@ Deno.test("columnMajorGemm: a Linear layer is weight^T times tokens", () => {
     batch: 1,
     swapped: true,
     bias: "bf16",
+    activation: undefined,
+    scaling: undefined,
   });
 });
 
@@ -72,6 +83,8 @@ Deno.test("columnMajorGemm: attention's products of all heads, through views of 
     batch: heads,
     swapped: true,
     bias: undefined,
+    activation: undefined,
+    scaling: undefined,
   });
   const weights = matrix("bf16", [heads, queries, keys]);
   const values = gemmOf(weights, headsOf(keys).permute([0, 2, 1]), headsOf(queries));
@@ -84,6 +97,8 @@ Deno.test("columnMajorGemm: attention's products of all heads, through views of 
     batch: heads,
     swapped: true,
     bias: undefined,
+    activation: undefined,
+    scaling: undefined,
   });
 });
 
@@ -102,6 +117,8 @@ Deno.test("columnMajorGemm: a result with dense columns keeps the plan's order",
     batch: 1,
     swapped: false,
     bias: undefined,
+    activation: undefined,
+    scaling: undefined,
   });
 });
 
@@ -133,6 +150,88 @@ Deno.test("columnMajorGemm refuses what does not fit, with the operands", () => 
   assert.equal(columnMajorGemm({ a: matrix("f32", [0, 3]), b: w, out: matrix("f32", [0, 5]) }), undefined);
 });
 
+/** A float8 Linear layer of 4352 tokens, with what a test changes. */
+function float8Plan(change: Partial<MatmulPlan> = {}): MatmulPlan {
+  return {
+    a: matrix("f8e4m3", [4352, 3072]),
+    b: matrix("f8e4m3", [9216, 3072]),
+    bias: matrix("bf16", [9216]),
+    out: matrix("bf16", [4352, 9216]),
+    activation: "geluTanh",
+    scaleA: matrix("f32", [4352]),
+    scaleB: matrix("f32", [9216]),
+    ...change,
+  };
+}
+
+Deno.test("columnMajorGemm: float8 is weight^T times tokens, scaled by rows or as a whole", () => {
+  const expected: Gemm = {
+    a: { dtype: "f8e4m3", rows: 3072, columns: 9216, ld: 3072, batchStride: 0 },
+    transposeA: true,
+    b: { dtype: "f8e4m3", rows: 3072, columns: 4352, ld: 3072, batchStride: 0 },
+    transposeB: false,
+    d: { dtype: "bf16", rows: 9216, columns: 4352, ld: 9216, batchStride: 0 },
+    batch: 1,
+    swapped: true,
+    bias: "bf16",
+    activation: "geluTanh",
+    scaling: "row",
+  };
+  assert.deepEqual(columnMajorGemm(float8Plan()), expected);
+  const one = matrix("f32", [1]);
+  assert.deepEqual(columnMajorGemm(float8Plan({ scaleA: one, scaleB: one })), {
+    ...expected,
+    scaling: "tensor",
+  });
+  // One token is a row, whose scale stands beside those of the weight's rows; tokens may be any number.
+  for (const tokens of [1, 17]) {
+    const gemm = columnMajorGemm(float8Plan({
+      a: matrix("f8e4m3", [tokens, 3072]),
+      out: matrix("f32", [tokens, 9216]),
+      scaleA: matrix("f32", [tokens]),
+    }));
+    assert.equal(gemm?.scaling, "row");
+  }
+});
+
+Deno.test("columnMajorGemm refuses float8 that the matrix units do not read, with the operands", () => {
+  const refused = (message: RegExp, change: Partial<MatmulPlan>) =>
+    assert.throws(() => columnMajorGemm(float8Plan(change)), { name: "ShapeError", message });
+  const one = matrix("f32", [1]);
+  refused(/scales are neither.*a f8e4m3 \[4352, 3072\].*scaleA f32 \[1\].*geluTanh/, { scaleA: one });
+  refused(/scales are neither/, { scaleB: one });
+  refused(/scales are neither/, { scaleA: undefined, scaleB: undefined });
+  refused(/scales are neither/, { scaleA: matrix("f32", [4352], [2]) });
+  refused(/scales are neither/, { scaleA: matrix("f32", [4352, 1]) });
+  refused(/scales are neither/, { scaleB: matrix("bf16", [9216]) });
+  refused(/only f8e4m3 operands have scales/, {
+    a: matrix("bf16", [4352, 3072]),
+    b: matrix("bf16", [9216, 3072]),
+  });
+  refused(/a and b differ/, { a: matrix("bf16", [4352, 3072]) });
+  refused(/out is neither f32 nor bf16/, { out: matrix("f8e4m3", [4352, 9216]) });
+  refused(/bias is not a dense \[n\] in bf16/, {
+    bias: matrix("f32", [9216]),
+    out: matrix("f32", [4352, 9216]),
+  });
+  refused(/rows of float8 matrices are dense/, { a: matrix("f8e4m3", [4352, 3072], [1, 4352]) });
+  refused(/rows of float8 matrices are dense/, { b: matrix("f8e4m3", [9216, 3072], [1, 9216]) });
+  refused(/multiples of 16/, { a: matrix("f8e4m3", [4352, 3072], [3080, 1]) });
+  refused(/multiples of 16/, { b: matrix("f8e4m3", [9216, 3072], [3080, 1]) });
+  refused(/multiples of 16/, { a: matrix("f8e4m3", [4352, 24]), b: matrix("f8e4m3", [9216, 24]) });
+  refused(/multiples of 16/, {
+    b: matrix("f8e4m3", [24, 3072]),
+    bias: undefined,
+    out: matrix("bf16", [4352, 24]),
+    scaleB: matrix("f32", [24]),
+  });
+  refused(/no batch/, {
+    a: matrix("f8e4m3", [2, 16, 32]),
+    b: matrix("f8e4m3", [2, 16, 32]),
+    out: matrix("bf16", [2, 16, 16]),
+  });
+});
+
 /** A matrix of a plan, rank 2 or 3, by how it lies: which of its last two dimensions is dense, and gaps. */
 interface Form {
   readonly rowsDense: boolean;
@@ -158,6 +257,7 @@ const problem = fc.record({
   b: form,
   out: form,
   bias: fc.boolean(),
+  activation: fc.constantFrom(undefined, "geluTanh" as const),
   alpha: fc.constantFrom(1, 0.5, -3),
   seed: fc.nat(),
 });
@@ -283,6 +383,20 @@ Deno.test({
         using _preference = library.preference([256, 16, 2, 2]);
       }
     }
+    const one = matrix("f32", [1]);
+    const changes: Partial<MatmulPlan>[] = [
+      {},
+      { bias: undefined },
+      { activation: undefined, bias: undefined },
+      { scaleA: one, scaleB: one },
+    ];
+    for (const change of changes) {
+      using descriptors = library.describe(columnMajorGemm(float8Plan(change))!);
+      for (const side of ["A", "B"] as const) {
+        const address = BigUint64Array.of(0x1000n);
+        library.setOperation(descriptors.operation, `CUBLASLT_MATMUL_DESC_${side}_SCALE_POINTER`, address);
+      }
+    }
     assert.throws(
       () => library.setOperation(0n, "CUBLASLT_MATMUL_DESC_EPILOGUE", Int32Array.of(1)),
       /cublasLtMatmulDescSetAttribute failed for CUBLASLT_MATMUL_DESC_EPILOGUE: CUBLAS_STATUS_INVALID_VALUE \(7\)/,
@@ -354,7 +468,7 @@ standInTest("whole calls agree with float64 at any shape and layout, batched or 
 function check(
   library: CublasLt,
   device: CpuDevice,
-  { m, n, k, batch, a, b, out, bias, alpha, seed }: Problem,
+  { m, n, k, batch, a, b, out, bias, activation, alpha, seed }: Problem,
   dtype: "f32" | "bf16",
   outDtype: "f32" | "bf16",
 ): void {
@@ -380,11 +494,47 @@ function check(
       }
       expected[at] += shift?.values[column] ?? 0;
       magnitude[at] += Math.abs(shift?.values[column] ?? 0);
+      if (activation !== undefined) expected[at] = geluTanh(expected[at]);
     }
-    library.matmul({ a: x.tensor, b: w.tensor, out: y, bias: shift?.tensor, alpha });
+    library.matmul({ a: x.tensor, b: w.tensor, out: y, bias: shift?.tensor, alpha, activation });
     assertAccurate(readBack(y), expected, magnitude, outDtype);
   });
 }
+
+standInTest("float8 agrees with float64, with one scale or with one a row", async ({ library }) => {
+  using device = await openCpu({ provider: "wasm", threads: 1 });
+  fc.assert(
+    fc.property(float8Problem, (drawn) => checkFloat8(device, (plan) => library.matmul(plan), drawn)),
+  );
+});
+
+standInTest("products that differ in scales or activation only are kept apart", async (standIn) => {
+  using device = await openCpu({ provider: "wasm", threads: 1 });
+  const [a, b] = [2, 16].map((rows) =>
+    Tensor.fromBytes(device, new Uint8Array(rows * 16).fill(0x38), [rows, 16], "f8e4m3") // ones
+  );
+  const scale = (values: number[]) => Tensor.fromFloat32(device, values, [values.length]);
+  const run = (scaleA: Tensor, scaleB: Tensor, activation?: "geluTanh") => {
+    const out = Tensor.empty(device, [2, 16], "f32");
+    const before = standIn.heuristicCalls();
+    standIn.library.matmul({ a, b, out, scaleA, scaleB, activation });
+    return {
+      values: [...readBack(out)].filter((_, i) => i % 16 < 2),
+      asked: standIn.heuristicCalls() - before,
+    };
+  };
+  const columns = Array.from({ length: 16 }, (_, j) => j === 1 ? 4 : 1);
+  assert.deepEqual(run(scale([1]), scale([0.5])), { values: [8, 8, 8, 8], asked: 1 });
+  assert.deepEqual(run(scale([1, 3]), scale(columns)), { values: [16, 64, 48, 192], asked: 1 });
+  // Other scales at other addresses, and nothing is prepared again.
+  assert.deepEqual(run(scale([2]), scale([0.25])), { values: [8, 8, 8, 8], asked: 0 });
+  assert.deepEqual(run(scale([3, 1]), scale(columns)), { values: [48, 192, 16, 64], asked: 0 });
+  const { values, asked } = run(scale([-1]), scale([2 ** -4]), "geluTanh");
+  assert.equal(asked, 1);
+  assert.ok(values.every((value) => Math.abs(value - geluTanh(-1)) < 1e-6), `${values}`);
+  assert.deepEqual(run(scale([-1]), scale([2 ** -4])), { values: [-1, -1, -1, -1], asked: 0 });
+  assert.throws(() => run(scale([1]), scale(columns)), { name: "ShapeError", message: /scales are neither/ });
+});
 
 standInTest("a product is prepared once, for all addresses of the same alignment", async (standIn) => {
   using device = await openCpu({ provider: "wasm", threads: 1 });

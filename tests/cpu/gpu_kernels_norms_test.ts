@@ -4,7 +4,7 @@ import fc from "fast-check";
 import { ShapeError } from "../../ffi/errors.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { attention, attentionReference } from "../../kernels/attention.ts";
-import { roundToBfloat16 } from "../../kernels/bfloat16.ts";
+import { roundToBfloat16 } from "../../ffi/bfloat16.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import {
   fillRandom,

@@ -4,16 +4,17 @@ import fc from "fast-check";
 import { ShapeError } from "../../ffi/errors.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { attention, attentionReference, softmaxRows } from "../../kernels/attention.ts";
-import { bfloat16ToFloat32, float32ToBfloat16, roundToBfloat16 } from "../../kernels/bfloat16.ts";
+import { bfloat16ToFloat32, float32ToBfloat16, roundToBfloat16 } from "../../ffi/bfloat16.ts";
 import { cast } from "../../kernels/cast.ts";
 import { embedding } from "../../kernels/embedding.ts";
-import { float8ToFloat32 } from "../../kernels/float8.ts";
+import { float32ToFloat8, float8ToFloat32 } from "../../ffi/float8.ts";
 import { geluTanhReference } from "../../kernels/gelu_tanh.ts";
 import { groupNorm } from "../../kernels/group_norm.ts";
 import { layerNorm } from "../../kernels/layer_norm.ts";
 import { linear } from "../../kernels/linear.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { quickGeluReference } from "../../kernels/quick_gelu.ts";
+import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { siluReference } from "../../kernels/silu.ts";
 import { timestepEmbeddingReference } from "../../kernels/timestep_embedding.ts";
@@ -77,6 +78,65 @@ Deno.test("float8: the values that the OFP8 specification lists", () => {
   assert.equal(decode(0x04, "f8e5m2"), 2 ** -14);
   assert.equal(decode(0x7c, "f8e5m2"), Infinity);
   assert.ok(Number.isNaN(decode(0x7d, "f8e5m2")));
+});
+
+Deno.test("float8: rounding to E4M3 is to nearest, ties to even, and ends at 448", () => {
+  const codes = Uint8Array.from({ length: 256 }, (_, i) => i);
+  const values = new Float32Array(256);
+  float8ToFloat32(codes, values, "f8e4m3");
+  const rounded = (...xs: number[]) => {
+    const out = new Uint8Array(xs.length);
+    float32ToFloat8(Float32Array.from(xs), out);
+    return [...out];
+  };
+  assert.deepEqual(rounded(...values), codes.with(0xff, 0x7f).values().toArray());
+  const [next, previous] = [1 + 2 ** -20, 1 - 2 ** -20];
+  for (let code = 0; code < 0x7e; code++) {
+    const half = (values[code] + values[code + 1]) / 2;
+    const even = code + code % 2;
+    assert.deepEqual(rounded(half * previous, half, half * next), [code, even, code + 1]);
+    assert.deepEqual(
+      rounded(-half * previous, -half, -half * next),
+      [code, even, code + 1].map((c) => c | 0x80),
+    );
+  }
+  assert.deepEqual(rounded(448, 463, 465, 3e38, Infinity), Array(5).fill(0x7e));
+  assert.deepEqual(rounded(-449, -Infinity, -1e-30, 1e-44, -0), [0xfe, 0xfe, 0x80, 0, 0x80]);
+  assert.deepEqual(rounded(NaN, -NaN), [0x7f, 0x7f]);
+});
+
+Deno.test("quantization: values times scales are what they were, to within 1/16 or a part of the largest", () => {
+  using device = openReference();
+  const element = fc.float({ min: -1e4, max: 1e4, noNaN: true });
+  const rows = fc.array(fc.array(element, { minLength: 6, maxLength: 6 }), { minLength: 1, maxLength: 5 });
+  fc.assert(fc.property(rows, (xs) =>
+    device.scope(() => {
+      // A view of four of six columns.
+      const x = Tensor.fromFloat32(device, xs.flat(), [xs.length, 6]).narrow(1, 1, 4);
+      for (const quantize of [quantizeRows, quantizeTensor]) {
+        const { values, scales } = quantize(x);
+        assert.deepEqual([values.shape, scales.shape], [x.shape, [
+          quantize === quantizeRows ? xs.length : 1,
+        ]]);
+        const [before, codes, factors] = [x, values, scales].map((tensor) => readFloat32(tensor));
+        const largest = (from: number, to: number) =>
+          Math.max(1e-12, ...before.slice(from, to).map(Math.abs));
+        for (let i = 0; i < before.length; i++) {
+          const row = Math.floor(i / 4);
+          const [factor, most] = quantize === quantizeRows
+            ? [factors[row], largest(4 * row, 4 * row + 4)]
+            : [factors[0], largest(0, before.length)];
+          assert.equal(factor, Math.fround(Math.fround(most) / 448));
+          const error = Math.abs(codes[i] * factor - before[i]);
+          // Steps of 2^-3 of a power of two; of 2^-9 below 2^-6.
+          assert.ok(
+            error <= 1.0001 * Math.max(Math.abs(before[i]) / 16, factor * 2 ** -10),
+            `${before[i]}: ${error}`,
+          );
+        }
+      }
+    })));
+  assert.throws(() => quantizeRows(Tensor.fromInt32(device, [1], [1, 1])), ShapeError);
 });
 
 Deno.test("activations equal their formulas and stay finite at the ends", () => {

@@ -5,12 +5,14 @@ import { Tensor } from "../../ffi/tensor.ts";
 import {
   assertAccurate,
   forEachProvider,
+  geluTanh,
   noise,
   type Placement,
   poisoned,
   readBack,
   sample,
 } from "../support/providers.ts";
+import { checkFloat8, float8Problem } from "../support/float8_products.ts";
 
 interface Case {
   m: number;
@@ -21,6 +23,7 @@ interface Case {
   b: Placement;
   out: Placement;
   alpha: number;
+  activation?: "geluTanh" | undefined;
   constant: boolean;
   seed: number;
 }
@@ -47,11 +50,13 @@ const cases: fc.Arbitrary<Case> = fc.record({
   b: matrix(fc.constantFrom("device", "placed")),
   out: matrix(fc.constantFrom("device")),
   alpha: fc.constantFrom(1, 1, 0.125, -3),
+  activation: fc.constantFrom(undefined, undefined, "geluTanh" as const),
   constant: fc.boolean(),
   seed: fc.nat(),
 });
 
-function check(device: CpuDevice, { m, n, k, dtypes, a, b, out, alpha, constant, seed }: Case): void {
+function check(device: CpuDevice, drawn: Case): void {
+  const { m, n, k, dtypes, a, b, out, alpha, activation, constant, seed } = drawn;
   const before = device.memoryUse().current;
   const x = sample(device, [m, k], dtypes.a, a, noise(seed));
   const y = sample(device, [n, k], dtypes.b, b, noise(seed + 1));
@@ -69,12 +74,13 @@ function check(device: CpuDevice, { m, n, k, dtypes, a, b, out, alpha, constant,
       const shift = z?.values[j] ?? 0;
       expected[i * n + j] = alpha * expected[i * n + j] + shift;
       magnitude[i * n + j] = Math.abs(alpha) * magnitude[i * n + j] + Math.abs(shift);
+      if (activation !== undefined) expected[i * n + j] = geluTanh(expected[i * n + j]);
     }
   }
   // Twice: the second time a constant operand comes out of the cache.
   for (let round = 0; round < 2; round++) {
     const result = poisoned(device, [m, n], dtypes.out, out);
-    device.matmul({ a: x.tensor, b: y.tensor, bias: z?.tensor, out: result, alpha, constant });
+    device.matmul({ a: x.tensor, b: y.tensor, bias: z?.tensor, out: result, alpha, activation, constant });
     assertAccurate(readBack(result), expected, magnitude, dtypes.out);
     result.dispose();
   }
@@ -108,6 +114,39 @@ forEachProvider("matmul", (test) => {
         }
       }
     }
+  });
+
+  test("float8 agrees with float64, with one scale or with one a row", (device) => {
+    fc.assert(fc.property(float8Problem, (drawn) => {
+      const before = device.memoryUse();
+      checkFloat8(device, (plan) => device.matmul({ ...plan, constant: true }), drawn);
+      const after = device.memoryUse();
+      assert.deepEqual([after.current, after.weights], [before.current, before.weights]);
+    }));
+  });
+
+  test("a NaN of float8 spoils its own row of the result, and scales that do not fit are refused", (device) => {
+    const codes = (rows: number, nan: number) =>
+      Tensor.fromBytes(
+        device,
+        Uint8Array.from({ length: rows * 4 }, (_, i) => i === nan ? 0xff : 0x38),
+        [rows, 4],
+        "f8e4m3",
+      );
+    const [a, b] = [codes(2, 5), codes(3, -1)];
+    const scale = (size: number) => Tensor.fromFloat32(device, new Float32Array(size).fill(0.5), [size]);
+    const out = Tensor.empty(device, [2, 3], "bf16");
+    device.matmul({ a, b, out, scaleA: scale(1), scaleB: scale(1) });
+    assert.deepEqual([...readBack(out)], [1, 1, 1, NaN, NaN, NaN]);
+    const refused = (message: RegExp, scaleA?: Tensor, scaleB?: Tensor) =>
+      assert.throws(() => device.matmul({ a, b, out, scaleA, scaleB }), { name: "ShapeError", message });
+    refused(/scales are neither/);
+    refused(/scales are neither/, scale(1), scale(3));
+    const plain = Tensor.empty(device, [2, 4], "f32");
+    assert.throws(
+      () => device.matmul({ a: plain, b: plain, out: Tensor.empty(device, [2, 2], "f32"), scaleA: scale(1) }),
+      { name: "ShapeError", message: /only f8e4m3/ },
+    );
   });
 
   test("a batch is so many single products, in place", (device) => {

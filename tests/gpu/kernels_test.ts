@@ -1,8 +1,10 @@
 /** Every kernel against its TypeScript reference, on the CUDA device. */
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
+import { float8Suite } from "../support/kernel_suites/float8.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 
 convolutionSuite();
 elementwiseSuite();
 normsSuite();
+float8Suite();

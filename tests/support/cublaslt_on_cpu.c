@@ -4,6 +4,7 @@
  * out are good for the alignments that were asked for only, and the first of them is refused when it is called.
  */
 #include <cublasLt.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,6 +13,9 @@ typedef struct {
   uint32_t epilogue;
   int32_t biasType;
   const void *bias;
+  int8_t fastAccum;
+  int32_t scaleModeA, scaleModeB;
+  const float *scaleA, *scaleB;
 } Operation;
 
 typedef struct {
@@ -82,6 +86,11 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasL
     case CUBLASLT_MATMUL_DESC_EPILOGUE: return copy(&o->epilogue, sizeof o->epilogue, buf, size);
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return copy(&o->bias, sizeof o->bias, buf, size);
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return copy(&o->biasType, sizeof o->biasType, buf, size);
+    case CUBLASLT_MATMUL_DESC_FAST_ACCUM: return copy(&o->fastAccum, sizeof o->fastAccum, buf, size);
+    case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: return copy(&o->scaleModeA, sizeof o->scaleModeA, buf, size);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: return copy(&o->scaleModeB, sizeof o->scaleModeB, buf, size);
+    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: return copy(&o->scaleA, sizeof o->scaleA, buf, size);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: return copy(&o->scaleB, sizeof o->scaleB, buf, size);
     default: return CUBLAS_STATUS_INVALID_VALUE;
   }
 }
@@ -126,6 +135,19 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
   }
 }
 
+static int hasBias(const Operation *o) { return (o->epilogue & CUBLASLT_EPILOGUE_BIAS) != 0; }
+static int hasGelu(const Operation *o) { return (o->epilogue & CUBLASLT_EPILOGUE_GELU) != 0; }
+
+/* What Hopper's matrix units take of float8: A transposed, B not, sizes and columns of 16 bytes, two scales of a kind. */
+static int takesFloat8(const Operation *o, const Layout *a, const Layout *b, const Layout *d) {
+  return b->type == CUDA_R_8F_E4M3 && (d->type == CUDA_R_16BF || d->type == CUDA_R_32F) && d->batch == 1 &&
+         o->transA == CUBLAS_OP_T && o->transB == CUBLAS_OP_N && o->fastAccum == 1 && o->scaleA != NULL &&
+         o->scaleB != NULL && o->scaleModeA == o->scaleModeB &&
+         (o->scaleModeA == CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F ||
+          o->scaleModeA == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F) &&
+         a->rows % 16 == 0 && d->rows % 16 == 0 && a->ld % 16 == 0 && b->ld % 16 == 0;
+}
+
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
                                               cublasLtMatrixLayout_t C, cublasLtMatrixLayout_t D,
@@ -139,7 +161,10 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   if (o->compute != CUBLAS_COMPUTE_32F || o->scale != CUDA_R_32F || requested < 3 || p->workspace < WORKSPACE)
     return CUBLAS_STATUS_INVALID_VALUE;
   if (p->reduction != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE || C != D) return CUBLAS_STATUS_INVALID_VALUE;
-  if (o->epilogue == CUBLASLT_EPILOGUE_BIAS && (o->bias == NULL || o->biasType != d->type))
+  int float8 = ((const Layout *)A)->type == CUDA_R_8F_E4M3;
+  if (float8 && !takesFloat8(o, (const Layout *)A, (const Layout *)B, d)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (!float8 && (o->fastAccum || o->scaleA || o->scaleB)) return CUBLAS_STATUS_INVALID_VALUE;
+  if (hasBias(o) && (o->bias == NULL || o->biasType != (float8 ? CUDA_R_16BF : d->type)))
     return CUBLAS_STATUS_INVALID_VALUE;
   if (d->rows == 13) return CUBLAS_STATUS_SUCCESS; /* a size with no algorithm */
   for (int i = 0; i < 3; i++) {
@@ -156,6 +181,12 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
 
 static float load(const void *base, int32_t type, int64_t at) {
   if (type == CUDA_R_32F) return ((const float *)base)[at];
+  if (type == CUDA_R_8F_E4M3) {
+    int code = ((const uint8_t *)base)[at], exponent = code >> 3 & 15, mantissa = code & 7;
+    float magnitude = exponent == 0 ? ldexpf(mantissa, -9) : ldexpf(8 + mantissa, exponent - 10);
+    if ((code & 0x7f) == 0x7f) magnitude = NAN;
+    return code & 0x80 ? -magnitude : magnitude;
+  }
   uint32_t bits = (uint32_t)((const uint16_t *)base)[at] << 16;
   float value;
   memcpy(&value, &bits, sizeof value);
@@ -202,10 +233,15 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
           sum += (double)load(A, a->type, atA) * load(B, b->type, atB);
         }
         sum *= *(const float *)alpha;
-        if (o->epilogue == CUBLASLT_EPILOGUE_BIAS) {
+        if (a->type == CUDA_R_8F_E4M3) {
+          int vectors = o->scaleModeA == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+          sum *= (double)o->scaleA[vectors ? row : 0] * o->scaleB[vectors ? column : 0];
+        }
+        if (hasBias(o)) {
           if (misaligned(o->bias, algo->data[5] > 256 ? 256 : algo->data[5])) return CUBLAS_STATUS_INVALID_VALUE;
           sum += load(o->bias, o->biasType, row);
         }
+        if (hasGelu(o)) sum = 0.5 * sum * (1 + tanh(0.7978845608028654 * (sum + 0.044715 * sum * sum * sum)));
         store(D, d->type, i * d->stride + row + column * d->ld, (float)sum);
       }
   return CUBLAS_STATUS_SUCCESS;

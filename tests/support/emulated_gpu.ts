@@ -237,13 +237,16 @@ class EmulatedGpu implements GpuDevice {
 
   matmul(plan: MatmulPlan): void {
     if (columnMajorGemm(plan) === undefined) return; // throws for what cuBLASLt would not take
-    const { a, b, bias, out, alpha = 1 } = plan;
+    const { a, b, bias, out, alpha = 1, activation, scaleA, scaleB } = plan;
     const batched = (x: Tensor) =>
       x.rank === 3 ? x : new Tensor(x.memory, x.dtype, [1, ...x.shape], [0, ...x.strides], x.offset);
     this.#library(
       "matmul",
-      [batched(a), batched(b), bias, batched(out)],
-      ([a, b, bias, out]) => this.#runtime.symbols.simtMatmul(a, b, bias, out, alpha),
+      [batched(a), batched(b), bias, scaleA, scaleB, batched(out)],
+      ([a, b, bias, scaleA, scaleB, out]) => {
+        const gelu = activation === undefined ? 0 : 1;
+        this.#runtime.symbols.simtMatmul(a, b, bias, scaleA, scaleB, out, alpha, gelu);
+      },
     );
   }
 
@@ -491,7 +494,7 @@ function addressOf(buffer: ArrayBufferView<ArrayBuffer>): bigint {
 // -- library work ------------------------------------------------------------------------------------------------
 
 /** The types that simt_runtime.cpp loads and stores, by their numbers there. */
-const DTYPES: readonly DType[] = ["f32", "bf16", "f16"];
+const DTYPES: readonly DType[] = ["f32", "bf16", "f16", "f8e4m3"];
 
 /** A tensor as simt_runtime.cpp's View: address, type, four sizes, four strides. */
 function viewOf(what: string, tensor: Tensor | undefined): BigInt64Array<ArrayBuffer> {
@@ -507,8 +510,12 @@ function viewOf(what: string, tensor: Tensor | undefined): BigInt64Array<ArrayBu
 }
 
 const RUNTIME = {
-  // void simtMatmul(const View *a, const View *b, const View *bias, const View *out, float alpha)
-  simtMatmul: { parameters: ["buffer", "buffer", "buffer", "buffer", "f32"], result: "void" },
+  // void simtMatmul(const View *a, const View *b, const View *bias, const View *scaleA, const View *scaleB,
+  //     const View *out, float alpha, int gelu)
+  simtMatmul: {
+    parameters: ["buffer", "buffer", "buffer", "buffer", "buffer", "buffer", "f32", "i32"],
+    result: "void",
+  },
   // void simtConv(const View *x, const View *weight, const View *bias, const View *out, int stride, int top, int left)
   simtConv: { parameters: ["buffer", "buffer", "buffer", "buffer", "i32", "i32", "i32"], result: "void" },
   // void simtAttention(const View *q, const View *k, const View *v, const View *out, float scale)

@@ -2,7 +2,7 @@ import { fileURLToPath } from "node:url";
 import type { Device } from "../../ffi/device.ts";
 import { isDType } from "../../ffi/dtype.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
-import { bfloat16ToFloat32 } from "../../kernels/bfloat16.ts";
+import { bfloat16ToFloat32 } from "../../ffi/bfloat16.ts";
 import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
 
 /** Path of a file or folder under tests/golden. */

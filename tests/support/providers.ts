@@ -6,6 +6,7 @@ import { SCRATCH_BYTES, WasmRunner } from "../../ffi/cpu/runner.ts";
 import { WasmProvider } from "../../ffi/cpu/wasm.ts";
 import { dtypeBytes } from "../../ffi/dtype.ts";
 import { FfiError } from "../../ffi/errors.ts";
+import { float32ToFloat8, float8ToFloat32 } from "../../ffi/float8.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 
 /** Why oneDNN cannot be tested here, or undefined where it can. */
@@ -88,7 +89,7 @@ export interface Sample {
 export function sample(
   device: CpuDevice,
   shape: readonly number[],
-  dtype: "f32" | "bf16",
+  dtype: "f32" | "bf16" | "f8e4m3",
   placement: Placement,
   value: (i: number) => number,
 ): Sample {
@@ -110,6 +111,13 @@ export function sample(
     if (dtype === "f32") {
       values[i] = Math.fround(value(i));
       view.setFloat32(at * 4, values[i], true);
+    } else if (dtype === "f8e4m3") {
+      const one = Float32Array.of(value(i));
+      const code = new Uint8Array(1);
+      float32ToFloat8(one, code);
+      float8ToFloat32(code, one, dtype);
+      values[i] = one[0];
+      view.setUint8(at, code[0]);
     } else {
       values[i] = roundToBfloat16(value(i));
       view.setUint16(at * 2, bits(values[i]) >>> 16, true);
@@ -174,6 +182,11 @@ export function assertAccurate(
       );
     }
   }
+}
+
+/** GELU in its tanh form, in double precision. */
+export function geluTanh(x: number): number {
+  return 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
 }
 
 /** Fixed pseudo-random values in [-1, 1). */

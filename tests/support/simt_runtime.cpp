@@ -267,10 +267,18 @@ struct View {
   long long type;
   long long size[4], stride[4];
 };
-enum Type { F32, BF16, F16 };
+enum Type { F32, BF16, F16, F8E4M3 };  // the last one is only loaded
 
 float load(const View& view, long long at) {
   if (view.type == F32) return ((float*)view.pointer)[at];
+  if (view.type == F8E4M3) {
+    unsigned char code = view.pointer[at];
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    float value = (code & 0x7f) == 0x7f ? __builtin_nanf("")
+                  : exponent == 0      ? __builtin_ldexpf(mantissa, -9)
+                                       : __builtin_ldexpf(8 + mantissa, exponent - 10);
+    return code & 0x80 ? -value : value;
+  }
   unsigned short bits = ((unsigned short*)view.pointer)[at];
   if (view.type == BF16) return __uint_as_float((unsigned)bits << 16);
   return (float)simtBits<_Float16>(bits);
@@ -313,8 +321,10 @@ float* floats(long long count) { return (float*)malloc((count > 0 ? count : 1) *
 
 extern "C" {
 
-// out [batch, m, n] = alpha * a [batch, m, k] b [batch, n, k]^T + bias [n], each in a View's first dimensions.
-void simtMatmul(const View* a, const View* b, const View* bias, const View* out, float alpha) {
+// out [batch, m, n] = alpha * a [batch, m, k] b [batch, n, k]^T + bias [n], each in a View's first dimensions. The sums
+// are multiplied by scaleA [m] and scaleB [n], or [1], where they are there; `gelu` says whether GELU follows (tanh form).
+void simtMatmul(const View* a, const View* b, const View* bias, const View* scaleA, const View* scaleB,
+                const View* out, float alpha, int gelu) {
   long long m = a->size[1], k = a->size[2], n = b->size[1];
   float *left = floats(m * k), *right = floats(n * k);
   for (long long batch = 0; batch < a->size[0]; batch++) {
@@ -323,7 +333,15 @@ void simtMatmul(const View* a, const View* b, const View* bias, const View* out,
     for (long long i = 0; i < m; i++) {
       for (long long j = 0; j < n; j++) {
         double sum = alpha * dot(left + i * k, right + j * k, k);
+        if (scaleA->pointer) {
+          sum *= load(*scaleA, scaleA->size[0] == 1 ? 0 : i);
+          sum *= load(*scaleB, scaleB->size[0] == 1 ? 0 : j);
+        }
         if (bias->pointer) sum += load(*bias, j * bias->stride[0]);
+        if (gelu) {
+          double cubic = 0.7978845608028654 * (sum + 0.044715 * sum * sum * sum);
+          sum = 0.5 * sum * (1 + __builtin_tanh(cubic));
+        }
         store(*out, batch * out->stride[0] + i * out->stride[1] + j * out->stride[2], sum);
       }
     }

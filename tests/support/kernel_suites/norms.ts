@@ -5,7 +5,7 @@ import { ShapeError } from "../../../ffi/errors.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { elementCount, Tensor } from "../../../ffi/tensor.ts";
 import { attention, attentionByMatmul, attentionReference, softmaxRows } from "../../../kernels/attention.ts";
-import { bfloat16ToFloat32, float32ToBfloat16 } from "../../../kernels/bfloat16.ts";
+import { bfloat16ToFloat32, float32ToBfloat16 } from "../../../ffi/bfloat16.ts";
 import { groupNorm, groupNormReference } from "../../../kernels/group_norm.ts";
 import { groupNormSilu, groupNormSiluFused } from "../../../kernels/group_norm_silu.ts";
 import { layerNorm, layerNormReference } from "../../../kernels/layer_norm.ts";
@@ -18,10 +18,10 @@ import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
 
-type Float = "f32" | "bf16";
+export type Float = "f32" | "bf16";
 
 /** A tensor on the GPU, and its values in row-major order as they are stored. */
-interface Sample {
+export interface Sample {
   readonly tensor: Tensor;
   readonly values: Float32Array;
 }
@@ -29,7 +29,7 @@ interface Sample {
 const NONE = new Float32Array(0);
 
 /** A dense tensor of `value(i)`, behind `start` unused elements. */
-function sample(
+export function sample(
   device: GpuDevice,
   shape: readonly number[],
   dtype: Float,
@@ -50,7 +50,7 @@ function sample(
 }
 
 /** A view of the elements from `start` on of the last dimension of a wider tensor. */
-function columns(
+export function columns(
   device: GpuDevice,
   shape: readonly number[],
   dtype: Float,
@@ -68,7 +68,7 @@ function columns(
 }
 
 /** A result on the GPU, and what it should be: row-major, and how far from that it may be before it is rounded. */
-interface Result {
+export interface Result {
   readonly actual: Tensor;
   readonly dtype: Float;
   readonly shape: readonly number[];
@@ -77,7 +77,7 @@ interface Result {
 }
 
 /** Runs `body`, compares its results, of which NaNs are where the reference has them, and gives all memory back. */
-async function check(device: GpuDevice, body: () => Result[]): Promise<void> {
+export async function check(device: GpuDevice, body: () => Result[]): Promise<void> {
   const before = device.memoryUse().current;
   const results = device.scope(body);
   try {
@@ -100,7 +100,7 @@ async function check(device: GpuDevice, body: () => Result[]): Promise<void> {
 }
 
 /** As {@link check}, for drawn arguments. */
-async function property<A>(
+export async function property<A>(
   device: GpuDevice,
   arbitrary: fc.Arbitrary<A>,
   numRuns: number,

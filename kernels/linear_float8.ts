@@ -1,0 +1,62 @@
+import type { MatmulPlan } from "../ffi/device.ts";
+import type { DType } from "../ffi/dtype.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { expect, expectShape } from "./check.ts";
+import { type Quantized, quantizeRows, quantizeTensor } from "./quantize_float8.ts";
+
+/** A matrix `[rows, k]` in E4M3, with a scale for each row or one for all. */
+export interface Float8Matrix extends Quantized {
+  readonly rowwise: boolean;
+}
+
+/**
+ * Affine map of the last dimension by a float8 weight, `activation(x @ weight^T + bias)`: `x` is quantized as the weight
+ * was, its scales found anew for each call; sums are in f32, as far as the matrix units keep them.
+ *
+ * @param x `[..., in]`, f32 or bf16. @param weight `[out, in]`. @param bias `[out]`, on a GPU in bf16.
+ * @returns `[..., out]` in `x`'s dtype, rounded once.
+ * @throws ShapeError where the sizes do not fit; on a GPU for sizes that are no multiples of 16.
+ */
+export function linearFloat8(
+  x: Tensor,
+  weight: Float8Matrix,
+  bias?: Tensor,
+  activation?: MatmulPlan["activation"],
+): Tensor {
+  return x.device.scope(() => linearQuantized(quantizeAs(weight, x), x.dtype, weight, bias, activation));
+}
+
+/** `x` quantized as `weight` was, for one or several products with such weights by {@link linearQuantized}. */
+export function quantizeAs({ rowwise }: Float8Matrix, x: Tensor): Float8Matrix {
+  return { ...(rowwise ? quantizeRows(x) : quantizeTensor(x)), rowwise };
+}
+
+/**
+ * The product of {@link linearFloat8} for an `x` that was quantized by {@link quantizeAs}.
+ *
+ * @param dtype of the result, f32 or bf16.
+ */
+export function linearQuantized(
+  x: Float8Matrix,
+  dtype: DType,
+  weight: Float8Matrix,
+  bias?: Tensor,
+  activation?: MatmulPlan["activation"],
+): Tensor {
+  const [outFeatures, inFeatures] = weight.values.shape;
+  expectShape("linearFloat8", "weight", weight.values, [null, x.values.shape.at(-1) ?? null]);
+  if (bias !== undefined) expectShape("linearFloat8", "bias", bias, [outFeatures]);
+  expect(x.rowwise === weight.rowwise, "linearFloat8", () => "x and weight are not scaled alike");
+  const out = Tensor.empty(x.values.device, [...x.values.shape.slice(0, -1), outFeatures], dtype);
+  out.device.matmul({
+    a: x.values.reshape([-1, inFeatures]),
+    b: weight.values,
+    bias,
+    out: out.reshape([-1, outFeatures]),
+    activation,
+    scaleA: x.scales,
+    scaleB: weight.scales,
+    constant: true,
+  });
+  return out;
+}

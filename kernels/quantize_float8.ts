@@ -1,0 +1,138 @@
+import { viewOf } from "../ffi/cpu/device.ts";
+import type { MemoryPurpose } from "../ffi/device.ts";
+import type { DType } from "../ffi/dtype.ts";
+import { float32ToFloat8 } from "../ffi/float8.ts";
+import type { GpuDevice } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { expect } from "./check.ts";
+import { contiguous } from "./contiguous.ts";
+import { readFloat32 } from "./cpu.ts";
+import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { inFlight, RESIDENT_THREADS } from "./launch_shapes.ts";
+import QUANTIZE_FLOAT8_CU from "./quantize_float8.cu" with { type: "text" };
+import { rowLaunch, rowsOf } from "./rows.ts";
+
+const SOURCE = { name: "quantize_float8.cu", text: QUANTIZE_FLOAT8_CU };
+/** E4M3's largest value. */
+const LARGEST = 448;
+/** As the smallest largest value: rows of zeros have a scale too. */
+const SMALLEST = Math.fround(1e-12);
+const BLOCK = 256;
+
+/** A tensor as 8-bit floats: `values * scales` is what it was, to within 1/16 of each value. */
+export interface Quantized {
+  /** f8e4m3, dense. */
+  readonly values: Tensor;
+  /** f32 `[rows]` or `[1]`. */
+  readonly scales: Tensor;
+}
+
+/**
+ * Casts to E4M3 with a scale for each row: its largest absolute value / 448. A value is multiplied by the reciprocal of
+ * its scale and rounded to nearest, ties to even. A NaN stays one and counts for no scale; an infinity makes its row NaN
+ * when it is multiplied by the scale again.
+ *
+ * @param x `[..., k]`, f32 or bf16, with dense rows. @param purpose of the memory of the result.
+ * @returns values of `x`'s shape and as many scales as it has rows.
+ */
+export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"): Quantized {
+  const k = x.shape.at(-1)!;
+  const out = emptyFor("quantizeRows", x, x.size / k, purpose);
+  const { values, scales } = out;
+  const gpu = gpuOf(x);
+  if (gpu === undefined) {
+    onCpu(out, x, k);
+    return out;
+  }
+  gpu.scope(() => {
+    const { source, count, inner, outerStride, innerStride } = rowsOf(x);
+    const width = vectorWidth(k, [values, source]);
+    const { constants, grid, block } = rowLaunch(gpu.limits, count, k / width);
+    launch(gpu, SOURCE, {
+      entry: "quantizeRows",
+      types: { T: x.dtype },
+      constants: { ...constants, N: width },
+      grid,
+      block,
+      args: [values, scales, source, count, k, inner, BigInt(outerStride), BigInt(innerStride)],
+    });
+  });
+  return out;
+}
+
+/**
+ * As {@link quantizeRows} with one scale for the whole tensor.
+ *
+ * @param x f32 or bf16 of any shape; strided ones are copied first. @param purpose of the memory of the result.
+ * @returns values of `x`'s shape and one scale.
+ */
+export function quantizeTensor(x: Tensor, purpose: MemoryPurpose = "activations"): Quantized {
+  const out = emptyFor("quantizeTensor", x, 1, purpose);
+  const gpu = gpuOf(x);
+  if (gpu === undefined) onCpu(out, x, x.size);
+  else gpu.scope(() => quantizeOnGpu(gpu, out, contiguous(x)));
+  return out;
+}
+
+function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Quantized, x: Tensor): void {
+  const flat = [values, x].map((tensor) => tensor.reshape([tensor.size]));
+  const width = vectorWidth(x.size, flat);
+  const count = x.size / width;
+  const constants = { THREADS: BLOCK, BLOCK, VECTORS: inFlight(gpu, count), N: width };
+  const blocks = Math.max(1, Math.ceil(count / (BLOCK * constants.VECTORS)));
+  // No more parts than blocks that run at a time: each block of the second kernel reads all of them.
+  const partCount = Math.min(blocks, gpu.limits.multiprocessors * RESIDENT_THREADS / BLOCK);
+  const parts = Tensor.empty(gpu, [partCount], "f32");
+  const types: Record<string, DType> = { T: x.dtype };
+  launch(gpu, SOURCE, {
+    entry: "largestOfParts",
+    types,
+    constants,
+    grid: partCount,
+    block: BLOCK,
+    args: [parts, x, BigInt(count)],
+  });
+  launch(gpu, SOURCE, {
+    entry: "quantizeTensor",
+    types,
+    constants,
+    grid: blocks,
+    block: BLOCK,
+    args: [values, scales, x, BigInt(count), parts, partCount],
+  });
+}
+
+function emptyFor(op: string, x: Tensor, scales: number, purpose: MemoryPurpose): Quantized {
+  expect(x.dtype === "f32" || x.dtype === "bf16", op, () => `takes f32 and bf16, not ${x}`);
+  const empty = (dtype: DType, shape: readonly number[], bytes: number) =>
+    new Tensor(x.device.alloc(bytes, purpose), dtype, shape);
+  return { values: empty("f8e4m3", x.shape, x.size), scales: empty("f32", [scales], scales * 4) };
+}
+
+function onCpu({ values, scales }: Quantized, x: Tensor, k: number): void {
+  quantizeReference(
+    viewOf(values, "f8e4m3", values.size),
+    viewOf(scales, "f32", scales.size),
+    readFloat32(x),
+    k,
+  );
+}
+
+/** `x` in groups of `k` that share a scale: rows, or all of it. `values` are E4M3's codes. */
+export function quantizeReference(
+  values: Uint8Array,
+  scales: Float32Array,
+  x: Float32Array,
+  k: number,
+): void {
+  const scaled = new Float32Array(k);
+  for (const group of scales.keys()) {
+    const start = group * k;
+    let largest = 0;
+    for (let i = start; i < start + k; i++) if (Math.abs(x[i]) > largest) largest = Math.abs(x[i]);
+    scales[group] = Math.max(largest, SMALLEST) / LARGEST;
+    const factor = Math.fround(1 / scales[group]);
+    for (let i = 0; i < k; i++) scaled[i] = x[start + i] * factor;
+    float32ToFloat8(scaled, values.subarray(start, start + k));
+  }
+}
