@@ -9,9 +9,11 @@ import { addReference } from "../../../kernels/add.ts";
 import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
 import { gatedAdaLayerNormFused, type Normed } from "../../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidualReference } from "../../../kernels/gated_residual.ts";
+import { jointQkNormRopeFused, type QkvStream } from "../../../kernels/joint_qk_norm_rope.ts";
 import { layerNormReference } from "../../../kernels/layer_norm.ts";
 import { modulateReference } from "../../../kernels/modulate.ts";
 import { rmsNormReference } from "../../../kernels/rms_norm.ts";
+import { ropeReference } from "../../../kernels/rope.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
 import {
@@ -295,9 +297,183 @@ function addRmsNormSuite(): void {
   });
 }
 
+/** A stream's projections with their values, and its number of tokens. */
+interface StreamSample {
+  readonly tokens: number;
+  readonly qkv: readonly Sample[];
+  readonly norms: readonly Sample[];
+}
+
+/** How q, k and v lie: apart, all of them in one product, beside something else, or with strided elements. */
+const projections = fc.constantFrom("dense", "odd", "product", "heads", "transposed");
+
+function jointQkNormRopeSuite(): void {
+  const streamOf = (
+    device: GpuDevice,
+    shape: readonly [batch: number, tokens: number, heads: number, headDim: number],
+    dtype: Float,
+    normDtype: Float,
+    projection: string,
+    value: (seed: number) => (i: number) => number,
+  ): StreamSample => {
+    const [batch, tokens, heads, headDim] = shape;
+    const hidden = heads * headDim;
+    const norms = [3, 4].map((i) => sample(device, [headDim], normDtype, value(i)));
+    if (projection === "product") {
+      const width = 3 * hidden + 8;
+      const product = sample(device, [batch, tokens, width], dtype, value(0));
+      const qkv = [0, 1, 2].map((part) => ({
+        tensor: product.tensor.narrow(2, part * hidden, hidden).reshape(shape),
+        values: product.values.filter((_, i) => Math.floor(i % width / hidden) === part),
+      }));
+      return { tokens, qkv, norms };
+    }
+    const qkv = [0, 1, 2].map((part) => {
+      if (projection === "heads") return columns(device, shape, dtype, value(part), headDim);
+      const layout = projection === "odd" || projection === "transposed" ? projection : "dense";
+      const { tensor, values } = laidOut(
+        device,
+        [batch * tokens, heads, headDim],
+        dtype,
+        value(part),
+        layout,
+      );
+      return { tensor: tensor.reshape(shape), values };
+    });
+    return { tokens, qkv, norms };
+  };
+
+  const asStream = ({ qkv: [q, k, v], norms: [normQ, normK] }: StreamSample): QkvStream => ({
+    q: q.tensor,
+    k: k.tensor,
+    v: v.tensor,
+    normQ: normQ.tensor,
+    normK: normK.tensor,
+  });
+
+  /** Rows `[batch, tokens, width]` of the streams, sample by sample behind one another. */
+  const joined = (parts: readonly Float32Array[], batch: number): Float32Array => {
+    const whole = new Float32Array(parts.reduce((sum, { length }) => sum + length, 0));
+    let at = 0;
+    for (let b = 0; b < batch; b++) {
+      for (const part of parts) {
+        const length = part.length / batch;
+        whole.set(part.subarray(b * length, (b + 1) * length), at);
+        at += length;
+      }
+    }
+    return whole;
+  };
+
+  const run = (
+    streams: readonly StreamSample[],
+    [batch, heads, headDim]: readonly [number, number, number],
+    dtype: Float,
+    [cos, sin]: readonly Sample[],
+  ): Result[] => {
+    const tokens = streams.reduce((sum, stream) => sum + stream.tokens, 0);
+    const turned = (which: 0 | 1) => {
+      const normed = streams.map(({ qkv, norms }) => {
+        const { values } = qkv[which];
+        const out = new Float32Array(values.length);
+        rmsNormReference(out, values, norms[which].values, EPS);
+        return out;
+      });
+      const whole = joined(normed, batch);
+      const expected = new Float32Array(whole.length);
+      ropeReference(expected, whole, cos.values, sin.values, heads, headDim);
+      return expected;
+    };
+    const { q, k, v } = jointQkNormRopeFused(streams.map(asStream), cos.tensor, sin.tensor, EPS);
+    const shape = [batch, tokens, heads, headDim];
+    const turnedResults = [q, k].map((actual, which) => ({
+      actual,
+      dtype,
+      shape,
+      expected: turned(which === 0 ? 0 : 1),
+      slack: () => 6e-6,
+    }));
+    if (streams.length === 1) {
+      assert.equal(v, streams[0].qkv[2].tensor, "v of a single stream is not copied");
+      return turnedResults;
+    }
+    const expected = joined(streams.map(({ qkv }) => qkv[2].values), batch);
+    return [...turnedResults, { actual: v, dtype, shape, expected, slack: () => 0 }];
+  };
+
+  const tables = (device: GpuDevice, tokens: number, headDim: number, seed: number, start = 0) =>
+    [1, 2].map((i) => sample(device, [tokens, headDim], "f32", noise(seed + i), start));
+
+  forEachGpu("jointQkNormRopeFused", (test) => {
+    test("equals RMS norm and rotary embedding of each stream: heads, widths, views, dtypes", (device) => {
+      const drawn = fc.record({
+        batch: fc.integer({ min: 1, max: 2 }),
+        lengths: fc.array(fc.integer({ min: 1, max: 5 }), { minLength: 1, maxLength: 3 }),
+        heads: fc.constantFrom(1, 3, 4, 9, 24),
+        headDim: fc.constantFrom(2, 6, 20, 64, 128, 640),
+        dtypes: fc.tuple(dtypes, dtypes),
+        projection: projections,
+        tableStart: fc.constantFrom(0, 0, 1),
+        seed: seeds,
+      });
+      return property(device, drawn, 40, (one) => {
+        const { batch, lengths, heads, headDim, dtypes: [dtype, normDtype], projection, seed } = one;
+        const streams = lengths.map((tokens, stream) =>
+          streamOf(
+            device,
+            [batch, tokens, heads, headDim],
+            dtype,
+            normDtype,
+            projection,
+            (i) => (at) => 8 * noise(seed + 10 * stream + i)(at),
+          )
+        );
+        const tokens = lengths.reduce((a, b) => a + b);
+        const both = tables(device, tokens, headDim, seed + 100, one.tableStart);
+        return run(streams, [batch, heads, headDim], dtype, both);
+      });
+    });
+
+    test("a NaN spoils its own head only", (device) =>
+      check(device, () => {
+        const shape = [2, 2, 3, 16] as const;
+        const value = (seed: number) => (i: number) => seed < 2 && i === 150 + seed ? NaN : noise(seed)(i);
+        const stream = streamOf(device, shape, "bf16", "bf16", "dense", value);
+        const results = run([stream], [2, 3, 16], "bf16", tables(device, 2, 16, 9));
+        for (const { expected } of results) {
+          assert.ok(typeof expected !== "function");
+          assert.equal(expected.filter(Number.isNaN).length, 16);
+        }
+        return results;
+      }));
+
+    test("is one launch a stream on slices of a product, and refuses what does not fit", (device) =>
+      device.scope(() => {
+        const stream = (tokens: number) =>
+          asStream(streamOf(device, [2, tokens, 3, 16], "bf16", "bf16", "product", noise));
+        const [text, image] = [stream(3), stream(5)];
+        const [cos, sin] = tables(device, 8, 16, 1).map(({ tensor }) => tensor);
+        const run = (...streams: QkvStream[]) => {
+          const tokens = streams.reduce((sum, { q }) => sum + q.shape[1], 0);
+          return jointQkNormRopeFused(streams, cos.narrow(0, 0, tokens), sin.narrow(0, 0, tokens), EPS);
+        };
+        assert.equal(launchesOf(device, () => run(image)), 1);
+        assert.equal(launchesOf(device, () => run(text, image)), 2);
+        const other = Tensor.empty(device, [2, 3, 3, 16], "f32");
+        assert.throws(() => run({ ...text, k: image.k }), ShapeError);
+        assert.throws(() => run(image, { ...text, v: other }), ShapeError);
+        assert.throws(() => run({ ...text, normQ: cos }), ShapeError);
+        assert.throws(() => jointQkNormRopeFused([text, image], cos, sin.narrow(0, 0, 7), EPS), ShapeError);
+        const rounded = Tensor.empty(device, [8, 16], "bf16");
+        assert.throws(() => jointQkNormRopeFused([text, image], cos, rounded, EPS), ShapeError);
+      }));
+  });
+}
+
 /** All tests of fused kernels on the GPU of this process's tests. */
 export function fusedSuite(): void {
   adaLayerNormSuite();
   gatedAdaLayerNormSuite();
   addRmsNormSuite();
+  jointQkNormRopeSuite();
 }
