@@ -13,23 +13,6 @@
 constexpr int TILE = 128;
 constexpr int THREADS = 256;
 
-__device__ __forceinline__ unsigned char toE4m3(float x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  unsigned short pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
-  return (unsigned char)pair;
-#else
-  unsigned raw = __float_as_uint(x), magnitude = raw & 0x7fffffffu, bits;
-  if (magnitude > 0x7f800000u) bits = 0x7fu;
-  else if (magnitude >= 0x43e00000u) bits = 0x7eu;  // 448 and more
-  else if (magnitude < 0x3c800000u) {
-    // Below 2^-6 the steps are those of f32 between 2^14 and 2^15: the addition rounds.
-    bits = __float_as_uint(__uint_as_float(magnitude) + 16384.0f) - 0x46800000u;
-  } else bits = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-  return (unsigned char)(bits | (raw >> 24 & 0x80u));
-#endif
-}
-
 // Piece `column` of row `row` of this block's tile.
 __device__ __forceinline__ unsigned char* pieceOf(unsigned char* out, int row, int column) {
   long long tile = ((long long)blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -62,10 +45,10 @@ __device__ __forceinline__ void rowTiles(unsigned char* out, const T* x, int tok
     if (permuted) token = row - place + 4 * (place % 8 / 2) + 2 * (place / 8) + place % 2;
     float values[16];
     loadPiece(values, x, blockIdx.x * TILE + token, column, tokens, batch, tokenStride, head);
-    Vec<unsigned char, 16> piece;
+    Vec<unsigned short, 8> piece;
 #pragma unroll
-    for (int i = 0; i < 16; i++) piece.v[i] = toE4m3(values[i]);
-    storeVec(pieceOf(out, row, column), piece);
+    for (int i = 0; i < 8; i++) piece.v[i] = toFloat8Pair(values[2 * i], values[2 * i + 1]);
+    storeVec((unsigned short*)pieceOf(out, row, column), piece);
   }
 }
 
@@ -83,22 +66,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 valueTiles(unsigned char* out, const T* x, int tokens, long long batch, long long tokenStride, long long head) {
   constexpr int PIECES = TILE * 8 / THREADS;
   // 4 bytes more a row: then neither writing rows nor reading columns keeps meeting the same banks.
-  __shared__ unsigned char values[TILE][TILE + 4];
+  __shared__ unsigned short values[TILE][TILE / 2 + 2];
 #pragma unroll
   for (int j = 0; j < PIECES; j++) {
     int token = (j * THREADS + threadIdx.x) / 8, column = threadIdx.x % 8;
     float piece[16];
     loadPiece(piece, x, blockIdx.x * TILE + token, column, tokens, batch, tokenStride, head);
 #pragma unroll
-    for (int i = 0; i < 16; i++) values[token][column * 16 + i] = toE4m3(piece[i]);
+    for (int i = 0; i < 8; i++) values[token][column * 8 + i] = toFloat8Pair(piece[2 * i], piece[2 * i + 1]);
   }
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < PIECES; j++) {
     int dimension = threadIdx.x % TILE, column = j * (THREADS / TILE) + threadIdx.x / TILE;
+    int shift = dimension % 2 * 8;
     Vec<unsigned char, 16> piece;
 #pragma unroll
-    for (int i = 0; i < 16; i++) piece.v[i] = values[column * 16 + i][dimension];
+    for (int i = 0; i < 16; i++) piece.v[i] = (unsigned char)(values[column * 16 + i][dimension / 2] >> shift);
     storeVec(pieceOf(out, dimension, column), piece);
   }
 }

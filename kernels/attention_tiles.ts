@@ -2,7 +2,7 @@ import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import ATTENTION_TILES_CU from "./attention_tiles.cu" with { type: "text" };
 import { denseRows } from "./contiguous.ts";
-import { float32ToFloat8 } from "./float8.ts";
+import { float32ToFloat8 } from "../ffi/float8.ts";
 import { launch, vectorWidth } from "./gpu.ts";
 
 const SOURCE = { name: "attention_tiles.cu", text: ATTENTION_TILES_CU };

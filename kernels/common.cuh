@@ -155,6 +155,17 @@ template <int N, typename T> __device__ __forceinline__ void storeVec(T* p, cons
   }
 }
 
+// N floats, in parts of at most 16 bytes.
+template <int N> __device__ __forceinline__ void loadFloats(float* to, const float* p) {
+  constexpr int PART = N < 4 ? N : 4;
+#pragma unroll
+  for (int i = 0; i < N; i += PART) {
+    Vec<float, PART> part = loadVec<PART>(p + i);
+#pragma unroll
+    for (int k = 0; k < PART; k++) to[i + k] = part.v[k];
+  }
+}
+
 // -- element by element ------------------------------------------------------------------------------------------
 
 // x / (1 + e^-u), for SiLU and its like. The quotient is a product with a reciprocal: two units in the last place, and 0
@@ -288,4 +299,56 @@ template <int THREADS> __device__ __forceinline__ float rowMax(float x, float* p
     for (int mask = THREADS / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffleXor(x, mask));
     return x;
   }
+}
+
+// -- rows in registers -------------------------------------------------------------------------------------------
+
+// THREADS threads share a row of `length` elements (a multiple of N), as rowSum says. Vector j of thread `lane` has the
+// elements from (j * THREADS + lane) * N on, where these are in front of length. A thread without a row has length 0.
+
+template <int THREADS, typename T, int N, int VECTORS>
+__device__ __forceinline__ void loadRow(Vec<T, N> (&held)[VECTORS], const T* row, int lane, int length) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int at = (j * THREADS + lane) * N;
+    if (at < length) held[j] = loadVec<N>(row + at);
+  }
+}
+
+// To be called when all loads are issued, which would wait for the stores.
+template <int THREADS, typename T, int N, int VECTORS>
+__device__ __forceinline__ void storeRow(T* row, const Vec<T, N> (&held)[VECTORS], int lane, int length) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int at = (j * THREADS + lane) * N;
+    if (at < length) storeVec(row + at, held[j]);
+  }
+}
+
+// Sum over the row of f(element).
+template <int THREADS, typename T, int N, int VECTORS, typename F>
+__device__ __forceinline__ float sumOfRow(const Vec<T, N> (&held)[VECTORS], int lane, int length, float* partial, F f) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    if ((j * THREADS + lane) * N >= length) continue;
+#pragma unroll
+    for (int i = 0; i < N; i++) sum += f(toFloat(held[j].v[i]));
+  }
+  return rowSum<THREADS>(sum, partial);
+}
+
+// Layer norm of an element, with the mean and 1 / sqrt(variance + eps) of its row.
+struct RowNorm {
+  float mean, factor;
+  __device__ __forceinline__ float operator()(float x) const { return (x - mean) * factor; }
+};
+template <int THREADS, typename T, int N, int VECTORS>
+__device__ __forceinline__ RowNorm normOfRow(const Vec<T, N> (&held)[VECTORS], int lane, int length, int hidden,
+                                             float eps, float (&partials)[2][32]) {
+  float mean = sumOfRow<THREADS>(held, lane, length, partials[0], [](float x) { return x; }) / hidden;
+  // The variance from differences, not from squares: activations of T5 and FLUX have means far from zero.
+  float squares =
+      sumOfRow<THREADS>(held, lane, length, partials[1], [=](float x) { return (x - mean) * (x - mean); });
+  return {mean, rsqrtf(squares / hidden + eps)};
 }

@@ -118,10 +118,7 @@ __device__ __forceinline__ float exp2Fast(float x) {
 }
 // Four numbers as float8, the first in the lowest byte.
 __device__ __forceinline__ unsigned pack(float a, float b, float c, float d) {
-  unsigned short low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return (unsigned)low | (unsigned)high << 16;
+  return (unsigned)toFloat8Pair(a, b) | (unsigned)toFloat8Pair(c, d) << 16;
 }
 
 // Largest of the 4 threads that share a row.

@@ -1,6 +1,14 @@
-import type { Tensor } from "../ffi/tensor.ts";
+import { Float } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
 import { adaLayerNorm } from "./ada_layer_norm.ts";
+import { expectShape } from "./check.ts";
+import { denseRows } from "./contiguous.ts";
+import GATED_ADA_LAYER_NORM_CU from "./gated_ada_layer_norm.cu" with { type: "text" };
 import { gatedResidual } from "./gated_residual.ts";
+import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { rowLaunch } from "./rows.ts";
+
+const SOURCE = { name: "gated_ada_layer_norm.cu", text: GATED_ADA_LAYER_NORM_CU };
 
 /** A residual stream after a branch was added, and what the next branch reads of it. */
 export interface Normed {
@@ -25,4 +33,43 @@ export function gatedAdaLayerNorm(
 ): Normed {
   const sum = gatedResidual(residual, x, gate);
   return { sum, normed: adaLayerNorm(sum, scale, shift, eps) };
+}
+
+/** {@link gatedAdaLayerNorm} in one kernel on a GPU: the norm of the rounded sum, rounded once; on the CPU the same. */
+export function gatedAdaLayerNormFused(
+  residual: Tensor,
+  x: Tensor,
+  gate: Tensor,
+  scale: Tensor,
+  shift: Tensor,
+  eps: number,
+): Normed {
+  const gpu = gpuOf(residual);
+  if (gpu === undefined) return gatedAdaLayerNorm(residual, x, gate, scale, shift, eps);
+  const [batch, tokens, hidden] = residual.shape;
+  expectShape("gatedAdaLayerNorm", "x", x, residual.shape);
+  for (const [what, vector] of Object.entries({ gate, scale, shift })) {
+    expectShape("gatedAdaLayerNorm", what, vector, [batch, hidden]);
+  }
+  const sum = Tensor.empty(gpu, residual.shape, residual.dtype);
+  const normed = Tensor.empty(gpu, residual.shape, residual.dtype);
+  gpu.scope(() => {
+    const rows = [residual, x].map(denseRows);
+    const vectors = [gate, scale, shift].map(denseRows);
+    const width = vectorWidth(hidden, [sum, normed, ...rows, ...vectors]);
+    const { constants, grid, block } = rowLaunch(gpu.limits, tokens, hidden / width);
+    const strides = [
+      ...rows.flatMap((tensor) => tensor.strides.slice(0, 2)),
+      ...vectors.map((tensor) => tensor.strides[0]),
+    ];
+    launch(gpu, SOURCE, {
+      entry: "gatedAdaLayerNorm",
+      types: { T: residual.dtype, X: x.dtype, G: gate.dtype, S: scale.dtype, B: shift.dtype },
+      constants: { ...constants, N: width },
+      grid: [grid, batch],
+      block,
+      args: [sum, normed, ...rows, ...vectors, tokens, hidden, ...strides.map(BigInt), new Float(eps)],
+    });
+  });
+  return { sum, normed };
 }

@@ -17,30 +17,9 @@ layerNorm(T* out, const T* x, const W* weight, const W* bias, unsigned rows, int
   // Threads without a row take part in the sums all the same.
   const int length = row < rows ? hidden : 0;
   x += rowStart(row, inner, outerStride, innerStride);
-  out += (long long)row * hidden;
   Vec<T, N> held[VECTORS];
-  float sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at >= length) continue;
-    held[j] = loadVec<N>(x + at);
-#pragma unroll
-    for (int i = 0; i < N; i++) sum += toFloat(held[j].v[i]);
-  }
-  float mean = rowSum<THREADS>(sum, partials[0]) / hidden;
-  // The variance from differences, not from squares: activations of T5 and FLUX have means far from zero.
-  float squares = 0.0f;
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    if ((j * THREADS + lane) * N >= length) continue;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      float difference = toFloat(held[j].v[i]) - mean;
-      squares += difference * difference;
-    }
-  }
-  float factor = rsqrtf(rowSum<THREADS>(squares, partials[1]) / hidden + eps);
+  loadRow<THREADS>(held, x, lane, length);
+  const RowNorm norm = normOfRow<THREADS>(held, lane, length, hidden, eps, partials);
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     int at = (j * THREADS + lane) * N;
@@ -50,16 +29,11 @@ layerNorm(T* out, const T* x, const W* weight, const W* bias, unsigned rows, int
     if (bias) b = loadVec<N>(bias + at);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      float y = (toFloat(held[j].v[i]) - mean) * factor;
+      float y = norm(toFloat(held[j].v[i]));
       if (weight) y *= toFloat(w.v[i]);
       if (bias) y += toFloat(b.v[i]);
       held[j].v[i] = fromFloat<T>(y);
     }
   }
-  // Apart from the loads of the weights, which would wait for the stores.
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at < length) storeVec(out + at, held[j]);
-  }
+  storeRow<THREADS>(out + (long long)row * hidden, held, lane, length);
 }

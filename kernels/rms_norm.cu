@@ -20,16 +20,9 @@ rmsNorm(T* out, const T* x, const W* weight, unsigned rows, int hidden, unsigned
   x += rowStart(row, inner, outerStride, innerStride);
   out += (long long)row * hidden;
   Vec<T, N> held[VECTORS];
-  float squares = 0.0f;
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at >= length) continue;
-    held[j] = loadVec<N>(x + at);
-#pragma unroll
-    for (int i = 0; i < N; i++) squares += toFloat(held[j].v[i]) * toFloat(held[j].v[i]);
-  }
-  float factor = rsqrtf(rowSum<THREADS>(squares, partial) / hidden + eps);
+  loadRow<THREADS>(held, x, lane, length);
+  float squares = sumOfRow<THREADS>(held, lane, length, partial, [](float value) { return value * value; });
+  float factor = rsqrtf(squares / hidden + eps);
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     int at = (j * THREADS + lane) * N;
@@ -40,10 +33,5 @@ rmsNorm(T* out, const T* x, const W* weight, unsigned rows, int hidden, unsigned
       held[j].v[i] = fromFloat<T>(toFloat(held[j].v[i]) * factor * toFloat(w.v[i]));
     }
   }
-  // Apart from the loads of the weights, which would wait for the stores.
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at < length) storeVec(out + at, held[j]);
-  }
+  storeRow<THREADS>(out, held, lane, length);
 }

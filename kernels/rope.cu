@@ -11,17 +11,6 @@
 // and along the heads.
 #include "common.cuh"
 
-// N floats; a vector of them is at most 16 bytes.
-__device__ __forceinline__ void loadTable(float* table, const float* p) {
-  constexpr int PART = N < 4 ? N : 4;
-#pragma unroll
-  for (int i = 0; i < N; i += PART) {
-    Vec<float, PART> part = loadVec<PART>(p + i);
-#pragma unroll
-    for (int k = 0; k < PART; k++) table[i + k] = part.v[k];
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(LANES * GROUPS)
 rope(T* out, const T* x, const float* cosines, const float* sines, int tokens, int heads, int headDim,
      long long batchStride, long long tokenStride, long long headStride, long long cosStride, long long sinStride) {
@@ -31,8 +20,8 @@ rope(T* out, const T* x, const float* cosines, const float* sines, int tokens, i
   out += (long long)blockIdx.x * heads * headDim;
   for (int at = threadIdx.x % LANES * N; at < headDim; at += LANES * N) {
     float c[N], s[N];
-    loadTable(c, cosines + token * cosStride + at);
-    loadTable(s, sines + token * sinStride + at);
+    loadFloats<N>(c, cosines + token * cosStride + at);
+    loadFloats<N>(s, sines + token * sinStride + at);
     Vec<T, N> held[HEADS];
     T other[HEADS];  // the pair's other half where N = 1 splits the pairs
 #pragma unroll

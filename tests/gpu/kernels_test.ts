@@ -2,9 +2,11 @@
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
+import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 
 convolutionSuite();
 elementwiseSuite();
 normsSuite();
 float8Suite();
+fusedSuite();

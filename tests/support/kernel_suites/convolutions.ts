@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { Tensor } from "../../../ffi/tensor.ts";
-import { roundToBfloat16 } from "../../../kernels/bfloat16.ts";
+import { roundToBfloat16 } from "../../../ffi/bfloat16.ts";
 import { cast } from "../../../kernels/cast.ts";
 import { contiguous } from "../../../kernels/contiguous.ts";
 import { conv2d, conv2dReference } from "../../../kernels/conv2d.ts";

@@ -15,7 +15,7 @@ import {
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { geluTanh, noise } from "../providers.ts";
-import { check, columns, type Float, property, type Sample, sample } from "./norms.ts";
+import { check, columns, type Float, property, type Sample, sample } from "./samples.ts";
 
 /**
  * What a sum may lose, as a part of the sum of its terms' absolute values: matrix units add float8 products with some 13
