@@ -1,8 +1,9 @@
+import type { MatmulPlan } from "../ffi/device.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
 
 /**
- * Affine map of the last dimension, `x @ weight^T + bias`, accumulated in f32.
+ * Affine map of the last dimension, `activation(x @ weight^T + bias)`, accumulated in f32 and rounded once.
  *
  * @param x `[..., in]`, dense rows (the dimensions before the last may be merged).
  * @param weight `[out, in]` as PyTorch's `nn.Linear` keeps it, same dtype as `x`.
@@ -10,7 +11,12 @@ import { expect, expectShape } from "./check.ts";
  * @returns `[..., out]` in `x`'s dtype.
  * @throws ShapeError where the sizes do not fit.
  */
-export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
+export function linear(
+  x: Tensor,
+  weight: Tensor,
+  bias?: Tensor,
+  activation?: MatmulPlan["activation"],
+): Tensor {
   const [outFeatures, inFeatures] = weight.shape;
   expectShape("linear", "weight", weight, [null, x.shape.at(-1) ?? null]);
   if (bias !== undefined) expectShape("linear", "bias", bias, [outFeatures]);
@@ -21,6 +27,7 @@ export function linear(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
     b: weight,
     bias,
     out: out.reshape([-1, outFeatures]),
+    activation,
     constant: true,
   });
   return out;

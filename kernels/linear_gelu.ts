@@ -11,3 +11,8 @@ import { linear } from "./linear.ts";
 export function linearGelu(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
   return geluTanh(linear(x, weight, bias));
 }
+
+/** {@link linearGelu} as one product, which applies GELU to its sums before it rounds them. */
+export function linearGeluFused(x: Tensor, weight: Tensor, bias?: Tensor): Tensor {
+  return linear(x, weight, bias, "geluTanh");
+}

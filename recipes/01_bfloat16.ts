@@ -5,6 +5,8 @@
  * Changes: the weights are rounded to bfloat16 (published checkpoints have them so); activations follow their
  * weights. Latents, timesteps, guidance and rotary tables stay in float32, where diffusers rounds them too: that
  * rounding is most of its bfloat16 error. Exact: yes, up to bfloat16's rounding.
+ *
+ *     deno run -A recipes/01_bfloat16.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import type { Plan, Recipe } from "./base/plan.ts";
 import { castPlan } from "./base/cast_plan.ts";
@@ -15,3 +17,5 @@ export const bfloat16: Recipe = {
   devices: ["cpu", "cuda", "hip"],
   apply: (plan: Plan) => castPlan(plan, "bf16"),
 };
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(bfloat16.name));

@@ -12,6 +12,12 @@
  *     deno run -A recipes/02_compile.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import { isGpu } from "../ffi/gpu.ts";
+import { adaLayerNormFused } from "../kernels/ada_layer_norm.ts";
+import { addRmsNormFused } from "../kernels/add_rms_norm.ts";
+import { gatedAdaLayerNormFused } from "../kernels/gated_ada_layer_norm.ts";
+import { groupNormSiluFused } from "../kernels/group_norm_silu.ts";
+import { jointQkNormRopeFused } from "../kernels/joint_qk_norm_rope.ts";
+import { linearGeluFused } from "../kernels/linear_gelu.ts";
 import { graphExecute } from "./base/graph_execute.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
@@ -22,5 +28,16 @@ export const compile: Recipe = {
   apply: (plan: Plan) => ({
     ...plan,
     ...(isGpu(plan.device) && { execute: graphExecute(plan.device) }),
+    ops: {
+      ...plan.ops,
+      adaLayerNorm: adaLayerNormFused,
+      addRmsNorm: addRmsNormFused,
+      gatedAdaLayerNorm: gatedAdaLayerNormFused,
+      groupNormSilu: groupNormSiluFused,
+      jointQkNormRope: jointQkNormRopeFused,
+      linearGelu: linearGeluFused,
+    },
   }),
 };
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(compile.name));

@@ -39,3 +39,5 @@ export const fuseQkv: Recipe = {
     ) as Record<Component, Weights>,
   }),
 };
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(fuseQkv.name));

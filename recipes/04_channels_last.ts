@@ -8,6 +8,8 @@
  * since operators keep the layout that they find. Group norm and SiLU become one operator, whose kernels read the
  * channels of a pixel side by side. Exact: yes, up to the order of sums. For bfloat16: in float32 cuDNN computes in
  * NCHW (9.14 on an H100), and then the turning is its own.
+ *
+ *     deno run -A recipes/04_channels_last.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
@@ -15,7 +17,7 @@ import { groupNormSiluFused } from "../kernels/group_norm_silu.ts";
 import { NCHW, NHWC } from "../kernels/layout.ts";
 import { copyStridedOnGpu } from "../kernels/strided_copy.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
-import { type Weights, weightsFrom } from "./base/weights.ts";
+import { replaced, type Weights } from "./base/weights.ts";
 
 /** The plan's autoencoder is consumed: neither that plan nor another one of the same model works afterwards. */
 export const channelsLast: Recipe = {
@@ -31,17 +33,19 @@ export const channelsLast: Recipe = {
 
 /** The same weights, those of convolutions with their input channels last. Each old one is freed when it was copied. */
 function withChannelsLast(gpu: GpuDevice, weights: Weights): Weights {
-  return weightsFrom(
-    new Map(weights.names.map((name) => {
-      const weight = weights.get(name);
-      // 1 x 1 weights lie the same way in both layouts.
-      if (weight.rank !== 4 || weight.permute(NHWC).isContiguous) return [name, weight];
-      const memory = gpu.alloc(weight.byteLength, "weights");
-      const turned = new Tensor(memory, weight.dtype, NHWC.map((dim) => weight.shape[dim])).permute(NCHW);
-      copyStridedOnGpu(gpu, turned, weight);
-      // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
-      weights.free(name);
-      return [name, turned];
-    })),
-  );
+  const own = new Map<string, Tensor>();
+  for (const name of weights.names) {
+    const weight = weights.get(name);
+    // 1 x 1 weights lie the same way in both layouts.
+    if (weight.rank !== 4 || weight.permute(NHWC).isContiguous) continue;
+    const memory = gpu.alloc(weight.byteLength, "weights");
+    const turned = new Tensor(memory, weight.dtype, NHWC.map((dim) => weight.shape[dim])).permute(NCHW);
+    copyStridedOnGpu(gpu, turned, weight);
+    // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
+    weights.free(name);
+    own.set(name, turned);
+  }
+  return replaced(weights, own);
 }
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(channelsLast.name));

@@ -25,3 +25,5 @@ export const tuning: Recipe = {
     };
   },
 };
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(tuning.name));

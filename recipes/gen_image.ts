@@ -18,7 +18,7 @@ import { loadModel } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
-import { createPictureParser, kindOf, recipesFor, refuseImage } from "./switches.ts";
+import { createPictureParser, kindOf, LADDER, recipesFor, refuseImage, type Rung } from "./switches.ts";
 
 const EXAMPLES = `
 Examples:
@@ -31,7 +31,8 @@ Examples:
 
 const NAME = "gen_image";
 
-async function generateImage(args: string[]): Promise<void> {
+/** @param ladder the rungs that the flags switch. */
+export async function generateImage(args: string[], ladder: readonly Rung[] = LADDER): Promise<void> {
   const flags = createPictureParser(NAME, "Draws a picture from a prompt with FLUX.1.")
     .addOption(new Option("--trace-file <file>").hideHelp())
     .addHelpText("after", EXAMPLES)
@@ -42,7 +43,7 @@ async function generateImage(args: string[]): Promise<void> {
     throw new UsageError("--trace-file is for benchmarks", { hint: "deno task benchmark --trace-file ..." });
   }
   refuseImage(flags);
-  const recipes = recipesFor(flags, kindOf(flags.device));
+  const recipes = recipesFor(flags, kindOf(flags.device), ladder);
   const output = flags.outputFile;
   await checkWritable(output); // before minutes of work, not after
   const started = performance.now();

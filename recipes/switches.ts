@@ -11,6 +11,7 @@ import { baselineFp32 } from "./00_baseline_fp32.ts";
 import { bfloat16 } from "./01_bfloat16.ts";
 import { compile } from "./02_compile.ts";
 import { fuseQkv } from "./03_fuse_qkv.ts";
+import { channelsLast } from "./04_channels_last.ts";
 import { tuning } from "./07_tuning.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
@@ -65,7 +66,7 @@ export const LADDER: readonly Rung[] = [
   { name: "01_bfloat16", recipe: () => bfloat16, devices: ALL, ...unless("disable_bf16") },
   { name: "02_compile", recipe: () => compile, devices: ALL, ...compileMode() },
   { name: "03_fuse_qkv", recipe: () => fuseQkv, devices: ALL, ...unless("disable_fused_projections") },
-  { name: "04_channels_last", recipe: undefined, devices: GPUS, ...unless("disable_channels_last") },
+  { name: "04_channels_last", recipe: () => channelsLast, devices: GPUS, ...unless("disable_channels_last") },
   {
     name: "05_flash_attention",
     recipe: undefined,

@@ -115,8 +115,8 @@ export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
   return replaced(weights, own);
 }
 
-/** The same weights, with others under some of their names. */
-function replaced(weights: Weights, own: ReadonlyMap<string, Tensor>): Weights {
+/** The same weights, with others under some of their names; the others are freed with the new ones. */
+export function replaced(weights: Weights, own: ReadonlyMap<string, Tensor>): Weights {
   const mine = weightsFrom(own);
   const holder = (name: string) => mine.has(name) ? mine : weights;
   return {
