@@ -5,12 +5,10 @@ import { expect } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import { eachPiece, onCpu } from "./cpu.ts";
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
-import { inFlight } from "./launch_shapes.ts";
+import { inFlight, MOST_BLOCKS_Y } from "./launch_shapes.ts";
 import { isChannelsLast, NCHW, NHWC } from "./layout.ts";
 
 const SOURCE = { name: "add.cu", text: ADD_CU };
-/** Blocks that a grid can have along y; a block takes several repeats of `b` where there are more. */
-const MOST_ROWS = 65535;
 
 /**
  * Sum of two tensors. `b`'s shape equals `a`'s or its last dimensions (a position embedding `[tokens, hidden]` under
@@ -52,7 +50,7 @@ function addOnGpu(gpu: GpuDevice, out: Tensor, a: Tensor, b: Tensor): void {
       entry: "add",
       types: { T: a.dtype, U: b.dtype },
       constants: { N: width, VECTORS },
-      grid: [Math.ceil(count / (block * VECTORS)), Math.min(repeats, MOST_ROWS)],
+      grid: [Math.ceil(count / (block * VECTORS)), Math.min(repeats, MOST_BLOCKS_Y)],
       block,
       args: [to, x, y, BigInt(count), BigInt(repeats)],
     });

@@ -18,6 +18,8 @@ export interface AttentionOptions {
   readonly causal?: boolean;
   /** Added to the scaled logits: `[heads, queries, keys]`, the same for the whole batch. */
   readonly bias?: Tensor;
+  /** Where the result is stored, in `q`'s shape and dtype with a dense last dimension; allocated when left out. */
+  readonly out?: Tensor;
 }
 
 /** Bytes of logits that a GPU has at a time, about. */
@@ -30,7 +32,7 @@ const LOGITS_BYTES = 512 * 2 ** 20;
  * @param k `[batch, keys, heads, headDim]`.
  * @param v `[batch, keys, heads, headDim]`.
  * @returns `[batch, queries, heads, headDim]` in `q`'s dtype.
- * @throws ShapeError where the sizes do not fit.
+ * @throws ShapeError where the sizes do not fit, or for an `out` that does not.
  */
 export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions = {}): Tensor {
   const [batch, queries, heads, headDim] = q.shape;
@@ -44,7 +46,13 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
     () => "a causal mask takes as many queries as keys",
   );
   const { device } = q;
-  const out = Tensor.empty(device, q.shape, q.dtype);
+  const out = options.out ?? Tensor.empty(device, q.shape, q.dtype);
+  expectShape("attention", "out", out, q.shape);
+  expect(
+    out.dtype === q.dtype && (headDim === 1 || out.strides[3] === 1),
+    "attention",
+    () => `out is ${out} with strides [${out.strides.join(", ")}], q is ${q}`,
+  );
   const scale = options.scale ?? headDim ** -0.5;
   const gpu = gpuOf(out);
   if (gpu !== undefined) {

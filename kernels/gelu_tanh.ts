@@ -3,9 +3,13 @@ import { activate } from "./activation.ts";
 
 const SQRT_2_PI = Math.sqrt(2 / Math.PI);
 
-/** GELU in its tanh form (Hendrycks & Gimpel 2016), PyTorch's `approximate="tanh"`. Any shape; `x`'s dtype, computed in f32. */
-export function geluTanh(x: Tensor): Tensor {
-  return activate(x, 2 * SQRT_2_PI, 2 * SQRT_2_PI * 0.044715, geluTanhReference); // 1 + tanh u = 2 sigmoid(2u)
+/**
+ * GELU in its tanh form (Hendrycks & Gimpel 2016), PyTorch's `approximate="tanh"`. Any shape; `x`'s dtype, computed in f32.
+ *
+ * @param out where the result is stored; see {@link activate}.
+ */
+export function geluTanh(x: Tensor, out?: Tensor): Tensor {
+  return activate(x, 2 * SQRT_2_PI, 2 * SQRT_2_PI * 0.044715, geluTanhReference, out); // 1 + tanh u = 2 sigmoid(2u)
 }
 
 /** Element by element. */

@@ -6,6 +6,9 @@ export const IN_FLIGHT = 4;
 /** Threads that one multiprocessor has at a time. */
 export const RESIDENT_THREADS = 2048;
 
+/** Blocks that a grid can have along y; where there are more rows, a block takes several. */
+export const MOST_BLOCKS_Y = 65535;
+
 /** {@link IN_FLIGHT}, or half of it where `pieces` are so few that every multiprocessor would get hardly any blocks. */
 export function inFlight({ limits }: GpuDevice, pieces: number): number {
   return pieces < IN_FLIGHT * limits.multiprocessors * RESIDENT_THREADS ? IN_FLIGHT / 2 : IN_FLIGHT;

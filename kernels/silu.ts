@@ -4,7 +4,7 @@ import { activate } from "./activation.ts";
 /**
  * SiLU (Elfwing et al. 2017): `x / (1 + exp(-x))`. Any shape; `x`'s dtype, computed in f32.
  *
- * @param out where the result is stored, which may be a dense `x` itself; allocated when left out.
+ * @param out where the result is stored, which may be `x` itself; see {@link activate}.
  */
 export function silu(x: Tensor, out?: Tensor): Tensor {
   return activate(x, 1, 0, siluReference, out);

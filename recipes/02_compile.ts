@@ -14,6 +14,7 @@
 import { isGpu } from "../ffi/gpu.ts";
 import { adaLayerNormFused } from "../kernels/ada_layer_norm.ts";
 import { addRmsNormFused } from "../kernels/add_rms_norm.ts";
+import { attentionBesideMlpFused } from "../kernels/attention_beside_mlp.ts";
 import { gatedAdaLayerNormFused } from "../kernels/gated_ada_layer_norm.ts";
 import { groupNormSiluFused } from "../kernels/group_norm_silu.ts";
 import { jointQkNormRopeFused } from "../kernels/joint_qk_norm_rope.ts";
@@ -32,6 +33,7 @@ export const compile: Recipe = {
       ...plan.ops,
       adaLayerNorm: adaLayerNormFused,
       addRmsNorm: addRmsNormFused,
+      attentionBesideMlp: attentionBesideMlpFused,
       gatedAdaLayerNorm: gatedAdaLayerNormFused,
       groupNormSilu: groupNormSiluFused,
       jointQkNormRope: jointQkNormRopeFused,

@@ -45,11 +45,21 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
         );
       }
       if (provider === "cudnn" || !own) return plan;
+      const { ops } = plan;
       const attend: typeof attention = (q, k, v, options = {}) =>
         flashAttentionFloat8Takes(q, k, v, options)
-          ? flashAttentionFloat8(q, k, v, options.scale)
-          : plan.ops.attention(q, k, v, options);
-      return { ...plan, ops: { ...plan.ops, attention: attend } };
+          ? flashAttentionFloat8(q, k, v, options.scale, options.out)
+          : ops.attention(q, k, v, options);
+      return {
+        ...plan,
+        ops: {
+          ...ops,
+          attention: attend,
+          attentionBesideMlp: (q, k, v, mlp) => ops.attentionBesideMlp(q, k, v, mlp, attend),
+        },
+      };
     },
   };
 }
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(flashAttention().name));

@@ -12,6 +12,7 @@ import { bfloat16 } from "./01_bfloat16.ts";
 import { compile } from "./02_compile.ts";
 import { fuseQkv } from "./03_fuse_qkv.ts";
 import { channelsLast } from "./04_channels_last.ts";
+import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./05_flash_attention.ts";
 import { tuning } from "./07_tuning.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
@@ -28,6 +29,7 @@ export interface Switches {
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
   readonly cache_dit_config?: string | undefined;
+  readonly attention?: AttentionProvider | undefined;
 }
 
 const COMPILE_EXPORT_MODES = ["compile", "export_aoti", "disabled"] as const;
@@ -69,7 +71,7 @@ export const LADDER: readonly Rung[] = [
   { name: "04_channels_last", recipe: () => channelsLast, devices: GPUS, ...unless("disable_channels_last") },
   {
     name: "05_flash_attention",
-    recipe: undefined,
+    recipe: ({ attention }) => flashAttention(attention),
     devices: GPUS,
     needs: ["01_bfloat16"],
     ...unless("disable_fa3"),
@@ -250,6 +252,13 @@ export function createPictureParser(name: string, description: string) {
     .addOption(toggle("--disable_fused_projections", "one projection each for query, key and value"))
     .addOption(toggle("--disable_channels_last", "the autoencoder in NCHW instead of channels-last"))
     .addOption(toggle("--disable_fa3", "attention in bfloat16 instead of Flash Attention 3 in float8"))
+    .addOption(
+      new Option(
+        "--attention <provider>",
+        "own: our float8 kernel for Hopper; cudnn: bfloat16; auto: own where it runs",
+      )
+        .choices(ATTENTION_PROVIDERS),
+    )
     .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8"))
     .addOption(toggle("--disable_inductor_tuning_flags", "libraries' own choices instead of measured ones"))
     .addOption(toggle("--use-cached-model", "an exported package that is there already, or none"))

@@ -5,27 +5,38 @@
  */
 import { CudnnBackend } from "../../ffi/cuda/cudnn_backend.ts";
 import { CudnnPlanner, type Layout } from "../../ffi/cuda/cudnn_plan.ts";
-import { contiguousStrides } from "../../ffi/tensor.ts";
+import type { DType } from "../../ffi/dtype.ts";
 import { H100 } from "./h100.ts";
 
-/** What is planned: dtype, tokens of q, tokens of k and v, heads, head size. */
-export const ATTENTION_CASES = [
-  ["bf16", 4352, 4352, 24, 128],
-  ["f16", 77, 77, 12, 64],
-  ["bf16", 100, 50, 3, 8],
-  ["bf16", 64, 64, 2, 100],
-] as const;
+interface AttentionCase {
+  readonly dtype: DType;
+  readonly queries: number;
+  readonly keys: number;
+  readonly heads: number;
+  readonly headDim: number;
+  /** Elements from one token of v and of the output to the next, where these are columns of something wider. */
+  readonly rows?: readonly [v: number, out: number];
+}
+
+/** What is planned. */
+export const ATTENTION_CASES: readonly AttentionCase[] = [
+  { dtype: "bf16", queries: 4352, keys: 4352, heads: 24, headDim: 128 },
+  { dtype: "bf16", queries: 4352, keys: 4352, heads: 24, headDim: 128, rows: [21504, 15360] },
+  { dtype: "f16", queries: 77, keys: 77, heads: 12, headDim: 64 },
+  { dtype: "bf16", queries: 100, keys: 50, heads: 3, headDim: 8 },
+  { dtype: "bf16", queries: 64, keys: 64, heads: 2, headDim: 100 },
+];
 
 if (import.meta.main) {
   Deno.dlopen(Deno.args[0], {}); // found by its soname from now on
   using backend = new CudnnBackend();
   using planner = new CudnnPlanner(backend, { deviceProperties: H100 });
-  for (const [dtype, queries, keys, heads, headDim] of ATTENTION_CASES) {
-    const layout = (tokens: number): Layout => {
-      const shape = [2, tokens, heads, headDim];
-      return { dtype, shape, strides: contiguousStrides(shape), alignment: 16 };
+  for (const { dtype, queries, keys, heads, headDim, rows = [] } of ATTENTION_CASES) {
+    const layout = (tokens: number, row = heads * headDim): Layout => {
+      const strides = [tokens * row, row, headDim, 1];
+      return { dtype, shape: [2, tokens, heads, headDim], strides, alignment: 16 };
     };
-    const [q, k, v, out] = [queries, keys, keys, queries].map(layout);
+    const [q, k, v, out] = [layout(queries), layout(keys), layout(keys, rows[0]), layout(queries, rows[1])];
     try {
       using plan = planner.attention({ q, k, v, out });
       console.log(JSON.stringify({ workspaceBytes: plan.workspaceBytes, notes: plan.numericalNotes }));

@@ -310,6 +310,58 @@ function activationTests(): void {
         assert.equal(out, x.tensor);
         return [rounded(out, dtype, [size], expected, slack(x.values, expected, (u) => u))];
       }));
+    test("takes rows of a wider tensor and stores into such", (device) =>
+      property(
+        device,
+        [
+          floatTypes,
+          fc.constantFrom([1, 1, 1], [1, 5, 96], [2, 3, 1040], [2, 4, 7]),
+          fc.tuple(starts, starts),
+          fc.boolean(),
+          seeds,
+        ],
+        (dtype, shape, [from, to], dense, seed) => {
+          const [batch, rows, width] = shape;
+          const wide = floats(device, [batch, rows + 2, from + width + 8], dtype, seed, { wild: true });
+          const x = wide.tensor.narrow(1, 1, rows).narrow(2, from, width);
+          const values = decode(viewBytes(wide.bytes, x), dtype);
+          const expected = new Float32Array(values.length);
+          siluReference(expected, values);
+          const around = bits(device, [batch, rows + 1, to + width + 8], dtype, seed + 1);
+          const place = around.tensor.narrow(1, 0, rows).narrow(2, to, width);
+          const out = dense ? Tensor.empty(device, shape, dtype) : place;
+          assert.equal(silu(x, out), out);
+          const beside = [
+            around.tensor.narrow(1, rows, 1),
+            around.tensor.narrow(2, 0, to),
+            around.tensor.narrow(2, to + width, 8),
+          ].filter(({ size }) => size > 0);
+          return [
+            rounded(contiguous(out), dtype, shape, expected, slack(values, expected, (u) => u)),
+            ...beside.map((part) => same(contiguous(part), dtype, part.shape, viewBytes(around.bytes, part))),
+          ];
+        },
+      ));
+    test("takes more rows than a grid has", (device) =>
+      check(device, () => {
+        const wide = floats(device, [70_000, 2], "bf16", 5);
+        const x = wide.tensor.narrow(1, 1, 1);
+        const values = decode(viewBytes(wide.bytes, x), "bf16");
+        const expected = new Float32Array(values.length);
+        siluReference(expected, values);
+        return [rounded(silu(x), "bf16", [70_000, 1], expected, slack(values, expected, (u) => u))];
+      }));
+    test("refuses a place for the result that does not fit", (device) =>
+      check(device, () => {
+        const x = floats(device, [2, 3, 8], "bf16", 1).tensor;
+        const places = [
+          Tensor.empty(device, [2, 3, 8], "f32"),
+          Tensor.empty(device, [2, 24], "bf16"),
+          Tensor.empty(device, [2, 8, 3], "bf16").permute([0, 2, 1]),
+        ];
+        for (const out of places) assert.throws(() => silu(x, out), ShapeError);
+        return [];
+      }));
     test("takes strided input and f16", (device) =>
       check(device, () => {
         const x = floats(device, [5, 12, 9], "f16", 3, { order: [2, 0, 1], gap: 2 });

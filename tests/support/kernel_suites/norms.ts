@@ -22,6 +22,7 @@ import {
   dtypes,
   EPS,
   type Float,
+  frame,
   hiddens,
   lostBy,
   means,
@@ -466,6 +467,7 @@ function attentionSuite(): void {
     causal: fc.boolean(),
     biased: fc.boolean(),
     fused: fc.boolean(),
+    framed: fc.boolean(),
     scale: fc.constantFrom(undefined, 1, 0.3),
     dtype: dtypes,
     seed: seeds,
@@ -479,7 +481,7 @@ function attentionSuite(): void {
       q: Tensor,
       k: Tensor,
       v: Tensor,
-      options: { scale: number; causal: boolean; bias?: Tensor },
+      options: { scale: number; causal: boolean; bias?: Tensor; out?: Tensor },
     ) => Tensor,
   ): Result[] => {
     const { batch, queries, otherKeys, heads, headDim, causal, biased, fused, dtype, seed } = drawn;
@@ -503,19 +505,20 @@ function attentionSuite(): void {
     const shape = { batch, queries, keys, heads, headDim };
     attentionReference(expected, q.values, k.values, v.values, bias?.values ?? NONE, shape, scale, causal);
     const options = { scale, causal, ...(bias === undefined ? {} : { bias: bias.tensor }) };
-    const actual = compute(q.tensor, k.tensor, v.tensor, options);
     // Values are up to 1; in bf16 the weights are rounded before they meet them.
-    return [{
-      actual,
-      dtype,
-      shape: q.tensor.shape,
-      expected,
-      slack: () => dtype === "bf16" ? 2 ** -8 : 5e-6,
-    }];
+    const slack = () => dtype === "bf16" ? 2 ** -8 : 5e-6;
+    if (!drawn.framed) {
+      const actual = compute(q.tensor, k.tensor, v.tensor, options);
+      return [{ actual, dtype, shape: q.tensor.shape, expected, slack }];
+    }
+    const { whole, inside, filled } = frame(device, [batch, queries, heads * headDim], dtype, 8);
+    const out = inside.reshape(q.tensor.shape);
+    assert.equal(compute(q.tensor, k.tensor, v.tensor, { ...options, out }), out);
+    return [{ actual: whole, dtype, shape: whole.shape, expected: filled(expected), slack }];
   };
 
   forEachGpu("attention", (test) => {
-    test("equals its reference: batches, causal, bias, scale, views, odd sizes", (device) =>
+    test("equals its reference: batches, causal, bias, scale, views, odd sizes, a place for the result", (device) =>
       property(device, problem, 40, (drawn) => run(device, drawn, attention)));
 
     test("computed by matrix products in parts of the rows equals its reference", (device) =>
@@ -524,12 +527,26 @@ function attentionSuite(): void {
         fc.tuple(problem, fc.constantFrom(1, 3, 10, 30)),
         40,
         ([drawn, rows]) =>
-          run(device, drawn, (q, k, v, { scale, ...options }) => {
-            const out = Tensor.empty(device, q.shape, q.dtype);
-            attentionByMatmul(device, { q, k, v, out, scale }, options, rows);
-            return out;
-          }),
+          run(
+            device,
+            drawn,
+            (q, k, v, { scale, out = Tensor.empty(device, q.shape, q.dtype), ...options }) => {
+              attentionByMatmul(device, { q, k, v, out, scale }, options, rows);
+              return out;
+            },
+          ),
       ));
+
+    test("refuses a place for the result that does not fit", (device) =>
+      device.scope(() => {
+        const x = Tensor.empty(device, [1, 4, 2, 8], "bf16");
+        const places = [
+          Tensor.empty(device, [1, 4, 2, 8], "f32"),
+          Tensor.empty(device, [1, 4, 16], "bf16"),
+          Tensor.empty(device, [1, 4, 8, 2], "bf16").permute([0, 1, 3, 2]),
+        ];
+        for (const out of places) assert.throws(() => attention(x, x, x, { out }), ShapeError);
+      }));
   });
 }
 

@@ -56,6 +56,27 @@ export function columns(
   return { tensor: wide.tensor.narrow(-1, start, width), values: kept };
 }
 
+/** Columns of a wider tensor of NaNs, which a kernel fills without touching what is beside them. */
+export interface Frame {
+  readonly whole: Tensor;
+  readonly inside: Tensor;
+  /** What the whole is when the columns have these values. */
+  readonly filled: (values: Float32Array) => Float32Array;
+}
+
+/** A {@link Frame} around a tensor of `shape`, `margin` elements wide on both sides. */
+export function frame(device: GpuDevice, shape: readonly number[], dtype: Float, margin: number): Frame {
+  const width = shape.at(-1)!;
+  const wide = width + 2 * margin;
+  const { tensor: whole, values: nans } = sample(device, shape.with(-1, wide), dtype, () => NaN);
+  const filled = (values: Float32Array) =>
+    nans.map((nan, i) => {
+      const column = i % wide - margin;
+      return column < 0 || column >= width ? nan : values[Math.floor(i / wide) * width + column];
+    });
+  return { whole, inside: whole.narrow(-1, margin, width), filled };
+}
+
 /**
  * A result on the GPU, and what it should be: row-major, and how far from that it may be before it is rounded. What
  * follows from another result is computed from the one before it, as the GPU had it.
