@@ -72,7 +72,7 @@ export const LADDER: readonly Rung[] = [
   {
     name: "05_flash_attention",
     recipe: ({ attention }) => flashAttention(attention),
-    devices: GPUS,
+    devices: ["cuda"],
     needs: ["01_bfloat16"],
     ...unless("disable_fa3"),
   },

@@ -15,6 +15,8 @@ import { fillRandom } from "../../../kernels/random_fill.ts";
 import { bfloat16 } from "../../../recipes/01_bfloat16.ts";
 import { compile } from "../../../recipes/02_compile.ts";
 import { fuseQkv } from "../../../recipes/03_fuse_qkv.ts";
+import { channelsLast } from "../../../recipes/04_channels_last.ts";
+import { flashAttention } from "../../../recipes/05_flash_attention.ts";
 import { tuning } from "../../../recipes/07_tuning.ts";
 import { wholeNumber } from "../../../recipes/base/command_line.ts";
 import { positionIds } from "../../../recipes/base/latents.ts";
@@ -26,7 +28,7 @@ import { rotaryEmbedding } from "../../../recipes/base/rotary.ts";
 import { fluxTransformer } from "../../../recipes/base/transformer.ts";
 
 /** The recipes after 01_bfloat16, in the ladder's order. */
-const LADDER = [compile, fuseQkv, tuning];
+const LADDER = [compile, fuseQkv, channelsLast, flashAttention(), tuning];
 const PROMPT = "A cat playing with a ball of yarn";
 /** Lines of each part's table. */
 const MOST_LINES = 16;
