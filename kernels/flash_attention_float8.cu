@@ -47,10 +47,6 @@ __device__ __forceinline__ void copyTile(unsigned to, const unsigned char* from,
                : : "r"(to), "l"(from), "r"(TILE_BYTES), "r"(barrier) : "memory");
 }
 
-// Named barriers of the two computing warpgroups: who syncs waits until the other has arrived.
-__device__ __forceinline__ void syncTurn(int turn) { asm volatile("bar.sync %0, 256;" : : "r"(turn) : "memory"); }
-__device__ __forceinline__ void passTurn(int turn) { asm volatile("bar.arrive %0, 256;" : : "r"(turn) : "memory"); }
-
 // -- products ----------------------------------------------------------------------------------------------------------
 
 // Where rows of 128 bytes start in shared memory, for the matrix units: swizzled in groups of 8 rows. 32 bytes further
@@ -253,13 +249,9 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
     mask(0);
     softmax(s, rows, shrink, scale);
     packRows(p, s);
-    // The warpgroups take turns: while one has its products done, the other computes its softmax.
-    if (group == 2) passTurn(1);
     for (int tile = 1; tile < keyTiles; tile++) {
-      syncTurn(group);
       issueLogits(tile);
       issueSums(tile - 1);
-      if (group == 1 || tile + 1 < keyTiles) passTurn(3 - group);
       waitProducts<1>();
       hold(s);
       if (elected) arrive(kEmpty + 8 * (tile % STAGES));
@@ -268,11 +260,8 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
       waitProducts<0>();
       hold(o);
       if (elected) arrive(vEmpty + 8 * ((tile - 1) % STAGES));
-      // Most tiles have no new largest logit.
-      if (__any_sync(0xffffffffu, shrink[0] < 1.0f || shrink[1] < 1.0f)) {
 #pragma unroll
-        for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
-      }
+      for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
       packRows(p, s);
     }
     issueSums(keyTiles - 1);

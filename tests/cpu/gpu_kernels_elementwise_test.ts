@@ -2,13 +2,18 @@
 import assert from "node:assert/strict";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { Tensor } from "../../ffi/tensor.ts";
+import { adaLayerNormFused } from "../../kernels/ada_layer_norm.ts";
 import { add } from "../../kernels/add.ts";
+import { addRmsNormFused } from "../../kernels/add_rms_norm.ts";
 import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
+import { gatedAdaLayerNormFused } from "../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidual } from "../../kernels/gated_residual.ts";
 import { groupNormSiluFused } from "../../kernels/group_norm_silu.ts";
 import { NCHW } from "../../kernels/layout.ts";
+import { geluTanh } from "../../kernels/gelu_tanh.ts";
+import { jointQkNormRopeFused } from "../../kernels/joint_qk_norm_rope.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { multiply } from "../../kernels/multiply.ts";
 import { silu } from "../../kernels/silu.ts";
@@ -43,6 +48,17 @@ for (const dtype of ["bf16", "f32"] as const) {
       const [shift, scale, gate] = tensor([1, 3 * 3072], dtype).chunk(3, 1);
       modulate(tensor(tokens, dtype), scale, shift);
       gatedResidual(tensor(tokens, dtype), tensor(tokens, dtype), gate);
+      adaLayerNormFused(tensor(tokens, dtype), scale, shift, 1e-6);
+      gatedAdaLayerNormFused(tensor(tokens, dtype), tensor(tokens, dtype), gate, scale, shift, 1e-6);
+      const text = [1, 256, 4096];
+      addRmsNormFused(tensor(text, dtype), tensor(text, dtype), tensor([4096], dtype), 1e-6);
+      // A single block's product: q, k, v and the MLP.
+      const product = tensor([1, 4352, 21504], dtype);
+      const [q, k, v] = product.narrow(2, 0, 9216).chunk(3, 2).map((x) => x.reshape([1, 4352, 24, 128]));
+      const norm = tensor([128], dtype);
+      const table = tensor([4352, 128], "f32");
+      jointQkNormRopeFused([{ q, k, v, normQ: norm, normK: norm }], table, table, 1e-6);
+      geluTanh(product.narrow(2, 9216, 12288), tensor([1, 4352, 15360], dtype).narrow(2, 3072, 12288));
     });
     for (const { constants, blocks, threads } of launches) {
       // cast's pieces are 16 bytes of the wider dtype, f32.
@@ -50,7 +66,7 @@ for (const dtype of ["bf16", "f32"] as const) {
       assert.ok(constants.N === width || constants.N === 4, `N is ${constants.N}`);
       assert.ok(blocks >= 132 && threads >= 128, `${blocks} blocks of ${threads} threads`);
     }
-    assert.equal(launches.length, 8);
+    assert.equal(launches.length, 13);
 
     const [upsampled] = launchesOf((tensor) => void upsampleNearest(tensor([1, 256, 512, 512], dtype)));
     assert.equal(2 * upsampled.constants.N * dtypeBytes(dtype), 16);

@@ -17,6 +17,10 @@ import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { groupNormSiluFused } from "../../../kernels/group_norm_silu.ts";
 import { NCHW } from "../../../kernels/layout.ts";
+import { adaLayerNormFused } from "../../../kernels/ada_layer_norm.ts";
+import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
+import { gatedAdaLayerNormFused } from "../../../kernels/gated_ada_layer_norm.ts";
+import { jointQkNormRopeFused } from "../../../kernels/joint_qk_norm_rope.ts";
 import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
 import { softmaxOnGpu } from "../../../kernels/softmax.ts";
@@ -48,8 +52,8 @@ interface Case {
   readonly name: string;
   /** Makes one set of inputs. */
   readonly inputs: () => Tensor[];
-  readonly run: (...inputs: Tensor[]) => Tensor;
-  /** Bytes read and written, from the inputs and the output. */
+  readonly run: (...inputs: Tensor[]) => Tensor | readonly Tensor[];
+  /** Bytes read and written, from the inputs and the (first) output; those of all of them when left out. */
   readonly bytes?: (inputs: readonly Tensor[], out: Tensor) => number;
   /** Whether arithmetic takes longer than the bytes. */
   readonly arithmetic?: true;
@@ -70,6 +74,59 @@ const CASES: readonly Case[] = [
     inputs: () => [bf16(1, TOKENS, HIDDEN), bf16(1, HIDDEN), bf16(1, HIDDEN)],
     run: (x, scale, shift) => ops.adaLayerNorm(x, scale, shift, 1e-6),
     bytes: ([x], out) => 2 * (x.byteLength + out.byteLength), // two kernels
+  },
+  {
+    name: "adaLayerNormFused",
+    inputs: () => [bf16(1, TOKENS, HIDDEN), bf16(1, HIDDEN), bf16(1, HIDDEN)],
+    run: (x, scale, shift) => adaLayerNormFused(x, scale, shift, 1e-6),
+  },
+  {
+    name: "gatedAdaLayerNormFused",
+    inputs: () => [
+      ...[0, 1].map(() => bf16(1, TOKENS, HIDDEN)),
+      ...[0, 1, 2].map(() => bf16(1, HIDDEN)),
+    ],
+    run: (residual, x, gate, scale, shift) =>
+      Object.values(gatedAdaLayerNormFused(residual, x, gate, scale, shift, 1e-6)),
+  },
+  {
+    name: "addRmsNormFused (T5)",
+    inputs: () => [bf16(1, TEXT, T5_HIDDEN), bf16(1, TEXT, T5_HIDDEN), bf16(T5_HIDDEN)],
+    run: (residual, x, weight) => Object.values(addRmsNormFused(residual, x, weight, 1e-6)),
+  },
+  {
+    name: "jointQkNormRopeFused, single block",
+    inputs: () => [...qkvOf(TOKENS, MLP), f32(TOKENS, HEAD_DIM), f32(TOKENS, HEAD_DIM)],
+    run: (q, k, v, normQ, normK, cos, sin) => {
+      const joint = jointQkNormRopeFused([{ q, k, v, normQ, normK }], cos, sin, 1e-6);
+      return [joint.q, joint.k];
+    },
+    bytes: ([q, , , , , cos], out) => 2 * (q.byteLength + out.byteLength + cos.byteLength),
+  },
+  {
+    name: "jointQkNormRopeFused, double block",
+    inputs: () => [
+      ...qkvOf(TEXT, 0),
+      ...qkvOf(TOKENS - TEXT, 0),
+      f32(TOKENS, HEAD_DIM),
+      f32(TOKENS, HEAD_DIM),
+    ],
+    run: (...inputs) => {
+      const streams = [0, 5].map((first) => {
+        const [q, k, v, normQ, normK] = inputs.slice(first);
+        return { q, k, v, normQ, normK };
+      });
+      return Object.values(jointQkNormRopeFused(streams, inputs[10], inputs[11], 1e-6));
+    },
+  },
+  {
+    name: "geluTanh between wider tensors",
+    inputs: () => [
+      bf16(1, TOKENS, 3 * HIDDEN + MLP).narrow(2, 3 * HIDDEN, MLP),
+      bf16(1, TOKENS, HIDDEN + MLP).narrow(2, HIDDEN, MLP),
+    ],
+    run: (x, out) => ops.geluTanh(x, out),
+    bytes: ([x], out) => x.byteLength + out.byteLength,
   },
   {
     name: "rmsNorm of heads",
@@ -190,6 +247,15 @@ const CASES: readonly Case[] = [
   },
 ];
 
+/** q, k and v as columns of one product with `more` behind them, and the weights of their norms. */
+function qkvOf(tokens: number, more: number): Tensor[] {
+  const product = bf16(1, tokens, 3 * HIDDEN + more);
+  const qkv = [0, 1, 2].map((part) =>
+    product.narrow(2, part * HIDDEN, HIDDEN).reshape([1, tokens, HEADS, HEAD_DIM])
+  );
+  return [...qkv, bf16(HEAD_DIM), bf16(HEAD_DIM)];
+}
+
 const largeCopy = copyRate(2 ** 31);
 console.log(`${device.properties().description}: copies at ${terabytes(largeCopy)}, read and written`);
 const rates = CASES.map((one) => {
@@ -219,9 +285,9 @@ function measure({ inputs, run, bytes }: Case): { rate: number; moved: number } 
     const first = inputs();
     // Compiles the kernel, which must not happen while a graph is recorded.
     const moved = device.scope(() => {
-      const out = run(...first);
-      return bytes?.(first, out) ??
-        out.byteLength + first.reduce((sum, { byteLength }) => sum + byteLength, 0);
+      const outs = [run(...first)].flat();
+      return bytes?.(first, outs[0]) ??
+        [...first, ...outs].reduce((sum, { byteLength }) => sum + byteLength, 0);
     });
     const sets = [first];
     while (sets.length * moved < FLUSHED_BYTES) sets.push(inputs());
