@@ -16,6 +16,9 @@ export interface Weights {
   free(name: string): void;
 }
 
+/** Memory that was given back through one of the Weights that share it: the others neither read nor free it again. */
+const gone = new WeakSet<Memory>();
+
 /** Weights out of a map; several names may share a memory. */
 export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
   const freed = new Set<string>();
@@ -31,7 +34,7 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
     has: (name) => tensors.has(name),
     get(name) {
       const tensor = find(name);
-      if (freed.has(name)) {
+      if (freed.has(name) || gone.has(tensor.memory)) {
         throw new UsageError(
           `the weight ${name} is gone from ${tensor.device.name}: a recipe with another dtype took the model's ` +
             "weights, or the model was disposed",
@@ -46,7 +49,9 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
       freed.add(name);
       const left = names.get(memory)! - 1;
       names.set(memory, left);
-      if (left === 0) memory.device.free(memory);
+      if (left > 0 || gone.has(memory)) return;
+      gone.add(memory);
+      memory.device.free(memory);
     },
   };
 }

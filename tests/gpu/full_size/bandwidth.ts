@@ -15,6 +15,7 @@ import { FfiError } from "../../../ffi/errors.ts";
 import { type GpuDevice, isGpu } from "../../../ffi/gpu.ts";
 import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
+import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
 import { softmaxOnGpu } from "../../../kernels/softmax.ts";
 import { packLatents, unpackLatents } from "../../../recipes/base/latents.ts";
@@ -154,6 +155,17 @@ const CASES: readonly Case[] = [
     name: "groupNorm, NHWC",
     inputs: () => [bf16(1, 1024, 1024, 128).permute([0, 3, 1, 2]), bf16(128), bf16(128)],
     run: (x, weight, bias) => ops.groupNorm(x, 32, weight, bias, 1e-6),
+    bytes: twiceRead,
+  },
+  ...[HIDDEN, MLP, HIDDEN + MLP].map((k): Case => ({
+    name: `quantizeRows of ${k}`,
+    inputs: () => [bf16(TOKENS, k)],
+    run: (x) => quantizeRows(x).values,
+  })),
+  {
+    name: "quantizeTensor",
+    inputs: () => [bf16(TOKENS, HIDDEN)],
+    run: (x) => quantizeTensor(x).values,
     bytes: twiceRead,
   },
   { name: "upsampleNearest", inputs: () => [bf16(1, 256, 512, 512)], run: (x) => ops.upsampleNearest(x) },
