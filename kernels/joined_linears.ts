@@ -15,17 +15,20 @@ export function joinedLinears(x: Tensor, layers: readonly LinearLayer[]): Tensor
   if (weight === undefined || (bias === undefined && biases.length > 0)) {
     return layers.map((layer) => linear(x, layer.weight, layer.bias));
   }
-  const joint = linear(x, weight, bias);
+  return columnsOf(linear(x, weight, bias), layers.map((layer) => layer.weight));
+}
+
+/** Each layer's columns of the product of joined weights. */
+export function columnsOf(joint: Tensor, weights: readonly Tensor[]): Tensor[] {
   let start = 0;
-  return layers.map((layer) => {
-    const [count] = layer.weight.shape;
+  return weights.map(({ shape: [count] }) => {
     start += count;
     return joint.narrow(-1, start - count, count);
   });
 }
 
 /** The tensor that the given ones are the parts of, along the first dimension; undefined where they are not. */
-function joinedView(parts: readonly Tensor[]): Tensor | undefined {
+export function joinedView(parts: readonly Tensor[]): Tensor | undefined {
   const [{ memory, dtype, shape, offset }] = parts;
   let end = offset;
   for (const part of parts) {

@@ -13,6 +13,7 @@ import { compile } from "./02_compile.ts";
 import { fuseQkv } from "./03_fuse_qkv.ts";
 import { channelsLast } from "./04_channels_last.ts";
 import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./05_flash_attention.ts";
+import { float8 } from "./06_float8.ts";
 import { tuning } from "./07_tuning.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
@@ -76,7 +77,13 @@ export const LADDER: readonly Rung[] = [
     needs: ["01_bfloat16"],
     ...unless("disable_fa3"),
   },
-  { name: "06_float8", recipe: undefined, devices: GPUS, needs: ["01_bfloat16"], ...unless("disable_quant") },
+  {
+    name: "06_float8",
+    recipe: () => float8(),
+    devices: GPUS,
+    needs: ["01_bfloat16"],
+    ...unless("disable_quant"),
+  },
   {
     name: "07_tuning",
     recipe: () => tuning,

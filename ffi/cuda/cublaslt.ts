@@ -139,8 +139,8 @@ const DATA_TYPES: Partial<Record<DType, number>> = {
 
 /** Scratch that an algorithm may use: what NVIDIA advises for Hopper. */
 const WORKSPACE_BYTES = 32 * 2 ** 20;
-/** Algorithms that are asked for: some turn out to be refused only when they are called. */
-const CANDIDATES = 8;
+/** Algorithms that are asked for: some turn out to be refused only when they are called, and the best may not be first. */
+const CANDIDATES = 16;
 /** Alignments above this make no difference to cuBLASLt. */
 const MAX_ALIGNMENT = 256;
 /** What sizes and leading dimensions of float8 matrices are multiples of: cuBLASLt reads 16 bytes at a time. */
@@ -249,6 +249,7 @@ export class CublasLt implements Disposable {
     const pointerBias = bias === undefined ? 0n : bias.pointer;
     writeKey(this.#prepared.key, plan, pointerA, pointerB, pointerOut, pointerBias);
     let prepared = this.#prepared.get();
+    const isNew = prepared === undefined;
     if (prepared === undefined) {
       const gemm = columnMajorGemm(plan);
       if (gemm === undefined) return;
@@ -256,38 +257,65 @@ export class CublasLt implements Disposable {
       prepared = this.#prepare(plan, gemm);
       this.#prepared.set(prepared);
     }
-    const { swapped, descriptors, candidates } = prepared;
-    if (bias !== undefined) this.#setAddress(descriptors.operation, "BIAS_POINTER", pointerBias);
-    if (plan.scaleA !== undefined) this.#setScales(descriptors.operation, plan, swapped);
+    const { swapped, descriptors: { operation }, candidates } = prepared;
+    if (bias !== undefined) this.#setAddress(operation, "BIAS_POINTER", pointerBias);
+    if (plan.scaleA !== undefined) this.#setScales(operation, plan, swapped);
     this.#alpha[0] = plan.alpha ?? 1;
     this.context.driver.enter();
+    const [first, second] = swapped ? [pointerB, pointerA] : [pointerA, pointerB];
+    if (isNew) this.#chooseFirst(plan, prepared, first, second, pointerOut);
     while (true) {
-      const { algo, workspaceBytes } = candidates[0];
-      const status = this.#lib.symbols.cublasLtMatmul(
-        this.#handle,
-        descriptors.operation,
-        this.#alpha,
-        swapped ? pointerB : pointerA,
-        descriptors.a,
-        swapped ? pointerA : pointerB,
-        descriptors.b,
-        this.#beta,
-        pointerOut, // C, which beta = 0 leaves unread
-        descriptors.d,
-        pointerOut,
-        descriptors.d,
-        algo,
-        // Always the same size, so that the scratch does not grow and move with each new shape.
-        workspaceBytes === 0 ? 0n : this.context.workspace(WORKSPACE_BYTES),
-        BigInt(workspaceBytes),
-        this.context.stream,
-      );
+      const status = this.#issue(prepared, candidates[0], first, second, pointerOut);
       if (status === HEADER.CUBLAS_STATUS_SUCCESS) return;
       if (status !== HEADER.CUBLAS_STATUS_NOT_SUPPORTED || candidates.length === 1) {
         throw this.#lib.failure("cublasLtMatmul", status, describeMatmul(plan));
       }
       candidates.shift();
     }
+  }
+
+  /** Puts the algorithm first that the device chooses. */
+  #chooseFirst(plan: MatmulPlan, prepared: Prepared, a: bigint, b: bigint, out: bigint): void {
+    const { candidates } = prepared;
+    const scaled = plan.scaleA === undefined ? "" : `, ${plan.scaleA.size} scales`;
+    const work = `${describeMatmul(plan)}${scaled}, ${plan.activation}, of ${candidates.length}`;
+    const index = this.context.choose(
+      `cuBLASLt ${this.version} ${work}`,
+      () =>
+        candidates.map((algorithm) => () =>
+          this.#issue(prepared, algorithm, a, b, out) === HEADER.CUBLAS_STATUS_SUCCESS
+        ),
+    );
+    candidates.unshift(...candidates.splice(index, 1));
+  }
+
+  /** Returns the library's status. */
+  #issue(
+    { descriptors }: Prepared,
+    { algo, workspaceBytes }: Algorithm,
+    a: bigint,
+    b: bigint,
+    out: bigint,
+  ): number {
+    return this.#lib.symbols.cublasLtMatmul(
+      this.#handle,
+      descriptors.operation,
+      this.#alpha,
+      a,
+      descriptors.a,
+      b,
+      descriptors.b,
+      this.#beta,
+      out, // C, which beta = 0 leaves unread
+      descriptors.d,
+      out,
+      descriptors.d,
+      algo,
+      // Always the same size, so that the scratch does not grow and move with each new shape.
+      workspaceBytes === 0 ? 0n : this.context.workspace(WORKSPACE_BYTES),
+      BigInt(workspaceBytes),
+      this.context.stream,
+    );
   }
 
   [Symbol.dispose](): void {

@@ -28,6 +28,9 @@ const MEASURED = 5;
 /** Where the tensors of a graph are. */
 type Addresses = readonly (readonly [id: number, pointer: bigint])[];
 
+/** 16-bit elements in 16 bytes. */
+const ROW_ELEMENTS = 8;
+
 /** A cuDNN handle and what plans for its GPU. */
 interface Session {
   readonly handle: bigint;
@@ -97,8 +100,8 @@ export class Cudnn implements Disposable {
 
   /**
    * Issues attention to the device's stream and returns true, or returns false where cuDNN does not do it: tensors that
-   * are not all bf16 or all f16, head sizes that are no multiple of 8 or above 256, versions before 9.13.1, GPUs that no
-   * engine is made for. Softmax and sums are in f32.
+   * are not all bf16 or all f16, head sizes that are no multiple of 8 or above 256, rows that do not start at multiples of
+   * 16 bytes, versions before 9.13.1, GPUs that no engine is made for. Softmax and sums are in f32.
    *
    * @throws {CudnnError} with the tensors, where something goes wrong
    */
@@ -109,6 +112,11 @@ export class Cudnn implements Disposable {
     if ((q.dtype !== "bf16" && q.dtype !== "f16") || [k, v, out].some(({ dtype }) => dtype !== q.dtype)) {
       return false;
     }
+    // Engines move 16 bytes at a time, and take it for granted that rows start at multiples of that.
+    const apart = [q, k, v, out].some(({ strides, shape }) =>
+      strides.some((stride, dim) => dim < 3 && shape[dim] > 1 && stride % ROW_ELEMENTS !== 0)
+    );
+    if (apart) return false;
     if (out.size === 0) return true;
     const layouts: AttentionLayouts = { q: layoutOf(q), k: layoutOf(k), v: layoutOf(v), out: layoutOf(out) };
     const key = `attention ${text(layouts.q)} ${text(layouts.k)} ${text(layouts.v)} ${text(layouts.out)}`;

@@ -426,6 +426,8 @@ async function withStandIn(body: (standIn: StandIn) => Promise<void> | void): Pr
       driver: { enter() {}, driverGetVersion: () => [13, 0] },
       stream: 5n,
       capability: [9, 0],
+      // As a device that measures: all ways are tried, and the last one is taken.
+      choose: (_key: string, ways: () => readonly (() => boolean)[]) => ways().map((way) => way()).length - 1,
       workspace: (bytes: number) => {
         assert.equal(bytes, 32 * 2 ** 20);
         return 0x7000n;

@@ -64,6 +64,19 @@ Deno.test("on a GPU each weight is freed when its cast is issued, and asking for
   assert.ok(weights.has("m.a"), "it is still known, so that nothing takes another path without it");
 });
 
+Deno.test("what one owner of shared weights frees is gone for the others, and is freed once", () => {
+  const { ops, tensor, live } = counting("cuda");
+  const model = named({ a: tensor(4), b: tensor(4) });
+  const plan = castWeights(model, "bf16", ops);
+  plan.free("a");
+  assert.throws(() => model.get("a"), UsageError);
+  assert.equal(model.get("b"), plan.get("b"));
+  model.free("a");
+  model.free("b");
+  assert.throws(() => plan.get("b"), UsageError);
+  assert.equal(live.size, 0);
+});
+
 Deno.test("on a GPU weights that have the dtype are shared, tied ones are cast and freed once", () => {
   const { ops, tensor, live, issued } = counting("cuda");
   const tied = tensor(50);

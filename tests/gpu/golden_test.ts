@@ -3,6 +3,7 @@ import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { channelsLast } from "../../recipes/04_channels_last.ts";
 import { autoencoderSuite, componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
+import { float8RecipeSuite, float8TinySuite } from "../support/golden_suite_float8.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
 import { tinySuite } from "../support/golden_suite_tiny.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
@@ -13,3 +14,6 @@ for (const recipes of [[], [compile], [compile, fuseQkv], [compile, fuseQkv, cha
   pipelineSuite(TEST_GPU, recipes);
   tinySuite(TEST_GPU, recipes);
 }
+float8RecipeSuite(TEST_GPU);
+float8RecipeSuite(TEST_GPU, [fuseQkv]);
+float8TinySuite(TEST_GPU);

@@ -22,6 +22,7 @@ import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
 import { gatedAdaLayerNormFused } from "../../../kernels/gated_ada_layer_norm.ts";
 import { jointQkNormRopeFused } from "../../../kernels/joint_qk_norm_rope.ts";
 import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
+import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
 import { softmaxOnGpu } from "../../../kernels/softmax.ts";
 import { packLatents, unpackLatents } from "../../../recipes/base/latents.ts";
@@ -226,6 +227,17 @@ const CASES: readonly Case[] = [
     name: "groupNorm and silu in one, NHWC",
     inputs: () => [bf16(1, 1024, 1024, 128).permute(NCHW), bf16(128), bf16(128)],
     run: (x, weight, bias) => groupNormSiluFused(x, 32, weight, bias, 1e-6),
+    bytes: twiceRead,
+  },
+  ...[HIDDEN, MLP, HIDDEN + MLP].map((k): Case => ({
+    name: `quantizeRows of ${k}`,
+    inputs: () => [bf16(TOKENS, k)],
+    run: (x) => quantizeRows(x).values,
+  })),
+  {
+    name: "quantizeTensor",
+    inputs: () => [bf16(TOKENS, HIDDEN)],
+    run: (x) => quantizeTensor(x).values,
     bytes: twiceRead,
   },
   { name: "upsampleNearest", inputs: () => [bf16(1, 256, 512, 512)], run: (x) => ops.upsampleNearest(x) },

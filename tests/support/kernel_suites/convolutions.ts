@@ -10,6 +10,7 @@ import { isChannelsLast, NCHW, NHWC } from "../../../kernels/layout.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
+import { roundings } from "./samples.ts";
 
 const NONE = new Float32Array(0);
 
@@ -79,7 +80,8 @@ export function convolutionSuite(): void {
         result.expected.forEach((expected, i) => {
           if (Object.is(values[i], expected)) return;
           const error = Math.abs(values[i] - expected);
-          const allowed = terms * 2 ** -23 + (dtype === "bf16" ? 2 ** -8 * Math.abs(expected) : 0);
+          const allowed = terms * 2 ** -23 +
+            (dtype === "bf16" ? roundings(device) * 2 ** -8 * Math.abs(expected) : 0);
           assert.ok(error <= allowed, `element ${i} is ${values[i]}, not ${expected}, allowed ${allowed}`);
         });
         assert.equal(device.memoryUse().current, before, "memory was not given back");

@@ -146,3 +146,11 @@ export const lostBy = (mean: number) => 3e-6 + Math.abs(mean) * 2 ** -22;
 export const around = (mean: number, seed: number) => (i: number) => mean + 8 * noise(seed)(i);
 
 export const EPS = 1e-3;
+
+/**
+ * How often a library rounds a product to bfloat16, at most: cuBLASLt's kernels for odd sizes do so before they add a
+ * bias or apply GELU, too.
+ */
+export function roundings({ limits }: GpuDevice): number {
+  return limits.architecture === "emulated" ? 1 : 2;
+}
