@@ -17,8 +17,9 @@ import { compile } from "../../../recipes/02_compile.ts";
 import { fuseQkv } from "../../../recipes/03_fuse_qkv.ts";
 import { channelsLast } from "../../../recipes/04_channels_last.ts";
 import { flashAttention } from "../../../recipes/05_flash_attention.ts";
+import { float8 } from "../../../recipes/06_float8.ts";
 import { tuning } from "../../../recipes/07_tuning.ts";
-import { wholeNumber } from "../../../recipes/base/command_line.ts";
+import { defaultCacheDir, wholeNumber } from "../../../recipes/base/command_line.ts";
 import { positionIds } from "../../../recipes/base/latents.ts";
 import { Model } from "../../../recipes/base/model.ts";
 import type { Ops } from "../../../recipes/base/ops.ts";
@@ -28,7 +29,7 @@ import { rotaryEmbedding } from "../../../recipes/base/rotary.ts";
 import { fluxTransformer } from "../../../recipes/base/transformer.ts";
 
 /** The recipes after 01_bfloat16, in the ladder's order. */
-const LADDER = [compile, fuseQkv, channelsLast, flashAttention(), tuning];
+const LADDER = [compile, fuseQkv, channelsLast, flashAttention(), float8(), tuning];
 const PROMPT = "A cat playing with a ball of yarn";
 /** Lines of each part's table. */
 const MOST_LINES = 16;
@@ -63,7 +64,11 @@ interface Timed {
   readonly end: GpuEvent;
 }
 
-using opened = await openDevice(flags.device, { onWarning: console.error });
+const cacheDir = defaultCacheDir();
+using opened = await openDevice(flags.device, {
+  onWarning: console.error,
+  ...(cacheDir === undefined ? {} : { cacheDir }),
+});
 if (!isGpu(opened)) throw new FfiError(`${opened.name} is no GPU`);
 const device: GpuDevice = opened;
 using model = await Model.random(flags.configs, device, "bf16");
