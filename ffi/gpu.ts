@@ -2,7 +2,7 @@
  * What a GPU has beyond a {@link Device}: modules of compiled kernels, launches, library attention, events and recorded
  * graphs. CUDA and HIP have the same verbs; kernels/ and recipes/ know this interface only.
  */
-import type { Device } from "./device.ts";
+import type { Device, MatmulPlan } from "./device.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** A kernel file: its name for messages and cache entries, and its text. */
@@ -82,6 +82,9 @@ export interface GpuDevice extends Device {
    */
   kernel(source: KernelSource, entry: string): GpuKernel;
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void;
+
+  /** Whether the library has an algorithm for this product of float8 matrices; what is not float8 it takes always. */
+  takesMatmul(plan: MatmulPlan): boolean;
 
   /** Runs the plan in a library and returns true, or returns false where none takes these dtypes and sizes. */
   attention(plan: AttentionPlan): boolean;

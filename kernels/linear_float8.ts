@@ -2,6 +2,8 @@ import type { MatmulPlan } from "../ffi/device.ts";
 import type { DType } from "../ffi/dtype.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
+import { dequantize } from "./dequantize_float8.ts";
+import { gpuOf } from "./gpu.ts";
 import { type Quantized, quantizeRows, quantizeTensor } from "./quantize_float8.ts";
 
 /** A matrix `[rows, k]` in E4M3, with a scale for each row or one for all. */
@@ -48,7 +50,7 @@ export function linearQuantized(
   if (bias !== undefined) expectShape("linearFloat8", "bias", bias, [outFeatures]);
   expect(x.rowwise === weight.rowwise, "linearFloat8", () => "x and weight are not scaled alike");
   const out = Tensor.empty(x.values.device, [...x.values.shape.slice(0, -1), outFeatures], dtype);
-  out.device.matmul({
+  const plan: MatmulPlan = {
     a: x.values.reshape([-1, inFeatures]),
     b: weight.values,
     bias,
@@ -57,6 +59,18 @@ export function linearQuantized(
     scaleA: x.scales,
     scaleB: weight.scales,
     constant: true,
-  });
+  };
+  const gpu = gpuOf(out);
+  if (gpu === undefined || gpu.takesMatmul(plan)) out.device.matmul(plan);
+  else gpu.scope(() => gpu.matmul(inBfloat16(plan, x, weight)));
   return out;
+}
+
+/** The same product of the same numbers, in bfloat16: for sizes that the library has no float8 kernel for. */
+function inBfloat16(
+  { a, bias, out, activation }: MatmulPlan,
+  x: Float8Matrix,
+  weight: Float8Matrix,
+): MatmulPlan {
+  return { a: dequantize(x, "bf16").reshape(a.shape), b: dequantize(weight, "bf16"), bias, out, activation };
 }

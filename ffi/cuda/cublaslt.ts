@@ -188,6 +188,8 @@ interface Prepared {
   readonly descriptors: GemmDescriptors;
   /** What cuBLASLt thinks the fastest first; one that it refuses when called leaves the list. */
   readonly candidates: Algorithm[];
+  /** Whether it was decided which of them comes first. */
+  chosen: boolean;
 }
 
 interface Algorithm {
@@ -242,28 +244,18 @@ export class CublasLt implements Disposable {
    * @throws {FfiError} for what cuBLASLt does not do, and for every other status, with the plan
    */
   matmul(plan: MatmulPlan): void {
-    const { a, b, bias, out } = plan;
-    const pointerA = a.pointer;
-    const pointerB = b.pointer;
-    const pointerOut = out.pointer;
+    const { a: { pointer: pointerA }, b: { pointer: pointerB }, out: { pointer: pointerOut }, bias } = plan;
     const pointerBias = bias === undefined ? 0n : bias.pointer;
-    writeKey(this.#prepared.key, plan, pointerA, pointerB, pointerOut, pointerBias);
-    let prepared = this.#prepared.get();
-    const isNew = prepared === undefined;
-    if (prepared === undefined) {
-      const gemm = columnMajorGemm(plan);
-      if (gemm === undefined) return;
-      this.context.driver.enter();
-      prepared = this.#prepare(plan, gemm);
-      this.#prepared.set(prepared);
-    }
+    const prepared = this.#preparedFor(plan, pointerA, pointerB, pointerOut, pointerBias);
+    if (prepared === undefined) return;
     const { swapped, descriptors: { operation }, candidates } = prepared;
     if (bias !== undefined) this.#setAddress(operation, "BIAS_POINTER", pointerBias);
     if (plan.scaleA !== undefined) this.#setScales(operation, plan, swapped);
     this.#alpha[0] = plan.alpha ?? 1;
     this.context.driver.enter();
     const [first, second] = swapped ? [pointerB, pointerA] : [pointerA, pointerB];
-    if (isNew) this.#chooseFirst(plan, prepared, first, second, pointerOut);
+    if (!prepared.chosen) this.#chooseFirst(plan, prepared, first, second, pointerOut);
+    if (candidates.length === 0) throw this.#refusal(plan);
     while (true) {
       const status = this.#issue(prepared, candidates[0], first, second, pointerOut);
       if (status === HEADER.CUBLAS_STATUS_SUCCESS) return;
@@ -274,9 +266,41 @@ export class CublasLt implements Disposable {
     }
   }
 
+  /** Whether there is an algorithm for a product. */
+  takes(plan: MatmulPlan): boolean {
+    const { a, b, out, bias } = plan;
+    const prepared = this.#preparedFor(plan, a.pointer, b.pointer, out.pointer, bias?.pointer ?? 0n);
+    return prepared === undefined || prepared.candidates.length > 0;
+  }
+
+  /** What was prepared for such plans; undefined where the result has no elements. */
+  #preparedFor(
+    plan: MatmulPlan,
+    pointerA: bigint,
+    pointerB: bigint,
+    pointerOut: bigint,
+    pointerBias: bigint,
+  ): Prepared | undefined {
+    writeKey(this.#prepared.key, plan, pointerA, pointerB, pointerOut, pointerBias);
+    const known = this.#prepared.get();
+    if (known !== undefined) return known;
+    const gemm = columnMajorGemm(plan);
+    if (gemm === undefined) return undefined;
+    this.context.driver.enter();
+    const prepared = this.#prepare(plan, gemm);
+    this.#prepared.set(prepared);
+    return prepared;
+  }
+
+  #refusal(plan: MatmulPlan): FfiError {
+    return new FfiError(`cuBLASLt ${this.version} has no algorithm for ${describeMatmul(plan)}`);
+  }
+
   /** Puts the algorithm first that the device chooses. */
   #chooseFirst(plan: MatmulPlan, prepared: Prepared, a: bigint, b: bigint, out: bigint): void {
     const { candidates } = prepared;
+    prepared.chosen = true;
+    if (candidates.length < 2) return;
     const scaled = plan.scaleA === undefined ? "" : `, ${plan.scaleA.size} scales`;
     const work = `${describeMatmul(plan)}${scaled}, ${plan.activation}, of ${candidates.length}`;
     const index = this.context.choose(
@@ -338,7 +362,7 @@ export class CublasLt implements Disposable {
       const alignments = [a, b, plan.out, plan.out].map(({ pointer }) => alignmentOf(pointer));
       using preference = this.#lib.preference(alignments);
       const candidates = this.#candidates(descriptors, preference.handle, plan);
-      return { swapped: gemm.swapped, descriptors, candidates };
+      return { swapped: gemm.swapped, descriptors, candidates, chosen: false };
     } catch (error) {
       descriptors[Symbol.dispose]();
       throw error;
@@ -362,6 +386,8 @@ export class CublasLt implements Disposable {
       results,
       count,
     );
+    // Which sizes it has kernels for with scales for rows, nobody knows beforehand.
+    if (status === HEADER.CUBLAS_STATUS_NOT_SUPPORTED && plan.scaleA !== undefined) return [];
     this.#lib.check("cublasLtMatmulAlgoGetHeuristic", status, () => describeMatmul(plan));
     const view = new DataView(results.buffer);
     const candidates: Algorithm[] = [];
@@ -374,9 +400,7 @@ export class CublasLt implements Disposable {
         workspaceBytes: Number(view.getBigUint64(workspaceAt, true)),
       });
     }
-    if (candidates.length === 0) {
-      throw new FfiError(`cuBLASLt ${this.version} has no algorithm for ${describeMatmul(plan)}`);
-    }
+    if (candidates.length === 0 && plan.scaleA === undefined) throw this.#refusal(plan);
     return candidates;
   }
 

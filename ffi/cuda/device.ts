@@ -292,6 +292,11 @@ export class CudaDevice implements GpuDevice {
     this.#matmuls.matmul(plan);
   }
 
+  takesMatmul(plan: MatmulPlan): boolean {
+    this.#checkOpen();
+    return this.#matmuls.takes(plan);
+  }
+
   conv(plan: ConvPlan): void {
     this.#checkOpen();
     this.#convolutions.conv(plan);

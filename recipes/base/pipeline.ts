@@ -1,5 +1,7 @@
+import { setImmediate } from "node:timers";
 import type { Device } from "../../ffi/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
+import { allFinite } from "../../kernels/all_finite.ts";
 import { decode, spatialFactor } from "./autoencoder.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "./clip.ts";
 import { ModelError, UsageError } from "./errors.ts";
@@ -144,7 +146,7 @@ export class FluxPipeline {
     };
     /** Lets timers and signals in between two long computations, and goes on if the work still makes sense. */
     const pause = async () => {
-      await new Promise((resolve) => setTimeout(resolve, 0));
+      await new Promise((resolve) => setImmediate(resolve)); // a timer would wake up a millisecond later
       signal?.throwIfAborted();
       this.model.checkOpen();
     };
@@ -404,14 +406,12 @@ function repeated(ops: Ops, x: Tensor, images: number): Tensor {
   );
 }
 
-/** NaN in an f32 result would become a black picture: throws {@link ModelError} instead. */
+/** NaN in a result would become a black picture: throws {@link ModelError} instead. */
 async function checkFinite(part: string, result: Tensor): Promise<void> {
-  const { buffer, byteOffset } = await result.device.download(result);
-  if (!new Float32Array(buffer, byteOffset, result.size).every(Number.isFinite)) {
-    throw new ModelError(`${part} gave NaN or infinity: weights are damaged, or a number overflowed`, {
-      hint: "download the weights again; if that does not help, try float32 (--disable_bf16)",
-    });
-  }
+  if (await allFinite(result)) return;
+  throw new ModelError(`${part} gave NaN or infinity: weights are damaged, or a number overflowed`, {
+    hint: "download the weights again; if that does not help, try float32 (--disable_bf16)",
+  });
 }
 
 function filled(device: Device, count: number, value: number): Tensor {

@@ -36,20 +36,27 @@ export function rotaryTables(
   const headDim = axesDims.reduce((a, b) => a + b, 0);
   const cos = new Float32Array(tokens * headDim);
   const sin = new Float32Array(tokens * headDim);
-  const frequencies = axesDims.map((width) =>
-    Float64Array.from({ length: width / 2 }, (_, i) => 1 / THETA ** (2 * i / width))
-  );
-  let at = 0;
-  for (let token = 0; token < tokens; token++) {
-    for (let axis = 0; axis < axes; axis++) {
+  const starts = axesDims.map((_, axis) => axesDims.slice(0, axis).reduce((a, b) => a + b, 0));
+  axesDims.forEach((width, axis) => {
+    const frequencies = Float64Array.from({ length: width / 2 }, (_, i) => 1 / THETA ** (2 * i / width));
+    // Pictures have few positions on an axis, and many tokens: each slice is computed once and copied.
+    const first = new Map<number, number>();
+    for (let token = 0; token < tokens; token++) {
+      const at = token * headDim + starts[axis];
       const position = ids[token * axes + axis];
-      for (const frequency of frequencies[axis]) {
-        const angle = position * frequency;
-        cos[at] = cos[at + 1] = Math.cos(angle);
-        sin[at] = sin[at + 1] = Math.sin(angle);
-        at += 2;
+      const known = first.get(position);
+      if (known !== undefined) {
+        cos.copyWithin(at, known, known + width);
+        sin.copyWithin(at, known, known + width);
+        continue;
       }
+      first.set(position, at);
+      frequencies.forEach((frequency, i) => {
+        const angle = position * frequency;
+        cos[at + 2 * i] = cos[at + 2 * i + 1] = Math.cos(angle);
+        sin[at + 2 * i] = sin[at + 2 * i + 1] = Math.sin(angle);
+      });
     }
-  }
+  });
   return { cos, sin };
 }

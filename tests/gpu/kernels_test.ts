@@ -1,4 +1,5 @@
 /** Every kernel against its TypeScript reference, on the CUDA device. */
+import { attentionFloat8Suite } from "../support/kernel_suites/attention_float8.ts";
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
@@ -10,3 +11,4 @@ elementwiseSuite();
 normsSuite();
 float8Suite();
 fusedSuite();
+attentionFloat8Suite();

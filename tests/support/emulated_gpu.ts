@@ -340,6 +340,10 @@ class EmulatedGpu implements GpuDevice {
     });
   }
 
+  takesMatmul(): boolean {
+    return true;
+  }
+
   measuring<T>(body: () => T): T {
     return body(); // there is one way to do everything
   }

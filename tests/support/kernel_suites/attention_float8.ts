@@ -1,0 +1,191 @@
+/** Attention in float8, its tiles, and what float8 falls back to, on a GPU against their TypeScript references. */
+import assert from "node:assert/strict";
+import fc from "fast-check";
+import { float32ToFloat8, float8ToFloat32 } from "../../../ffi/float8.ts";
+import type { GpuDevice } from "../../../ffi/gpu.ts";
+import { Tensor } from "../../../ffi/tensor.ts";
+import { allFinite } from "../../../kernels/all_finite.ts";
+import { attentionReference } from "../../../kernels/attention.ts";
+import { attentionTiles, attentionTilesReference, TILE } from "../../../kernels/attention_tiles.ts";
+import { dequantize, dequantizeReference } from "../../../kernels/dequantize_float8.ts";
+import {
+  flashAttentionFloat8,
+  flashAttentionFloat8Takes,
+  hasFlashAttentionFloat8,
+} from "../../../kernels/flash_attention_float8.ts";
+import { linearFloat8 } from "../../../kernels/linear_float8.ts";
+import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
+import { relativeError } from "../compare.ts";
+import { valuesOf } from "../golden.ts";
+import { forEachGpu } from "../gpu_devices.ts";
+import { noise } from "../providers.ts";
+import { check, columns, dtypes, property, sample } from "./samples.ts";
+
+export function attentionFloat8Suite(): void {
+  forEachGpu("attentionTiles", (test) => {
+    test("equal their reference: kinds, dtypes, lengths, views", async (device) => {
+      const drawn = fc.record({
+        kind: fc.constantFrom("query" as const, "key" as const, "value" as const),
+        batch: fc.integer({ min: 1, max: 2 }),
+        tokens: fc.constantFrom(1, 16, 127, 128, 129, 200),
+        heads: fc.integer({ min: 1, max: 2 }),
+        dtype: dtypes,
+        start: fc.constantFrom(0, 8, 3),
+        seed: fc.nat(1000),
+      });
+      await fc.assert(
+        fc.asyncProperty(drawn, async ({ kind, batch, tokens, heads, dtype, start, seed }) => {
+          const shape = [batch, tokens, heads * TILE];
+          // Beyond what E4M3 holds, and below its smallest.
+          const x = columns(device, shape, dtype, (i) => noise(seed)(i) * 2 ** (i % 24 - 14), start);
+          const tiles = attentionTiles(device, kind, x.tensor.reshape([batch, tokens, heads, TILE]));
+          const expected = new Uint8Array(tiles.size);
+          attentionTilesReference(expected, x.values, kind, tokens, heads);
+          assert.deepEqual(await device.download(tiles), expected);
+          for (const { memory } of [tiles, x.tensor]) device.free(memory);
+        }),
+        { numRuns: 30 },
+      );
+    });
+  });
+
+  forEachGpu("flashAttentionFloat8", (test) => {
+    test("is near its reference on rounded inputs: lengths, batches, heads, sharp and flat softmax", async (device) => {
+      if (!hasFlashAttentionFloat8(device)) {
+        const x = Tensor.empty(device, [1, 2, 1, TILE], "bf16");
+        return assert.throws(() => flashAttentionFloat8(x, x, x), /is no Hopper GPU/);
+      }
+      const cases = [[1, 128, 128, 1, 1], [1, 1, 1, 1, 1], [2, 200, 300, 3, 1], [1, 64, 16, 2, 4], [
+        1,
+        300,
+        1000,
+        2,
+        8,
+      ]];
+      for (const [batch, queries, keys, heads, spread] of cases) {
+        const error = await attentionError(device, { batch, queries, keys, heads, spread });
+        assert.ok(error <= 0.03, `relative error ${error} at [${batch}, ${queries}, ${keys}, ${heads}]`);
+      }
+    });
+
+    test("takes what it is made for only", (device) => {
+      const tensor = (dtype: "bf16" | "f32", headDim: number) =>
+        Tensor.empty(device, [1, 2, 1, headDim], dtype);
+      const [fits, wide, narrow] = [tensor("bf16", 128), tensor("f32", 128), tensor("bf16", 64)];
+      assert.ok(flashAttentionFloat8Takes(fits, fits, fits, {}));
+      assert.ok(!flashAttentionFloat8Takes(wide, wide, wide, {}));
+      assert.ok(!flashAttentionFloat8Takes(narrow, narrow, narrow, {}));
+      assert.ok(!flashAttentionFloat8Takes(fits, fits, fits, { causal: true }));
+      for (const { memory } of [fits, wide, narrow]) device.free(memory);
+    });
+  });
+
+  forEachGpu("dequantize", (test) => {
+    test("equals its reference, by rows and by tensor", async (device) => {
+      const drawn = fc.record({
+        rows: fc.integer({ min: 1, max: 9 }),
+        k: fc.constantFrom(1, 8, 16, 30, 256),
+        rowwise: fc.boolean(),
+        dtype: dtypes,
+        seed: fc.nat(1000),
+      });
+      await property(device, drawn, 30, ({ rows, k, rowwise, dtype, seed }) => {
+        const x = sample(device, [rows, k], "f32", noise(seed));
+        const quantized = (rowwise ? quantizeRows : quantizeTensor)(x.tensor);
+        const actual = dequantize(quantized, dtype);
+        const expected = referenceOf(x.values, k, rowwise);
+        return [{ actual, dtype, shape: [rows, k], expected, slack: () => 0 }];
+      });
+    });
+  });
+
+  forEachGpu("linearFloat8", (test) => {
+    test("is computed in bfloat16 where the library has no float8 kernel", async (device) => {
+      await check(device, () => {
+        const x = sample(device, [5, 32], "bf16", noise(1));
+        const w = sample(device, [48, 32], "bf16", noise(2));
+        const weight = { ...quantizeRows(w.tensor), rowwise: true };
+        const takes = device.takesMatmul;
+        device.takesMatmul = () => false;
+        try {
+          const actual = linearFloat8(x.tensor, weight);
+          const [xs, ws] = [referenceOf(x.values, 32, true), referenceOf(w.values, 32, true)];
+          const expected = Float32Array.from({ length: 5 * 48 }, (_, i) => {
+            const [row, column] = [Math.floor(i / 48), i % 48];
+            let sum = 0;
+            for (let j = 0; j < 32; j++) sum += xs[row * 32 + j] * ws[column * 32 + j];
+            return sum;
+          });
+          const slack = () => 32 * 2 ** -7; // both factors are rounded to bfloat16 before
+          return [{ actual, dtype: "bf16", shape: [5, 48], expected, slack }];
+        } finally {
+          device.takesMatmul = takes;
+        }
+      });
+    });
+  });
+
+  forEachGpu("allFinite", (test) => {
+    test("finds one infinity or NaN anywhere, and nothing else", async (device) => {
+      for (const size of [1, 7, 4096, 300_001]) {
+        for (const dtype of ["f32", "bf16"] as const) {
+          const largest = 3e38;
+          for (const [bad, at] of [[NaN, 0], [Infinity, size - 1], [-Infinity, size >> 1], [largest, 0]]) {
+            const x = sample(device, [size], dtype, (i) => i === at ? bad : i - 5);
+            assert.equal(await allFinite(x.tensor), bad === largest, `${bad} at ${at} of ${size} ${dtype}`);
+            device.free(x.tensor.memory);
+          }
+        }
+      }
+    });
+  });
+}
+
+/** What {@link dequantize} gives for a quantized `x`. */
+function referenceOf(x: Float32Array, k: number, rowwise: boolean): Float32Array {
+  const length = rowwise ? k : x.length;
+  const codes = new Uint8Array(x.length);
+  const scales = Float32Array.from({ length: x.length / length }, (_, row) => {
+    const values = x.subarray(row * length, (row + 1) * length);
+    const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), Math.fround(1e-12));
+    const scale = Math.fround(largest / 448);
+    const factor = Math.fround(1 / scale);
+    float32ToFloat8(values.map((value) => value * factor), codes.subarray(row * length, (row + 1) * length));
+    return scale;
+  });
+  const out = new Float32Array(x.length);
+  dequantizeReference(out, codes, scales, length);
+  return out;
+}
+
+interface Sizes {
+  readonly batch: number;
+  readonly queries: number;
+  readonly keys: number;
+  readonly heads: number;
+  /** Of q's values: large ones make the softmax sharp. */
+  readonly spread: number;
+}
+
+/** Relative error of float8 attention against the reference on the same rounded inputs. */
+async function attentionError(
+  device: GpuDevice,
+  { batch, queries, keys, heads, spread }: Sizes,
+): Promise<number> {
+  const draw = (tokens: number, seed: number, size: number) => {
+    const x = sample(device, [batch, tokens, heads, TILE], "bf16", (i) => 2 * size * noise(seed)(i));
+    const codes = new Uint8Array(x.values.length);
+    float32ToFloat8(x.values, codes);
+    float8ToFloat32(codes, x.values, "f8e4m3");
+    return x;
+  };
+  const [q, k, v] = [draw(queries, 1, spread), draw(keys, 2, 1), draw(keys, 3, 1)];
+  const expected = new Float32Array(q.values.length);
+  const sizes = { batch, queries, keys, heads, headDim: TILE };
+  const none = new Float32Array(0);
+  attentionReference(expected, q.values, k.values, v.values, none, sizes, TILE ** -0.5, false);
+  const out = flashAttentionFloat8(q.tensor, k.tensor, v.tensor);
+  const error = relativeError(await valuesOf(out), expected);
+  for (const { memory } of [q.tensor, k.tensor, v.tensor, out]) device.free(memory);
+  return error;
+}
