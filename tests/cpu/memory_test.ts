@@ -260,6 +260,8 @@ function shapesOnly(): Ops {
     groupNorm: like,
     groupNormSilu: like,
     linear: (x, w) => Tensor.empty(x.device, [...x.shape.slice(0, -1), w.shape[0]], x.dtype),
+    linears: (x, layers) =>
+      layers.map(({ weight }) => Tensor.empty(x.device, [...x.shape.slice(0, -1), weight.shape[0]], x.dtype)),
     scaleShift: like,
     upsampleNearest: (x) =>
       Tensor.empty(x.device, [x.shape[0], x.shape[1], 2 * x.shape[2], 2 * x.shape[3]], x.dtype),

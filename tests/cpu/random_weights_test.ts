@@ -3,12 +3,12 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { openCpu } from "../../ffi/cpu/open.ts";
 import type { DType } from "../../ffi/dtype.ts";
-import { Tensor } from "../../ffi/tensor.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { Model } from "../../recipes/base/model.ts";
 import type { Ops } from "../../recipes/base/ops.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import { mapTensors } from "../../recipes/base/tensors.ts";
 import { compose, eagerPlan } from "../../recipes/base/plan.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { editJson, withModelCopy } from "../support/folders.ts";
@@ -23,12 +23,12 @@ function measured(ops: Ops, sizes: Sizes): Ops {
     op,
     (...args: unknown[]) => {
       const result = (run as (...args: unknown[]) => unknown)(...args);
-      if (result instanceof Tensor) {
-        const values = readFloat32(result);
+      return mapTensors(result, (tensor) => {
+        const values = readFloat32(tensor);
         const squares = values.reduce((sum, value) => sum + value * value, 0);
         sizes.push({ op, size: Math.sqrt(squares / values.length) });
-      }
-      return result;
+        return tensor;
+      });
     },
   ]);
   return Object.fromEntries(entries) as Ops;

@@ -66,7 +66,9 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
   } else if (exporting && !gpu) {
     flags.push(mode === "export_aoti" ? "--compile_export_mode export_aoti" : "--use-cached-model");
   }
-  if (gpu && given.disable_bf16 && !given.disable_fa3) flags.push("--disable_bf16", "--disable_fa3");
+  if (kind === "cuda" && given.disable_bf16 && !given.disable_fa3) {
+    flags.push("--disable_bf16", "--disable_fa3");
+  }
   if (gpu && given.disable_bf16 && !given.disable_quant) flags.push("--disable_bf16", "--disable_quant");
   if (mode === "disabled" && !given.disable_inductor_tuning_flags) {
     flags.push("--compile_export_mode disabled", "--disable_inductor_tuning_flags");
@@ -78,7 +80,7 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
       ...(mode === "disabled" ? [] : ["02_compile"]),
       ...(given.disable_fused_projections ? [] : ["03_fuse_qkv"]),
       ...(given.disable_channels_last || !gpu ? [] : ["04_channels_last"]),
-      ...(given.disable_fa3 || !gpu ? [] : ["05_flash_attention"]),
+      ...(given.disable_fa3 || kind !== "cuda" ? [] : ["05_flash_attention"]),
       ...(given.disable_quant || !gpu ? [] : ["06_float8"]),
       ...(given.disable_inductor_tuning_flags ? [] : ["07_tuning"]),
       ...(mode === "compile" || mode === "disabled" || !gpu ? [] : ["08_export"]),
