@@ -2,8 +2,9 @@
  * The ladder as one table, and the flags that switch its rungs: flux-fast's, with its spelling and its defaults, which
  * are that every optimization is on. A recipe is registered by giving its row a `recipe`.
  *
- * Nothing that was asked for is dropped silently: rungs that a device does not run are left out when no flag asks for
- * them, and flags that cannot go together end in an error that names both.
+ * Nothing that was asked for is dropped silently: rungs that a device does not run, or that build on one that a flag
+ * switches off, are left out when no flag asks for them, and flags that cannot go together end in an error that names
+ * both.
  */
 import { Option } from "@commander-js/extra-typings";
 import type { DeviceKind } from "../ffi/device.ts";
@@ -75,7 +76,7 @@ export const LADDER: readonly Rung[] = [
     recipe: ({ attention }) => flashAttention(attention),
     devices: ["cuda"],
     needs: ["01_bfloat16"],
-    ...unless("disable_fa3"),
+    ...attentionProvider(),
   },
   {
     name: "06_float8",
@@ -110,6 +111,21 @@ function askedBy(name: keyof Switches): Behaviour {
     flag,
     off: `no ${flag}`,
     wishes: (given) => given[name] === undefined ? [] : [{ on: true, flag }],
+  };
+}
+
+/** 05_flash_attention: on unless it is switched off, and asked for by naming a provider. */
+function attentionProvider(): Behaviour {
+  const { flag, off, wishes } = unless("disable_fa3");
+  return {
+    flag,
+    off,
+    wishes: (given) => [
+      ...wishes(given),
+      ...(given.attention === undefined || given.attention === "auto"
+        ? []
+        : [{ on: true, flag: `--attention ${given.attention}` }]),
+    ],
   };
 }
 
@@ -172,23 +188,16 @@ export function recipesFor(
       chosen.set(rung.name, recipe);
       continue;
     }
+    // What nobody asked for is left out with what it builds on.
+    if (asked === undefined) continue;
     const culprit = ladder.filter(({ name }) => missing.includes(name))
       .flatMap((needed) => needed.wishes(switches)).find(({ on }) => !on);
-    // What nobody asked for is left out with what it builds on.
-    if (culprit === undefined && asked === undefined) continue;
     if (culprit === undefined) {
       throw new UsageError(
-        `${asked!.flag} needs recipe ${missing.join(", ")}, which does not run on ${kind}`,
+        `${asked.flag} needs recipe ${missing.join(", ")}, which does not run on ${kind}`,
       );
     }
-    clashes.push(
-      asked === undefined
-        ? {
-          between: [culprit.flag, `${rung.name}, which is on by default`],
-          instead: [`add ${rung.off}`, `leave ${culprit.flag} out`],
-        }
-        : { between: [culprit.flag, asked.flag], instead: ["leave one of them out"] },
-    );
+    clashes.push({ between: [culprit.flag, asked.flag], instead: ["leave one of them out"] });
   }
   if (clashes.length > 0) throw clashError(clashes);
   return [...chosen.values()];

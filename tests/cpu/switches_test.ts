@@ -66,13 +66,6 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
   } else if (exporting && !gpu) {
     flags.push(mode === "export_aoti" ? "--compile_export_mode export_aoti" : "--use-cached-model");
   }
-  if (kind === "cuda" && given.disable_bf16 && !given.disable_fa3) {
-    flags.push("--disable_bf16", "--disable_fa3");
-  }
-  if (gpu && given.disable_bf16 && !given.disable_quant) flags.push("--disable_bf16", "--disable_quant");
-  if (mode === "disabled" && !given.disable_inductor_tuning_flags) {
-    flags.push("--compile_export_mode disabled", "--disable_inductor_tuning_flags");
-  }
   if (flags.length > 0) return { flags };
   return {
     names: [
@@ -80,9 +73,9 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
       ...(mode === "disabled" ? [] : ["02_compile"]),
       ...(given.disable_fused_projections ? [] : ["03_fuse_qkv"]),
       ...(given.disable_channels_last || !gpu ? [] : ["04_channels_last"]),
-      ...(given.disable_fa3 || kind !== "cuda" ? [] : ["05_flash_attention"]),
-      ...(given.disable_quant || !gpu ? [] : ["06_float8"]),
-      ...(given.disable_inductor_tuning_flags ? [] : ["07_tuning"]),
+      ...(given.disable_fa3 || given.disable_bf16 || kind !== "cuda" ? [] : ["05_flash_attention"]),
+      ...(given.disable_quant || given.disable_bf16 || !gpu ? [] : ["06_float8"]),
+      ...(given.disable_inductor_tuning_flags || mode === "disabled" ? [] : ["07_tuning"]),
       ...(mode === "compile" || mode === "disabled" || !gpu ? [] : ["08_export"]),
     ],
   };
@@ -134,9 +127,12 @@ Deno.test("an error names both flags and says what to type", () => {
     return assert.fail("no UsageError");
   };
   assert.equal(
-    message({ disable_bf16: true, disable_fa3: true }),
-    "--disable_bf16 clashes with 06_float8, which is on by default | " +
-      "add --disable_quant, or leave --disable_bf16 out",
+    message({ disable_bf16: true, attention: "own" }),
+    "--disable_bf16 clashes with --attention own | leave one of them out",
+  );
+  assert.equal(
+    message({ disable_fa3: true, attention: "cudnn" }),
+    "--disable_fa3 clashes with --attention cudnn | leave --attention cudnn out",
   );
   assert.equal(
     message({ compile_export_mode: "compile", useCachedModel: true }),
@@ -148,9 +144,21 @@ Deno.test("an error names both flags and says what to type", () => {
       "use --device cuda, or leave --compile_export_mode export_aoti out",
   );
   assert.match(
-    message({ disable_bf16: true }),
-    /05_flash_attention.*06_float8.*--disable_fa3.*--disable_quant/,
+    message({ attention: "own" }, "cpu"),
+    /^--attention own asks for recipe 05_flash_attention, which/,
   );
+});
+
+Deno.test("what builds on a rung that is switched off goes with it", () => {
+  assert.deepEqual(names({ disable_bf16: true }, "cuda"), [
+    "00_baseline_fp32",
+    "02_compile",
+    "03_fuse_qkv",
+    "04_channels_last",
+    "07_tuning",
+    "08_export",
+  ]);
+  assert.ok(!names({ compile_export_mode: "disabled" }, "cuda").some((name) => /^0[278]/.test(name)));
 });
 
 Deno.test("flags of rungs that are not written are refused by name, and a recipe in the table ends that", () => {
