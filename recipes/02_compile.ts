@@ -8,6 +8,8 @@
  * Changes: adaptive layer norms, residual connections with the norm behind them, QK-norm with RoPE and the joining of
  * text and image, attention beside the MLP, GELU in the up projection, group norm with SiLU. Exact: yes; intermediates
  * that are no longer stored are no longer rounded to bfloat16.
+ * Measured on an H100 (FLUX.1-schnell, 1024 x 1024): a step 127.7 to 117.3 ms, text encoders 12.7 to 7.3, decoder 38.7 to
+ * 35.3.
  *
  *     deno run -A recipes/02_compile.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */

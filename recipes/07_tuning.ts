@@ -5,6 +5,7 @@
  * the shape, but not this GPU's clocks, nor that the weights come from memory and not from the cache. Each distinct shape
  * is timed once, on its own operands, with the cache flushed in between; what was found is kept in the cache folder.
  * Changes: which algorithm runs. Exact: yes, up to the order of sums.
+ * Measured on an H100: no difference so far, the libraries' first guesses are good.
  *
  *     deno run -A recipes/07_tuning.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
