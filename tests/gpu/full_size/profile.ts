@@ -12,13 +12,6 @@ import { type GpuDevice, type GpuEvent, isGpu } from "../../../ffi/gpu.ts";
 import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
-import { bfloat16 } from "../../../recipes/01_bfloat16.ts";
-import { compile } from "../../../recipes/02_compile.ts";
-import { fuseQkv } from "../../../recipes/03_fuse_qkv.ts";
-import { channelsLast } from "../../../recipes/04_channels_last.ts";
-import { flashAttention } from "../../../recipes/05_flash_attention.ts";
-import { float8 } from "../../../recipes/06_float8.ts";
-import { tuning } from "../../../recipes/07_tuning.ts";
 import { defaultCacheDir, wholeNumber } from "../../../recipes/base/command_line.ts";
 import { positionIds } from "../../../recipes/base/latents.ts";
 import { Model } from "../../../recipes/base/model.ts";
@@ -27,9 +20,8 @@ import { FluxPipeline } from "../../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../../recipes/base/plan.ts";
 import { rotaryEmbedding } from "../../../recipes/base/rotary.ts";
 import { fluxTransformer } from "../../../recipes/base/transformer.ts";
+import { cumulativeRungs } from "../../../recipes/switches.ts";
 
-/** The recipes after 01_bfloat16, in the ladder's order. */
-const LADDER = [compile, fuseQkv, channelsLast, flashAttention(), float8(), tuning];
 const PROMPT = "A cat playing with a ball of yarn";
 /** Lines of each part's table. */
 const MOST_LINES = 16;
@@ -73,7 +65,9 @@ if (!isGpu(opened)) throw new FfiError(`${opened.name} is no GPU`);
 const device: GpuDevice = opened;
 using model = await Model.random(flags.configs, device, "bf16");
 const eager = eagerPlan(device, model.weights);
-const plain = compose(eager, bfloat16, ...LADDER.slice(0, flags.rungs));
+// The ladder starts with the baseline, then 01_bfloat16.
+const rungs = cumulativeRungs(device.kind).slice(1);
+const plain = compose(eager, ...rungs[Math.min(flags.rungs, rungs.length - 1)]);
 console.log(plain.recipes.join(", "));
 const timed: Timed[] = [];
 const watched = { ...plain, ops: watch(plain.ops), execute: eager.execute };
