@@ -258,7 +258,7 @@ export function kindOf(device: string): DeviceKind {
 export function createPictureParser(name: string, description: string) {
   const mode = new Option(
     "--compile_export_mode <mode>",
-    "compile: fused kernels and graphs; export_aoti (default): these from an ahead-of-time package; disabled: neither",
+    "compile: fused kernels and graphs (the default until export_aoti, an ahead-of-time package, is written); disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
     .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
