@@ -22,17 +22,6 @@ adaLayerNorm(T* out, const T* x, const S* scale, const B* shift, int tokens, int
   Vec<T, N> held[VECTORS];
   loadRow<THREADS>(held, x + sample * xBatch + token * xRow, lane, length);
   const RowNorm norm = normOfRow<THREADS>(held, lane, length, hidden, eps, partials);
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at >= length) continue;
-    Vec<S, N> a = loadVec<N>(scale + sample * scaleBatch + at);
-    Vec<B, N> b = loadVec<N>(shift + sample * shiftBatch + at);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      float normal = norm(toFloat(held[j].v[i]));
-      held[j].v[i] = fromFloat<T>(fmaf(normal, 1.0f + toFloat(a.v[i]), toFloat(b.v[i])));
-    }
-  }
+  modulateRow<THREADS>(held, norm, scale + sample * scaleBatch, shift + sample * shiftBatch, lane, length);
   storeRow<THREADS>(out + (sample * tokens + token) * hidden, held, lane, length);
 }

@@ -352,3 +352,21 @@ __device__ __forceinline__ RowNorm normOfRow(const Vec<T, N> (&held)[VECTORS], i
       sumOfRow<THREADS>(held, lane, length, partials[1], [=](float x) { return (x - mean) * (x - mean); });
   return {mean, rsqrtf(squares / hidden + eps)};
 }
+
+// What adaptive layer norm makes of the row: norm(element) * (1 + scale) + shift.
+template <int THREADS, typename T, int N, int VECTORS, typename S, typename B>
+__device__ __forceinline__ void modulateRow(Vec<T, N> (&held)[VECTORS], const RowNorm& norm, const S* scale,
+                                            const B* shift, int lane, int length) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int at = (j * THREADS + lane) * N;
+    if (at >= length) continue;
+    Vec<S, N> a = loadVec<N>(scale + at);
+    Vec<B, N> b = loadVec<N>(shift + at);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      float normal = norm(toFloat(held[j].v[i]));
+      held[j].v[i] = fromFloat<T>(fmaf(normal, 1.0f + toFloat(a.v[i]), toFloat(b.v[i])));
+    }
+  }
+}
