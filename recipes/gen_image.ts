@@ -3,9 +3,7 @@
  */
 import { Option } from "@commander-js/extra-typings";
 import { checkWritable } from "../ffi/files.ts";
-import { openDevice } from "../ffi/open.ts";
 import {
-  definedOnly,
   drawingOptions,
   gigabytes,
   printLine,
@@ -14,7 +12,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { loadModel } from "./base/loading.ts";
+import { loadModel, openChosen } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
@@ -49,10 +47,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   const started = performance.now();
   const note = (message: string) => console.error(`${NAME}: ${message}`);
 
-  using device = await openDevice(flags.device, {
-    ...definedOnly({ cacheDir: flags.cacheDir }),
-    onWarning: note,
-  });
+  using device = await openChosen(flags, note);
   const loadStart = performance.now();
   using model = await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;

@@ -5,12 +5,10 @@
 import { Option } from "@commander-js/extra-typings";
 import { OutOfMemoryError } from "../ffi/errors.ts";
 import { checkWritable } from "../ffi/files.ts";
-import { openDevice } from "../ffi/open.ts";
 import { barChart } from "./base/bar_chart.ts";
 import {
   type CommonFlags,
   createParser,
-  definedOnly,
   drawingOptions,
   gigabytes,
   onlyOnce,
@@ -22,7 +20,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { FluxError, UsageError } from "./base/errors.ts";
-import { loadModel } from "./base/loading.ts";
+import { loadModel, openChosen } from "./base/loading.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
@@ -265,10 +263,7 @@ async function measureRung(
   flags: LadderFlags,
   note: (message: string) => void,
 ): Promise<Setting & { rung: Omit<Measured, keyof Climbed> }> {
-  using device = await openDevice(flags.device, {
-    ...definedOnly({ cacheDir: flags.cacheDir }),
-    onWarning: note,
-  });
+  using device = await openChosen(flags, note);
   const dtype = recipes.some(({ name }) => name === REFERENCE) ? "bf16" : "f32";
   using model = await loadModel(flags, device, dtype, note);
   const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), ...recipes));

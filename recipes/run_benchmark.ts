@@ -3,9 +3,7 @@
  * `--runs` and those of gen_image.
  */
 import { checkWritable } from "../ffi/files.ts";
-import { openDevice } from "../ffi/open.ts";
 import {
-  definedOnly,
   drawingOptions,
   gigabytes,
   onlyOnce,
@@ -17,7 +15,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
-import { loadModel } from "./base/loading.ts";
+import { loadModel, openChosen } from "./base/loading.ts";
 import {
   measure,
   type PartStatistics,
@@ -67,10 +65,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   }
   const note = (message: string) => console.error(`${NAME}: ${message}`);
 
-  using device = await openDevice(flags.device, {
-    ...definedOnly({ cacheDir: flags.cacheDir }),
-    onWarning: note,
-  });
+  using device = await openChosen(flags, note);
   const loadStart = performance.now();
   using model = await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;

@@ -1,7 +1,22 @@
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
-import { EMBEDDED_MODEL, Progress } from "./command_line.ts";
+import { openDevice } from "../../ffi/open.ts";
+import { definedOnly, EMBEDDED_MODEL, Progress } from "./command_line.ts";
 import { Model } from "./model.ts";
+
+/** Which device a program's user wants, and where it keeps what it compiles. */
+export interface DeviceChoice {
+  readonly device: string;
+  readonly cacheDir?: string | undefined;
+}
+
+/** Opens the device that the flags name. @param note is told what is worth knowing. */
+export function openChosen(
+  { device, cacheDir }: DeviceChoice,
+  note: (message: string) => void,
+): ReturnType<typeof openDevice> {
+  return openDevice(device, { ...definedOnly({ cacheDir }), onWarning: note });
+}
 
 /** Which model a program's user wants. */
 export interface ModelChoice {
