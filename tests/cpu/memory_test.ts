@@ -11,17 +11,13 @@ import { cast } from "../../kernels/cast.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { groupNormSilu } from "../../kernels/group_norm_silu.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
-import {
-  autoencoderConfigSchema,
-  autoencoderWeightShapes,
-  decode,
-  encode,
-} from "../../recipes/base/autoencoder.ts";
+import { autoencoderWeightShapes, decode, encode } from "../../recipes/base/autoencoder.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { eagerOps, type Ops } from "../../recipes/base/ops.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../recipes/base/plan.ts";
 import { castWeights, weightsFrom } from "../../recipes/base/weights.ts";
+import { FLUX_AUTOENCODER } from "../support/flux_autoencoder.ts";
 import { goldenPath } from "../support/golden.ts";
 import { PROVIDERS } from "../support/providers.ts";
 
@@ -269,23 +265,18 @@ function shapesOnly(): Ops {
 }
 
 Deno.test("FLUX.1's autoencoder at 1024 x 1024 leaves room in the arena, in float32 too", async () => {
-  const config = autoencoderConfigSchema.parse({
-    block_out_channels: [128, 256, 512, 512],
-    layers_per_block: 2,
-    latent_channels: 16,
-    use_quant_conv: false,
-    use_post_quant_conv: false,
-  });
   for (const dtype of ["bf16", "f32"] as const) {
     using device = await openCpu({ provider: "wasm", threads: 1 });
     const none = device.place(new Uint8Array());
     const weights = weightsFrom(
       new Map(
-        [...autoencoderWeightShapes(config)].map(([name, shape]) => [name, new Tensor(none, dtype, shape)]),
+        [...autoencoderWeightShapes(FLUX_AUTOENCODER)].map((
+          [name, shape],
+        ) => [name, new Tensor(none, dtype, shape)]),
       ),
     );
     const latents = Tensor.empty(device, [2, 16, 128, 128], "f32");
-    const pair = device.scope(() => decode(config, weights, shapesOnly(), latents));
+    const pair = device.scope(() => decode(FLUX_AUTOENCODER, weights, shapesOnly(), latents));
     assert.deepEqual(pair.shape, [2, 3, 1024, 1024]);
     const picture = pair.narrow(0, 0, 1);
     // 256 channels at full size before and after the norm, and 128 behind the convolution.
@@ -293,7 +284,7 @@ Deno.test("FLUX.1's autoencoder at 1024 x 1024 leaves room in the arena, in floa
     const { peak, reserved } = device.memoryUse();
     assert(peak <= pictures + 64 * MIB, `${dtype}: ${peak} bytes`);
     assert(reserved <= 1.25 * peak, `${dtype}: ${reserved} bytes reserved for ${peak}`);
-    device.scope(() => encode(config, weights, shapesOnly(), picture));
+    device.scope(() => encode(FLUX_AUTOENCODER, weights, shapesOnly(), picture));
     assert(device.memoryUse().peak <= pictures + 64 * MIB);
   }
 });

@@ -3,7 +3,9 @@ import type { Device } from "../../ffi/device.ts";
 import { isDType } from "../../ffi/dtype.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { bfloat16ToFloat32 } from "../../ffi/bfloat16.ts";
+import { rotaryEmbedding } from "../../recipes/base/rotary.ts";
 import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
+import type { TransformerConfig, TransformerInputs } from "../../recipes/base/transformer.ts";
 
 /** Path of a file or folder under tests/golden. */
 export function goldenPath(name: string): string {
@@ -68,4 +70,25 @@ export async function valuesOf(tensor: Tensor): Promise<Float32Array> {
   const values = new Float32Array(tensor.size);
   bfloat16ToFloat32(new Uint16Array(buffer), values);
   return values;
+}
+
+/** Positions of a transformer's golden tokens, text first: `[tokens, 3]`. */
+export function positionsOf(golden: Golden): Float32Array {
+  return Float32Array.of(...golden.values("in.txt_ids"), ...golden.values("in.img_ids"));
+}
+
+/** What a transformer's golden file was computed from. */
+export function transformerInputs(
+  golden: Golden,
+  device: Device,
+  { guidance_embeds: guided, axes_dims_rope: axes }: TransformerConfig,
+): TransformerInputs {
+  return {
+    hiddenStates: golden.tensor("in.hidden_states"),
+    encoderHiddenStates: golden.tensor("in.encoder_hidden_states"),
+    pooledProjections: golden.tensor("in.pooled_projections"),
+    timestep: golden.tensor("in.timestep"),
+    guidance: guided ? golden.tensor("in.guidance") : undefined,
+    rotary: rotaryEmbedding(device, positionsOf(golden), axes),
+  };
 }

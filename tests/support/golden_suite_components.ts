@@ -35,7 +35,7 @@ import {
   type WeightShapes,
 } from "../../recipes/base/weights.ts";
 import { assertClose, relativeError } from "./compare.ts";
-import { Golden, goldenPath, valuesOf } from "./golden.ts";
+import { Golden, goldenPath, positionsOf, transformerInputs, valuesOf } from "./golden.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const MODELS = ["schnell-like", "dev-like"] as const;
@@ -158,12 +158,9 @@ export function componentSuite(target: TestDevice, together?: number): void {
     test(`transformer equals diffusers' (${model})`, async (device) => {
       using golden = new Golden(`components/${model}/transformer.safetensors`, device);
       const config = readJson(folder, "transformer/config.json", transformerConfigSchema);
-      const ids = Float32Array.of(...golden.values("in.txt_ids"), ...golden.values("in.img_ids"));
-      const tables = rotaryTables(ids, config.axes_dims_rope);
+      const tables = rotaryTables(positionsOf(golden), config.axes_dims_rope);
       assertClose(tables.cos, golden.values("mid.rope_cos"), 1e-7, "cos");
       assertClose(tables.sin, golden.values("mid.rope_sin"), 1e-7, "sin");
-      const table = (values: Float32Array) =>
-        Tensor.fromFloat32(device, values, [ids.length / 3, config.attention_head_dim]);
       await compare(golden, async (dtype) => {
         using loaded = await load(
           device,
@@ -172,14 +169,12 @@ export function componentSuite(target: TestDevice, together?: number): void {
           () => transformerWeightShapes(config),
           dtype,
         );
-        const sample = fluxTransformer(config, loaded.weights, ops, {
-          hiddenStates: golden.tensor("in.hidden_states"),
-          encoderHiddenStates: golden.tensor("in.encoder_hidden_states"),
-          pooledProjections: golden.tensor("in.pooled_projections"),
-          timestep: golden.tensor("in.timestep"),
-          guidance: config.guidance_embeds ? golden.tensor("in.guidance") : undefined,
-          rotary: { cos: table(tables.cos), sin: table(tables.sin) },
-        });
+        const sample = fluxTransformer(
+          config,
+          loaded.weights,
+          ops,
+          transformerInputs(golden, device, config),
+        );
         return { sample };
       });
     });

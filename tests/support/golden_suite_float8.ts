@@ -1,6 +1,5 @@
 import assert from "node:assert/strict";
 import type { Device } from "../../ffi/device.ts";
-import { Tensor } from "../../ffi/tensor.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
@@ -12,11 +11,10 @@ import { UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
 import { psnr } from "../../recipes/base/psnr.ts";
-import { rotaryTables } from "../../recipes/base/rotary.ts";
 import { fluxTransformer } from "../../recipes/base/transformer.ts";
 import { assertClose, relativeError } from "./compare.ts";
 import { draw } from "./drawing.ts";
-import { Golden, goldenPath, valuesOf } from "./golden.ts";
+import { Golden, goldenPath, transformerInputs, valuesOf } from "./golden.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const GRANULARITIES = ["row", "tensor"] as const;
@@ -47,18 +45,9 @@ const KEPT = [
 /** The transformer's output for a golden file's inputs. */
 function run(model: Model, { weights, ops, device }: Plan, golden: Golden): Promise<Float32Array> {
   const config = model.configs.transformer;
-  const ids = Float32Array.of(...golden.values("in.txt_ids"), ...golden.values("in.img_ids"));
-  const tables = rotaryTables(ids, config.axes_dims_rope);
-  const table = (values: Float32Array) =>
-    Tensor.fromFloat32(device, values, [ids.length / 3, config.attention_head_dim]);
-  return valuesOf(fluxTransformer(config, weights.transformer, ops, {
-    hiddenStates: golden.tensor("in.hidden_states"),
-    encoderHiddenStates: golden.tensor("in.encoder_hidden_states"),
-    pooledProjections: golden.tensor("in.pooled_projections"),
-    timestep: golden.tensor("in.timestep"),
-    guidance: config.guidance_embeds ? golden.tensor("in.guidance") : undefined,
-    rotary: { cos: table(tables.cos), sin: table(tables.sin) },
-  }));
+  return valuesOf(
+    fluxTransformer(config, weights.transformer, ops, transformerInputs(golden, device, config)),
+  );
 }
 
 /** Recipe 06_float8 on the small golden models, behind 01 and `rest`: defines the tests on a device. */

@@ -99,6 +99,15 @@ function adaLayerNormReference(
 
 /** Few rows and such that share a block with the next sample's, one sample and two. */
 const rows = { batch: fc.integer({ min: 1, max: 2 }), tokens: fc.integer({ min: 1, max: 9 }) };
+/** Two tensors that are added, and what is made of the sum. */
+const sums = fc.record({
+  ...rows,
+  hidden: hiddens,
+  layouts: fc.tuple(layouts, layouts),
+  dtypes: fc.tuple(dtypes, dtypes, dtypes),
+  mean: means,
+  seed: seeds,
+});
 /** Row lengths of which several share a block, and one that takes a block. */
 const ROW_LENGTHS = [24, 128, 3072];
 
@@ -194,15 +203,7 @@ function gatedAdaLayerNormSuite(): void {
 
   forEachGpu("gatedAdaLayerNormFused", (test) => {
     test("equals gated residual, layer norm and modulation: row lengths, views, dtypes, large means", (device) => {
-      const drawn = fc.record({
-        ...rows,
-        hidden: hiddens,
-        layouts: fc.tuple(layouts, layouts),
-        dtypes: fc.tuple(dtypes, dtypes, dtypes),
-        mean: means,
-        seed: seeds,
-      });
-      return property(device, drawn, 50, ({ batch, tokens, hidden, layouts, dtypes, mean, seed }) => {
+      return property(device, sums, 50, ({ batch, tokens, hidden, layouts, dtypes, mean, seed }) => {
         const shape = [batch, tokens, hidden];
         const [dtype, xDtype, other] = dtypes;
         const residual = laidOut(device, shape, dtype, around(mean, seed), layouts[0]);
@@ -266,15 +267,7 @@ function addRmsNormSuite(): void {
 
   forEachGpu("addRmsNormFused", (test) => {
     test("equals addition and RMS norm: row lengths, views, dtypes, large means", (device) => {
-      const drawn = fc.record({
-        ...rows,
-        hidden: hiddens,
-        layouts: fc.tuple(layouts, layouts),
-        dtypes: fc.tuple(dtypes, dtypes, dtypes),
-        mean: means,
-        seed: seeds,
-      });
-      return property(device, drawn, 50, ({ batch, tokens, hidden, layouts, dtypes, mean, seed }) => {
+      return property(device, sums, 50, ({ batch, tokens, hidden, layouts, dtypes, mean, seed }) => {
         const shape = [batch, tokens, hidden];
         const [dtype, xDtype, weightDtype] = dtypes;
         const residual = laidOut(device, shape, dtype, around(mean, seed), layouts[0]);
