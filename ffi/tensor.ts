@@ -43,7 +43,7 @@ export class Tensor {
     values: Float32Array | readonly number[],
     shape: readonly number[],
   ): Tensor {
-    const data = Float32Array.from(values);
+    const data = new Float32Array(values);
     return Tensor.fromBytes(device, new Uint8Array(data.buffer), shape, "f32");
   }
 

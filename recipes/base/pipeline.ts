@@ -1,12 +1,15 @@
 import { setImmediate } from "node:timers";
 import type { Device } from "../../ffi/device.ts";
+import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { allFinite } from "../../kernels/all_finite.ts";
+import { BOX_MULLER_BLOCK, boxMuller } from "../../kernels/box_muller.ts";
 import { decode, spatialFactor } from "./autoencoder.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "./clip.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import { packLatents, positionIds, unpackLatents } from "./latents.ts";
 import type { Model } from "./model.ts";
+import { fluxModulations } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
 import type { Plan } from "./plan.ts";
 import { Generator } from "./random.ts";
@@ -90,14 +93,15 @@ export interface GenerateResult {
   };
 }
 
-/** What stays the same from step to step. */
+/** What a step reads beside the latents. */
 interface Conditions {
   /** T5's output `[batch, tokens, joint_attention_dim]`. */
   readonly embeds: Tensor;
-  /** CLIP's pooled output `[batch, pooled_projection_dim]`. */
-  readonly pooled: Tensor;
   readonly rotary: Rotary;
-  readonly guidance: Tensor | undefined;
+  /** This step's `[batch, modulations]`. */
+  readonly modulations: Tensor;
+  /** Change of the noise level. */
+  readonly change: number;
 }
 
 /** T5 knows no more positions in FLUX.1's training. */
@@ -106,9 +110,13 @@ export const MAX_SEQUENCE_LENGTH = 512;
 export const MAX_SIDE = 8192;
 export const MAX_STEPS = 1000;
 const MAX_IMAGES = 1000;
+/** Rows of modulations that are computed at a time, for as many steps as that gives: 67 MB in bfloat16. */
+const MODULATION_ROWS = 32;
 
 /** Text to image: tokenize, encode, denoise, decode (diffusers' `pipelines/flux/pipeline_flux.py`). */
 export class FluxPipeline {
+  #lastRotary: { readonly size: string; readonly rotary: Rotary } | undefined;
+
   constructor(readonly model: Model, readonly plan: Plan) {}
 
   /**
@@ -144,6 +152,13 @@ export class FluxPipeline {
       owned.push(...[value].flat() as Tensor[]);
       return value;
     };
+    /** Frees the old one, where there was one, and owns the new one instead. */
+    const replace = (old: Tensor | undefined, next: Tensor): Tensor => {
+      if (old === undefined) return own(next);
+      old.dispose();
+      owned[owned.indexOf(old)] = next;
+      return next;
+    };
     /** Lets timers and signals in between two long computations, and goes on if the work still makes sense. */
     const pause = async () => {
       await new Promise((resolve) => setImmediate(resolve)); // a timer would wake up a millisecond later
@@ -157,10 +172,6 @@ export class FluxPipeline {
       await pause();
       const embeds = own(this.encodeT5(prompts2, images, settings.maxSequenceLength, options.onWarning));
       const rotary = this.#rotary(settings.maxSequenceLength, latentHeight / 2, latentWidth / 2);
-      own([rotary.cos, rotary.sin]);
-      const guidance = configs.transformer.guidance_embeds
-        ? own(filled(device, batch, settings.guidanceScale))
-        : undefined;
       let latents = own(this.prepareLatents(settings.seed, batch, latentHeight, latentWidth));
       await device.synchronize();
       const textTime = performance.now() - textStart;
@@ -178,18 +189,24 @@ export class FluxPipeline {
       };
       report(0);
       const stepTimes: number[] = [];
+      const together = Math.max(1, Math.floor(MODULATION_ROWS / batch));
+      let modulations: Tensor | undefined;
       for (let step = 0; step < steps; step++) {
         await pause();
         const start = performance.now();
+        if (step % together === 0) {
+          const times = [...schedule.timesteps.slice(step, Math.min(steps, step + together))];
+          modulations = replace(modulations, this.#modulations(pooled, times, settings.guidanceScale));
+        }
         const next = device.scope(() =>
-          this.#denoise(latents, { embeds, pooled, rotary, guidance }, {
-            time: Math.fround(schedule.timesteps[step] / 1000),
+          this.#denoise(latents, {
+            embeds,
+            rotary,
+            modulations: modulations!.narrow(0, step % together * batch, batch),
             change: schedule.sigmas[step + 1] - schedule.sigmas[step],
           })
         );
-        latents.dispose();
-        owned[owned.indexOf(latents)] = next;
-        latents = next;
+        latents = replace(latents, next);
         await device.synchronize();
         stepTimes.push(performance.now() - start);
         report(step + 1);
@@ -278,14 +295,19 @@ export class FluxPipeline {
     const shape = [batch, configs.vae.latent_channels, latentHeight, latentWidth];
     const count = shape.reduce((a, b) => a * b);
     const generator = new Generator(seed);
+    const { dtype } = weights.transformer.get("x_embedder.weight");
     return device.scope(() => {
-      const noise = weights.transformer.get("x_embedder.weight").dtype === "bf16"
-        ? ops.cast(
-          Tensor.fromBytes(device, new Uint8Array(generator.randnBfloat16(count).buffer), shape, "bf16"),
-          "f32",
-        )
-        : Tensor.fromFloat32(device, generator.randn(count), shape);
-      return packLatents(ops, noise);
+      let noise: Tensor;
+      if (isGpu(device) && count % BOX_MULLER_BLOCK === 0) {
+        noise = boxMuller(Tensor.fromFloat32(device, generator.uniforms(count), [count]), dtype).reshape(
+          shape,
+        );
+      } else if (dtype === "bf16") {
+        noise = Tensor.fromBytes(device, new Uint8Array(generator.randnBfloat16(count).buffer), shape, dtype);
+      } else {
+        noise = Tensor.fromFloat32(device, generator.randn(count), shape);
+      }
+      return packLatents(ops, ops.cast(noise, "f32"));
     });
   }
 
@@ -307,31 +329,44 @@ export class FluxPipeline {
   }
 
   /**
-   * One Euler step.
+   * The modulations of several steps.
    *
-   * @param step `time`: the noise level as the transformer is told it, 0 to 1; `change`: of the noise level.
+   * @param pooled CLIP's pooled output `[batch, pooled_projection_dim]`. @param timesteps of the steps, 0 to 1000.
+   * @returns `[timesteps * batch, modulations]`, those of one step behind one another.
    */
-  #denoise(
-    latents: Tensor,
-    { embeds, pooled, rotary, guidance }: Conditions,
-    { time, change }: { readonly time: number; readonly change: number },
-  ): Tensor {
-    const { plan: { device, ops, weights, execute }, model: { configs } } = this;
-    const timestep = filled(device, latents.shape[0], time);
-    const dt = filled(device, 1, change);
-    const inputs = [latents, embeds, pooled, timestep, dt, rotary.cos, rotary.sin];
-    if (guidance !== undefined) inputs.push(guidance);
+  #modulations(pooled: Tensor, timesteps: readonly number[], guidanceScale: number): Tensor {
+    const { plan: { device, ops, weights, execute }, model: { configs: { transformer: config } } } = this;
+    const [batch] = pooled.shape;
+    const rows = timesteps.length * batch;
+    return device.scope(() => {
+      const times = Float32Array.from(
+        { length: rows },
+        (_, row) => timesteps[Math.floor(row / batch)] / 1000,
+      );
+      const inputs = [ops.concat(timesteps.map(() => pooled), 0), Tensor.fromFloat32(device, times, [rows])];
+      if (config.guidance_embeds) inputs.push(filled(device, rows, guidanceScale));
+      return execute(
+        this.plan,
+        "modulations",
+        inputs,
+        ([pooledProjections, timestep, guidance]) =>
+          fluxModulations(config, weights.transformer, ops, { pooledProjections, timestep, guidance }),
+      );
+    });
+  }
+
+  /** One Euler step. */
+  #denoise(latents: Tensor, { embeds, rotary, modulations, change }: Conditions): Tensor {
+    const { plan: { device, ops, weights, execute }, model: { configs: { transformer: config } } } = this;
     return execute(
       this.plan,
       "transformer",
-      inputs,
-      ([hiddenStates, encoderHiddenStates, pooledProjections, time, step, cos, sin, scale]) => {
-        const velocity = fluxTransformer(configs.transformer, weights.transformer, ops, {
+      [latents, embeds, modulations, rotary.cos, rotary.sin, filled(device, 1, change)],
+      ([hiddenStates, encoderHiddenStates, modulations, cos, sin, step]) => {
+        const velocity = fluxTransformer(config, weights.transformer, ops, {
           hiddenStates,
           encoderHiddenStates,
-          pooledProjections,
-          timestep: time,
-          guidance: scale,
+          modulations,
           rotary: { cos, sin },
         });
         return ops.eulerStep(hiddenStates, velocity, step);
@@ -339,9 +374,15 @@ export class FluxPipeline {
     );
   }
 
+  /** Rotary tables for a picture; those of the last size are kept, and go when nothing refers to them any more. */
   #rotary(textTokens: number, height: number, width: number): Rotary {
-    const { axes_dims_rope: axes } = this.model.configs.transformer;
-    return rotaryEmbedding(this.plan.device, positionIds(textTokens, height, width), axes);
+    const size = `${textTokens} ${height} ${width}`;
+    if (this.#lastRotary?.size !== size) {
+      const { axes_dims_rope: axes } = this.model.configs.transformer;
+      const ids = positionIds(textTokens, height, width);
+      this.#lastRotary = { size, rotary: rotaryEmbedding(this.plan.device, ids, axes, "weights") };
+    }
+    return this.#lastRotary.rotary;
   }
 
   /** Fills in the defaults and checks the values. */

@@ -1,4 +1,4 @@
-import type { Device } from "../../ffi/device.ts";
+import type { Device, MemoryPurpose } from "../../ffi/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 
 /** Rotary tables of a sequence, f32 `[tokens, headDim]` each, every frequency twice (for the two of its pair). */
@@ -15,15 +15,23 @@ const THETA = 10000;
  * its own slice of a head. Angles in double precision, as diffusers has them.
  *
  * @param ids `[tokens, axes]` positions, row-major. @param axesDims widths of the slices; they add up to headDim.
+ * @param purpose of the memory.
  */
-export function rotaryEmbedding(device: Device, ids: Float32Array, axesDims: readonly number[]): Rotary {
+export function rotaryEmbedding(
+  device: Device,
+  ids: Float32Array,
+  axesDims: readonly number[],
+  purpose: MemoryPurpose = "activations",
+): Rotary {
   const { cos, sin } = rotaryTables(ids, axesDims);
   const headDim = axesDims.reduce((a, b) => a + b, 0);
   const shape = [ids.length / axesDims.length, headDim];
-  return {
-    cos: Tensor.fromFloat32(device, cos, shape),
-    sin: Tensor.fromFloat32(device, sin, shape),
+  const table = (values: Float32Array) => {
+    const memory = device.alloc(values.byteLength, purpose);
+    device.upload(new Uint8Array(values.buffer), memory);
+    return new Tensor(memory, "f32", shape);
   };
+  return { cos: table(cos), sin: table(sin) };
 }
 
 /** The numbers of {@link rotaryEmbedding}, row-major. */

@@ -2,6 +2,7 @@ import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
 import type { QkvStream } from "../../kernels/joint_qk_norm_rope.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
+import { type DoubleModulation, modulationsOf, TIME_CHANNELS } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
 import { dense, denseAll, under, type Weights, WeightShapes } from "./weights.ts";
@@ -32,19 +33,13 @@ export interface TransformerInputs {
   readonly hiddenStates: Tensor;
   /** T5's output `[batch, textTokens, joint_attention_dim]`. */
   readonly encoderHiddenStates: Tensor;
-  /** CLIP's pooled output `[batch, pooled_projection_dim]`. */
-  readonly pooledProjections: Tensor;
-  /** Noise level, f32 `[batch]` from 0 to 1. */
-  readonly timestep: Tensor;
-  /** Guidance scale, f32 `[batch]`; exactly for models with `guidance_embeds`. */
-  readonly guidance?: Tensor | undefined;
+  /** Of this step, from {@link fluxModulations}: `[batch, modulations]`. */
+  readonly modulations: Tensor;
   /** Rotary tables of text tokens, then image tokens. */
   readonly rotary: Rotary;
 }
 
 const NORM_EPS = 1e-6;
-/** Width of the sinusoidal embedding of timestep and guidance. */
-const TIME_CHANNELS = 256;
 const MLP_RATIO = 4;
 
 /**
@@ -64,9 +59,7 @@ export function fluxTransformer(
   const { dtype } = weights.get("x_embedder.weight");
   const textTokens = inputs.encoderHiddenStates.shape[1];
   return device.scope(() => {
-    const temb = timeTextEmbed(config, under(weights, "time_text_embed"), ops, inputs);
-    // Each modulation applies SiLU to the embedding before its Linear; it is the same for all of them.
-    const condition = ops.silu(temb);
+    const { doubles, singles, out } = modulationsOf(config, inputs.modulations);
     let streams: Streams = {
       hiddenStates: dense(ops, weights, "x_embedder", ops.cast(inputs.hiddenStates, dtype)),
       encoderHiddenStates: dense(
@@ -78,7 +71,7 @@ export function fluxTransformer(
     };
     for (let layer = 0; layer < config.num_layers; layer++) {
       const block = under(weights, `transformer_blocks.${layer}`);
-      const next = doubleBlock(config, block, ops, streams, condition, inputs.rotary);
+      const next = doubleBlock(config, block, ops, streams, doubles[layer], inputs.rotary);
       disposeStreams(streams);
       streams = next;
     }
@@ -87,15 +80,10 @@ export function fluxTransformer(
     disposeStreams(streams);
     // A block's residual connection and the norm of the next one stand side by side. After the last block that is
     // norm_out, which keeps scale before shift, unlike the blocks.
-    const blocks = Array.from({ length: config.num_single_layers }, (_, layer) => {
-      const block = under(weights, `single_transformer_blocks.${layer}`);
-      const [shift, scale, gate] = dense(ops, block, "norm.linear", condition).chunk(3, 1);
-      return { block, shift, scale, gate };
-    });
-    const [outScale, outShift] = dense(ops, weights, "norm_out.linear", condition).chunk(2, 1);
-    const norms = [...blocks, { shift: outShift, scale: outScale }];
+    const norms = [...singles, out];
     let normed = ops.adaLayerNorm(joint, norms[0].scale, norms[0].shift, NORM_EPS);
-    blocks.forEach(({ block, gate }, layer) => {
+    singles.forEach(({ gate }, layer) => {
+      const block = under(weights, `single_transformer_blocks.${layer}`);
       const { scale, shift } = norms[layer + 1];
       const next = device.scope(() => {
         const branch = singleBlock(config, block, ops, normed, inputs.rotary);
@@ -121,46 +109,13 @@ function disposeStreams({ hiddenStates, encoderHiddenStates }: Streams): void {
   encoderHiddenStates.dispose();
 }
 
-/** Embedding of timestep, guidance and pooled text: the sum of three small MLPs, `[batch, hidden]`. */
-export function timeTextEmbed(
-  config: TransformerConfig,
-  weights: Weights,
-  ops: Ops,
-  inputs: Pick<TransformerInputs, "timestep" | "guidance" | "pooledProjections">,
-): Tensor {
-  const { dtype } = weights.get("text_embedder.linear_1.weight");
-  const mlp = (module: string, x: Tensor) =>
-    dense(ops, weights, `${module}.linear_2`, ops.silu(dense(ops, weights, `${module}.linear_1`, x)));
-  const scalar = (module: string, value: Tensor) =>
-    mlp(module, ops.timestepEmbedding(ops.scaleShift(value, 1000, 0), TIME_CHANNELS, dtype));
-  return inputs.timestep.device.scope(() => {
-    let temb = scalar("timestep_embedder", inputs.timestep);
-    if (config.guidance_embeds) temb = ops.add(temb, scalar("guidance_embedder", inputs.guidance!));
-    return ops.add(temb, mlp("text_embedder", ops.cast(inputs.pooledProjections, dtype)));
-  });
-}
-
-type Modulation = ReturnType<typeof modulation>;
-
-/** Shift, scale and gate of attention, then of the MLP: adaLN-Zero's six `[batch, hidden]`. */
-function modulation(ops: Ops, weights: Weights, module: string, condition: Tensor) {
-  const [shiftMsa, scaleMsa, gateMsa, shiftMlp, scaleMlp, gateMlp] = dense(
-    ops,
-    weights,
-    `${module}.linear`,
-    condition,
-  )
-    .chunk(6, 1);
-  return { shiftMsa, scaleMsa, gateMsa, shiftMlp, scaleMlp, gateMlp };
-}
-
 /** One block with separate weights for image and text and joint attention (diffusers' FluxTransformerBlock). */
 export function doubleBlock(
   config: TransformerConfig,
   weights: Weights,
   ops: Ops,
   { hiddenStates, encoderHiddenStates }: Streams,
-  condition: Tensor,
+  { image, text }: { readonly image: DoubleModulation; readonly text: DoubleModulation },
   rotary: Rotary,
 ): Streams {
   const { num_attention_heads: heads, attention_head_dim: headDim } = config;
@@ -169,11 +124,8 @@ export function doubleBlock(
   const attn = under(weights, "attn");
 
   return hiddenStates.device.scope(() => {
-    const image = modulation(ops, weights, "norm1", condition);
-    const text = modulation(ops, weights, "norm1_context", condition);
-
     const attended = hiddenStates.device.scope(() => {
-      const stream = (x: Tensor, m: Modulation, names: readonly string[], norms: readonly string[]) => {
+      const stream = (x: Tensor, m: DoubleModulation, names: readonly string[], norms: readonly string[]) => {
         const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS);
         return qkvStream(denseAll(ops, attn, names, normed), attn, norms, heads);
       };
@@ -193,7 +145,7 @@ export function doubleBlock(
       return ops.attention(q, k, v);
     }).reshape([hiddenStates.shape[0], textTokens + imageTokens, heads * headDim]);
 
-    const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: Modulation) =>
+    const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: DoubleModulation) =>
       hiddenStates.device.scope(() => {
         const branch = dense(ops, attn, projection, ops.contiguous(attended));
         const { sum, normed } = ops.gatedAdaLayerNorm(x, branch, m.gateMsa, m.scaleMlp, m.shiftMlp, NORM_EPS);

@@ -5,10 +5,12 @@ import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
+import { randomSuite } from "../support/kernel_suites/random.ts";
 
 convolutionSuite();
 elementwiseSuite();
 normsSuite();
+randomSuite();
 float8Suite();
 fusedSuite();
 attentionFloat8Suite();

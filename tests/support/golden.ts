@@ -3,9 +3,12 @@ import type { Device } from "../../ffi/device.ts";
 import { isDType } from "../../ffi/dtype.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { bfloat16ToFloat32 } from "../../ffi/bfloat16.ts";
+import { fluxModulations } from "../../recipes/base/modulations.ts";
+import type { Ops } from "../../recipes/base/ops.ts";
 import { rotaryEmbedding } from "../../recipes/base/rotary.ts";
 import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
-import type { TransformerConfig, TransformerInputs } from "../../recipes/base/transformer.ts";
+import { fluxTransformer, type TransformerConfig } from "../../recipes/base/transformer.ts";
+import type { Weights } from "../../recipes/base/weights.ts";
 
 /** Path of a file or folder under tests/golden. */
 export function goldenPath(name: string): string {
@@ -77,18 +80,24 @@ export function positionsOf(golden: Golden): Float32Array {
   return Float32Array.of(...golden.values("in.txt_ids"), ...golden.values("in.img_ids"));
 }
 
-/** What a transformer's golden file was computed from. */
-export function transformerInputs(
+/** The transformer's velocity for a golden file's inputs. */
+export function transformerVelocity(
   golden: Golden,
   device: Device,
-  { guidance_embeds: guided, axes_dims_rope: axes }: TransformerConfig,
-): TransformerInputs {
-  return {
-    hiddenStates: golden.tensor("in.hidden_states"),
-    encoderHiddenStates: golden.tensor("in.encoder_hidden_states"),
-    pooledProjections: golden.tensor("in.pooled_projections"),
-    timestep: golden.tensor("in.timestep"),
-    guidance: guided ? golden.tensor("in.guidance") : undefined,
-    rotary: rotaryEmbedding(device, positionsOf(golden), axes),
-  };
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+): Tensor {
+  return device.scope(() =>
+    fluxTransformer(config, weights, ops, {
+      hiddenStates: golden.tensor("in.hidden_states"),
+      encoderHiddenStates: golden.tensor("in.encoder_hidden_states"),
+      modulations: fluxModulations(config, weights, ops, {
+        pooledProjections: golden.tensor("in.pooled_projections"),
+        timestep: golden.tensor("in.timestep"),
+        guidance: config.guidance_embeds ? golden.tensor("in.guidance") : undefined,
+      }),
+      rotary: rotaryEmbedding(device, positionsOf(golden), config.axes_dims_rope),
+    })
+  );
 }

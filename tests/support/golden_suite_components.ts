@@ -22,11 +22,7 @@ import { eagerOps as ops, type Ops } from "../../recipes/base/ops.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { rotaryTables } from "../../recipes/base/rotary.ts";
 import { relativePositionBuckets, t5ConfigSchema, t5Encoder, t5WeightShapes } from "../../recipes/base/t5.ts";
-import {
-  fluxTransformer,
-  transformerConfigSchema,
-  transformerWeightShapes,
-} from "../../recipes/base/transformer.ts";
+import { transformerConfigSchema, transformerWeightShapes } from "../../recipes/base/transformer.ts";
 import {
   castWeights,
   placeWeights,
@@ -35,7 +31,7 @@ import {
   type WeightShapes,
 } from "../../recipes/base/weights.ts";
 import { assertClose, relativeError } from "./compare.ts";
-import { Golden, goldenPath, positionsOf, transformerInputs, valuesOf } from "./golden.ts";
+import { Golden, goldenPath, positionsOf, transformerVelocity, valuesOf } from "./golden.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const MODELS = ["schnell-like", "dev-like"] as const;
@@ -169,13 +165,7 @@ export function componentSuite(target: TestDevice, together?: number): void {
           () => transformerWeightShapes(config),
           dtype,
         );
-        const sample = fluxTransformer(
-          config,
-          loaded.weights,
-          ops,
-          transformerInputs(golden, device, config),
-        );
-        return { sample };
+        return { sample: transformerVelocity(golden, device, config, loaded.weights, ops) };
       });
     });
   }

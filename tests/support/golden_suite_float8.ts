@@ -11,10 +11,9 @@ import { UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
 import { psnr } from "../../recipes/base/psnr.ts";
-import { fluxTransformer } from "../../recipes/base/transformer.ts";
 import { assertClose, relativeError } from "./compare.ts";
 import { draw } from "./drawing.ts";
-import { Golden, goldenPath, transformerInputs, valuesOf } from "./golden.ts";
+import { Golden, goldenPath, transformerVelocity, valuesOf } from "./golden.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const GRANULARITIES = ["row", "tensor"] as const;
@@ -45,9 +44,7 @@ const KEPT = [
 /** The transformer's output for a golden file's inputs. */
 function run(model: Model, { weights, ops, device }: Plan, golden: Golden): Promise<Float32Array> {
   const config = model.configs.transformer;
-  return valuesOf(
-    fluxTransformer(config, weights.transformer, ops, transformerInputs(golden, device, config)),
-  );
+  return valuesOf(transformerVelocity(golden, device, config, weights.transformer, ops));
 }
 
 /** Recipe 06_float8 on the small golden models, behind 01 and `rest`: defines the tests on a device. */

@@ -17,6 +17,7 @@ import { bfloat16 } from "../../../recipes/01_bfloat16.ts";
 import { wholeNumber } from "../../../recipes/base/command_line.ts";
 import { packLatents, positionIds } from "../../../recipes/base/latents.ts";
 import { Model } from "../../../recipes/base/model.ts";
+import { fluxModulations } from "../../../recipes/base/modulations.ts";
 import { FluxPipeline } from "../../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../../recipes/base/plan.ts";
 import { psnr } from "../../../recipes/base/psnr.ts";
@@ -131,10 +132,12 @@ async function compareIn(dtype: keyof typeof DTYPES): Promise<void> {
   const given = {
     hiddenStates: input("step.hidden_states"),
     encoderHiddenStates: input("step.encoder_hidden_states"),
+    rotary,
+  };
+  const conditioning = {
     pooledProjections: input("step.pooled_projections"),
     timestep: Tensor.fromFloat32(device, [1], [1]),
     guidance: configs.transformer.guidance_embeds ? Tensor.fromFloat32(device, [guidance], [1]) : undefined,
-    rotary,
   };
   const unpacked = input("decode.latents");
   const latents = device.scope(() => packLatents(plan.ops, unpacked));
@@ -143,13 +146,14 @@ async function compareIn(dtype: keyof typeof DTYPES): Promise<void> {
   const run: Record<(typeof COMPONENTS)[number], () => Tensor> = {
     clip: () => pipeline.encodeClip([prompt], 1),
     t5: () => pipeline.encodeT5([prompt], 1, tokens),
+    // With its modulations, which diffusers computes in each step, and we for several steps at once.
     step: () =>
-      plan.execute(
-        plan,
-        "step",
-        [],
-        () => fluxTransformer(configs.transformer, plan.weights.transformer, plan.ops, given),
-      ),
+      plan.execute(plan, "step", [], () => {
+        const { configs: { transformer: config } } = model;
+        const { ops, weights: { transformer: weights } } = plan;
+        const modulations = fluxModulations(config, weights, ops, conditioning);
+        return fluxTransformer(config, weights, ops, { ...given, modulations });
+      }),
     decode: () => pipeline.decodeLatents(latents, height / 8, width / 8),
   };
   for (const component of COMPONENTS) {
@@ -216,7 +220,9 @@ async function compareIn(dtype: keyof typeof DTYPES): Promise<void> {
   numbers[`${dtype}: peak of activations, GB`] = use.peak / 1e9;
   numbers[`${dtype}: reserved, GB`] = use.reserved / 1e9;
 
-  for (const tensor of [given.timestep, given.guidance, rotary.cos, rotary.sin]) tensor?.dispose();
+  for (const tensor of [conditioning.timestep, conditioning.guidance, rotary.cos, rotary.sin]) {
+    tensor?.dispose();
+  }
   // Those in the checkpoint's dtype are the model's. Others would stay until they are collected, and there is no room.
   if (dtype !== "bf16") {
     for (const weights of Object.values(plan.weights)) weights.names.forEach((name) => weights.free(name));

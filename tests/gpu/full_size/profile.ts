@@ -15,6 +15,7 @@ import { fillRandom } from "../../../kernels/random_fill.ts";
 import { defaultCacheDir, wholeNumber } from "../../../recipes/base/command_line.ts";
 import { positionIds } from "../../../recipes/base/latents.ts";
 import { Model } from "../../../recipes/base/model.ts";
+import { type Conditioning, fluxModulations } from "../../../recipes/base/modulations.ts";
 import type { Ops } from "../../../recipes/base/ops.ts";
 import { FluxPipeline } from "../../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../../recipes/base/plan.ts";
@@ -31,6 +32,7 @@ const flags = new Command("profile")
   .option("--device <name>", "as for generate", "cuda")
   .option("--side <pixels>", "height and width", wholeNumber(64, 2048), 1024)
   .option("--tokens <n>", "T5 tokens", wholeNumber(1, 512), 256)
+  .option("--steps <n>", "of a picture, whose modulations are computed together", wholeNumber(1, 32), 4)
   .option(
     "--rungs <n>",
     "how many of the ladder's recipes follow 01_bfloat16",
@@ -75,18 +77,24 @@ const watched = { ...plain, ops: watch(plain.ops), execute: eager.execute };
 const [rows, columns] = [flags.side / 16, flags.side / 16];
 const { transformer: config } = model.configs;
 const hiddenStates = random(1, rows * columns, config.in_channels);
+const steps = conditioning(flags.steps);
 const given = {
   hiddenStates,
   encoderHiddenStates: random(1, flags.tokens, config.joint_attention_dim),
-  pooledProjections: random(1, config.pooled_projection_dim),
-  timestep: Tensor.fromFloat32(device, [1], [1]),
-  guidance: config.guidance_embeds ? Tensor.fromFloat32(device, [3.5], [1]) : undefined,
+  modulations: fluxModulations(config, plain.weights.transformer, plain.ops, conditioning(1)),
   rotary: rotaryEmbedding(device, positionIds(flags.tokens, rows, columns), config.axes_dims_rope),
 };
 
 const parts = {
   clip: (plan: typeof plain) => new FluxPipeline(model, plan).encodeClip([PROMPT], 1),
   t5: (plan: typeof plain) => new FluxPipeline(model, plan).encodeT5([PROMPT], 1, flags.tokens),
+  modulations: (plan: typeof plain) =>
+    plan.execute(
+      plan,
+      "modulations",
+      [],
+      () => fluxModulations(config, plan.weights.transformer, plan.ops, steps),
+    ),
   // Nothing of this changes from run to run, so that none of it has to be an input.
   step: (plan: typeof plain) =>
     plan.execute(plan, "step", [], () => fluxTransformer(config, plan.weights.transformer, plan.ops, given)),
@@ -155,6 +163,16 @@ function collect(): Line[] {
 
 function median(values: readonly number[]): number {
   return values.toSorted((a, b) => a - b)[values.length >> 1];
+}
+
+/** What modulates as many steps. */
+function conditioning(rows: number): Conditioning {
+  const filled = (value: number) => Tensor.fromFloat32(device, new Float32Array(rows).fill(value), [rows]);
+  return {
+    pooledProjections: random(rows, config.pooled_projection_dim),
+    timestep: filled(1),
+    guidance: config.guidance_embeds ? filled(3.5) : undefined,
+  };
 }
 
 function random(...shape: number[]): Tensor {

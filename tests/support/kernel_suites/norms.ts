@@ -1,4 +1,4 @@
-/** Norms, rotary embedding, attention and random numbers on a GPU against their TypeScript references. */
+/** Norms, rotary embedding and attention on a GPU against their TypeScript references. */
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { ShapeError } from "../../../ffi/errors.ts";
@@ -8,7 +8,6 @@ import { attention, attentionByMatmul, attentionReference, softmaxRows } from ".
 import { groupNorm, groupNormReference } from "../../../kernels/group_norm.ts";
 import { groupNormSilu, groupNormSiluFused } from "../../../kernels/group_norm_silu.ts";
 import { layerNorm, layerNormReference } from "../../../kernels/layer_norm.ts";
-import { fillRandom, fillRandomReference, type RandomFillOptions } from "../../../kernels/random_fill.ts";
 import { rmsNorm, rmsNormReference } from "../../../kernels/rms_norm.ts";
 import { rope, ropeReference } from "../../../kernels/rope.ts";
 import { siluReference } from "../../../kernels/silu.ts";
@@ -550,49 +549,10 @@ function attentionSuite(): void {
   });
 }
 
-function randomFillSuite(): void {
-  forEachGpu("fillRandom", (test) => {
-    test("equals its reference: kinds, dtypes, seeds, sizes, odd addresses", async (device) => {
-      const drawn = fc.record({
-        size: fc.oneof(fc.integer({ min: 1, max: 20 }), fc.integer({ min: 1, max: 5000 })),
-        dtype: dtypes,
-        start: fc.constantFrom(0, 3, 8),
-        kind: fc.constantFrom<RandomFillOptions["kind"]>("normal", "uniform"),
-        scale: fc.constantFrom(1, 0.02, -3),
-        shift: fc.constantFrom(0, 1, -100),
-        seed: fc.oneof(fc.nat(), fc.bigInt({ min: -(2n ** 63n), max: 2n ** 64n - 1n })),
-        stream: fc.constantFrom(0, 1, 7, 2 ** 31, 2 ** 32 - 1),
-      });
-      await property(device, drawn, 60, ({ size, dtype, start, ...options }) => {
-        const whole = Tensor.empty(device, [start + size], dtype);
-        const actual = whole.narrow(0, start, size);
-        fillRandom(actual, options);
-        const expected = new Float32Array(size);
-        fillRandomReference(expected, options);
-        // A GPU's fast sine and cosine are good to 2^-21, and so is the angle; radii are up to 5.8.
-        const far = options.kind === "normal" ? 6e-6 * Math.abs(options.scale) : 0;
-        const slack = () => far + Math.abs(options.shift) * 2 ** -23;
-        return [{ actual, dtype, shape: [size], expected, slack }];
-      });
-    });
-
-    test("refuses strided tensors and streams out of range", (device) =>
-      device.scope(() => {
-        const options = { seed: 1, kind: "normal", scale: 1, shift: 0 } as const;
-        const x = Tensor.empty(device, [4, 6], "f32");
-        assert.throws(() => fillRandom(x.permute([1, 0]), { ...options, stream: 0 }), ShapeError);
-        for (const stream of [-1, 0.5, 2 ** 32, NaN]) {
-          assert.throws(() => fillRandom(x, { ...options, stream }), ShapeError);
-        }
-      }));
-  });
-}
-
 /** All tests of these kernels on the GPU of this process's tests. */
 export function normsSuite(): void {
   rowNormSuite();
   ropeSuite();
   groupNormSuite();
   attentionSuite();
-  randomFillSuite();
 }
