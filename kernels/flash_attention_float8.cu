@@ -3,10 +3,10 @@
 //   out [batch, queries, heads, 128] bf16, with any strides but a dense last dimension
 //   q   [batch * heads, query tiles, 128 x 128] E4M3      k, v   [batch * heads, key tiles, 128 x 128] E4M3
 //
-// q, k and v lie in tiles as the matrix units read them from shared memory (attention_tiles.cu makes them): a tile is one
-// piece of 16 KB, so that one bulk copy brings it. v is transposed, since the units take float8 with the summed dimension
-// innermost. k's rows are permuted within groups of 16: then the sums of q k^T that a thread holds are, in float8, just
-// the piece of P that it has to give for P v, without exchange between threads.
+// q, k and v lie in tiles as the matrix units read them from shared memory (joint_qk_norm_rope.cu and value_tiles.cu make
+// them): a tile is one piece of 16 KB, so that one bulk copy brings it. v is transposed, since the units take float8 with
+// the summed dimension innermost. k's rows are permuted within groups of 16: then the sums of q k^T that a thread holds
+// are, in float8, just the piece of P that it has to give for P v, without exchange between threads.
 //
 // A block has 128 queries of one head: one warp brings tiles, two warpgroups compute 64 queries each. A warpgroup issues
 // the product of the next keys before the softmax of these, so that the matrix units have work meanwhile; the other

@@ -3,6 +3,7 @@ import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
 import { concat } from "./concat.ts";
 import { denseRows } from "./contiguous.ts";
+import { emptyTiles, type QkvTiles, TILE, valueTiles } from "./float8_tiles.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import JOINT_QK_NORM_ROPE_CU from "./joint_qk_norm_rope.cu" with { type: "text" };
 import { qkNormRope } from "./qk_norm_rope.ts";
@@ -69,6 +70,50 @@ export function jointQkNormRopeFused(
   const [first] = streams;
   const gpu = gpuOf(first.q);
   if (gpu === undefined) return jointQkNormRope(streams, cos, sin, eps);
+  const shape = expectStreams(streams, cos, sin);
+  const joint = () => Tensor.empty(gpu, shape, first.q.dtype);
+  const [q, k] = [joint(), joint()];
+  const v = streams.length === 1 ? undefined : joint();
+  turnStreams(gpu, streams, { cos, sin, eps }, { q, k, v });
+  return { q, k, v: v ?? first.v };
+}
+
+/** How many streams {@link jointQkNormRopeTiles} takes. */
+const MOST_TILED_STREAMS = 2;
+
+/** Whether {@link jointQkNormRopeTiles} takes these streams. */
+export function jointQkNormRopeTilesTakes(streams: readonly QkvStream[]): boolean {
+  const [{ q }] = streams;
+  return gpuOf(q) !== undefined && q.dtype === "bf16" && q.shape[3] === TILE &&
+    streams.length <= MOST_TILED_STREAMS;
+}
+
+/**
+ * {@link jointQkNormRope} to the float8 tiles that flash attention reads: q and k rounded once from f32 to E4M3, v cast,
+ * all without scales and saturating at 448.
+ *
+ * @param streams that {@link jointQkNormRopeTilesTakes}. @throws ShapeError as {@link jointQkNormRopeFused}.
+ */
+export function jointQkNormRopeTiles(
+  gpu: GpuDevice,
+  streams: readonly QkvStream[],
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+): QkvTiles {
+  const shape = expectStreams(streams, cos, sin);
+  const [q, k] = [emptyTiles(gpu, shape), emptyTiles(gpu, shape)];
+  turnStreams(gpu, streams, { cos, sin, eps }, { q, k, tiles: q.shape[1] });
+  return { q, k, v: valueTiles(gpu, streams.map(({ v }) => v) as [Tensor, Tensor]), keys: shape[1] };
+}
+
+/** Checks sizes and dtypes. @returns the shape of what all streams give together. */
+function expectStreams(
+  streams: readonly QkvStream[],
+  cos: Tensor,
+  sin: Tensor,
+): [batch: number, tokens: number, heads: number, headDim: number] {
+  const [first] = streams;
   const [batch, , heads, headDim] = first.q.shape;
   const tokens = streams.reduce((sum, { q }) => sum + q.shape[1], 0);
   expect(headDim % 2 === 0, "jointQkNormRope", () => `head dim ${headDim} is odd`);
@@ -77,17 +122,7 @@ export function jointQkNormRopeFused(
     expectShape("jointQkNormRope", what, table, [tokens, headDim]);
     expect(table.dtype === "f32", "jointQkNormRope", () => `${what} is ${table}, expected f32`);
   }
-  const joint = () => Tensor.empty(gpu, [batch, tokens, heads, headDim], first.q.dtype);
-  const [q, k] = [joint(), joint()];
-  const v = streams.length === 1 ? undefined : joint();
-  let start = 0;
-  for (const stream of streams) {
-    const length = stream.q.shape[1];
-    const part = (dim: number, whole: Tensor) => whole.narrow(dim, start, length);
-    turnStream(gpu, stream, part(0, cos), part(0, sin), eps, part(1, q), part(1, k), v && part(1, v));
-    start += length;
-  }
-  return { q, k, v: v ?? first.v };
+  return [batch, tokens, heads, headDim];
 }
 
 function expectStream({ q, k, v, normQ, normK }: QkvStream, first: QkvStream): void {
@@ -101,23 +136,60 @@ function expectStream({ q, k, v, normQ, normK }: QkvStream, first: QkvStream): v
   expect(alike, "jointQkNormRope", () => `${[q, k, v, normQ, normK].join("; ")} behind ${first.q}`);
 }
 
-/** One stream: into its part of q, k and, where it is given, v. */
+/** What turns q and k. */
+interface Turn {
+  readonly cos: Tensor;
+  readonly sin: Tensor;
+  readonly eps: number;
+}
+
+/** Where the streams go, together: tensors `[batch, tokens, heads, headDim]`, or float8 tiles of q and k. */
+interface Target {
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v?: Tensor | undefined;
+  /** Tiles of a head, where it is tiles. */
+  readonly tiles?: number;
+}
+
+function turnStreams(
+  gpu: GpuDevice,
+  streams: readonly QkvStream[],
+  { cos, sin, eps }: Turn,
+  { q, k, v, tiles }: Target,
+): void {
+  let start = 0;
+  streams.forEach((stream, i) => {
+    const length = stream.q.shape[1];
+    const part = (dim: number, whole: Tensor) => whole.narrow(dim, start, length);
+    const turn = { cos: part(0, cos), sin: part(0, sin), eps };
+    if (tiles === undefined) {
+      turnStream(gpu, stream, turn, { q: part(1, q), k: part(1, k), v: v && part(1, v) }, length, 0);
+    } else {
+      const last = i === streams.length - 1;
+      turnStream(gpu, stream, turn, { q, k, tiles }, last ? tiles * TILE - start : length, start);
+    }
+    start += length;
+  });
+}
+
+/** One stream: into its part of q, k and, where it is given, v. @param rows of the grid. */
 function turnStream(
   gpu: GpuDevice,
   stream: QkvStream,
-  cos: Tensor,
-  sin: Tensor,
-  eps: number,
-  outQ: Tensor,
-  outK: Tensor,
-  outV: Tensor | undefined,
+  { cos, sin, eps }: Turn,
+  out: Target,
+  rows: number,
+  start: number,
 ): void {
-  const [batch, tokens, heads, headDim] = outQ.shape;
+  const [batch, tokens, heads, headDim] = stream.q.shape;
+  const tiled = out.tiles !== undefined;
   gpu.scope(() => {
     const [q, k, v, cosines, sines] = [stream.q, stream.k, stream.v, cos, sin].map(denseRows);
     const norms = [stream.normQ, stream.normK].map(denseRows);
     const aligned = vectorWidth(headDim, [cosines, sines]) > 1;
-    const width = aligned ? vectorWidth(headDim, [outQ, outK, outV, q, k, v, ...norms]) : 1;
+    const outputs = tiled ? [] : [out.q, out.k, out.v];
+    const width = aligned ? vectorWidth(headDim, [...outputs, q, k, v, ...norms]) : 1;
     const { warpSize } = gpu.limits;
     let lanes = 1;
     while (lanes < warpSize && lanes < headDim / width) lanes *= 2;
@@ -125,21 +197,22 @@ function turnStream(
     const block = Math.ceil(wanted / warpSize) * warpSize;
     launch(gpu, SOURCE, {
       entry: "jointQkNormRope",
-      types: { T: outQ.dtype, W: stream.normQ.dtype },
+      types: { T: q.dtype, W: stream.normQ.dtype, O: tiled ? "f8e4m3" : q.dtype },
       constants: {
         N: width,
         LANES: lanes,
         VECTORS: Math.ceil(headDim / (width * lanes)),
         HEADS: Math.ceil(heads * lanes / block),
         BLOCK: block,
-        COPY_V: outV === undefined ? 0 : 1,
+        COPY_V: out.v === undefined ? 0 : 1,
+        TILES: tiled ? 1 : 0,
       },
-      grid: [tokens, batch],
+      grid: [rows, batch],
       block,
       args: [
-        outQ,
-        outK,
-        outV,
+        out.q,
+        out.k,
+        out.v,
         q,
         k,
         v,
@@ -149,9 +222,12 @@ function turnStream(
         heads,
         headDim,
         new Float(eps),
-        ...[outQ.strides[0], ...[q, k, v].flatMap(({ strides }) => strides.slice(0, 3))].map(BigInt),
+        ...[out.q.strides[0], ...[q, k, v].flatMap(({ strides }) => strides.slice(0, 3))].map(BigInt),
         BigInt(cosines.strides[0]),
         BigInt(sines.strides[0]),
+        tokens,
+        start,
+        out.tiles ?? 0,
       ],
     });
   });

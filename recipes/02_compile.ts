@@ -19,7 +19,7 @@ import { addRmsNormFused } from "../kernels/add_rms_norm.ts";
 import { attentionBesideMlpFused } from "../kernels/attention_beside_mlp.ts";
 import { gatedAdaLayerNormFused } from "../kernels/gated_ada_layer_norm.ts";
 import { groupNormSiluFused } from "../kernels/group_norm_silu.ts";
-import { jointQkNormRopeFused } from "../kernels/joint_qk_norm_rope.ts";
+import { jointAttentionFused } from "../kernels/joint_attention.ts";
 import { linearGeluFused } from "../kernels/linear_gelu.ts";
 import { graphExecute } from "./base/graph_execute.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
@@ -38,7 +38,7 @@ export const compile: Recipe = {
       attentionBesideMlp: attentionBesideMlpFused,
       gatedAdaLayerNorm: gatedAdaLayerNormFused,
       groupNormSilu: groupNormSiluFused,
-      jointQkNormRope: jointQkNormRopeFused,
+      jointAttention: jointAttentionFused,
       linearGelu: linearGeluFused,
     },
   }),

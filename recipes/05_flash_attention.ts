@@ -12,12 +12,9 @@
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import { isGpu } from "../ffi/gpu.ts";
-import type { attention } from "../kernels/attention.ts";
-import {
-  flashAttentionFloat8,
-  flashAttentionFloat8Takes,
-  hasFlashAttentionFloat8,
-} from "../kernels/flash_attention_float8.ts";
+import { hasFlashAttentionFloat8 } from "../kernels/flash_attention_float8.ts";
+import { type jointAttention, jointAttentionFloat8 } from "../kernels/joint_attention.ts";
+import { jointQkNormRopeTilesTakes } from "../kernels/joint_qk_norm_rope.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
@@ -47,16 +44,17 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
       }
       if (provider === "cudnn" || !own) return plan;
       const { ops } = plan;
-      const attend: typeof attention = (q, k, v, options = {}) =>
-        flashAttentionFloat8Takes(q, k, v, options)
-          ? flashAttentionFloat8(q, k, v, options.scale, options.out)
-          : ops.attention(q, k, v, options);
+      const attend: typeof jointAttention = (streams, cos, sin, eps, options = {}) =>
+        jointQkNormRopeTilesTakes(streams)
+          ? jointAttentionFloat8(device, streams, cos, sin, eps, options.out)
+          : ops.jointAttention(streams, cos, sin, eps, options);
       return {
         ...plan,
         ops: {
           ...ops,
-          attention: attend,
-          attentionBesideMlp: (q, k, v, mlp) => ops.attentionBesideMlp(q, k, v, mlp, attend),
+          jointAttention: attend,
+          attentionBesideMlp: (stream, cos, sin, eps, mlp) =>
+            ops.attentionBesideMlp(stream, cos, sin, eps, mlp, attend),
         },
       };
     },

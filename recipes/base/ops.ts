@@ -14,7 +14,7 @@ import { gatedResidual } from "../../kernels/gated_residual.ts";
 import { geluTanh } from "../../kernels/gelu_tanh.ts";
 import { groupNorm } from "../../kernels/group_norm.ts";
 import { groupNormSilu } from "../../kernels/group_norm_silu.ts";
-import { jointQkNormRope } from "../../kernels/joint_qk_norm_rope.ts";
+import { jointAttention } from "../../kernels/joint_attention.ts";
 import { layerNorm } from "../../kernels/layer_norm.ts";
 import { linear } from "../../kernels/linear.ts";
 import { linearGelu } from "../../kernels/linear_gelu.ts";
@@ -60,7 +60,7 @@ export interface Ops {
   readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
   readonly gatedResidual: typeof gatedResidual;
   readonly groupNormSilu: typeof groupNormSilu;
-  readonly jointQkNormRope: typeof jointQkNormRope;
+  readonly jointAttention: typeof jointAttention;
   readonly linearGelu: typeof linearGelu;
   readonly linears: typeof linears;
 }
@@ -94,7 +94,7 @@ export const eagerOps: Ops = {
   gatedAdaLayerNorm,
   gatedResidual,
   groupNormSilu,
-  jointQkNormRope,
+  jointAttention,
   linearGelu,
   linears,
 };

@@ -130,7 +130,7 @@ export function doubleBlock(
         return qkvStream(denseAll(ops, attn, names, normed), attn, norms, heads);
       };
       // Text first, as the rotary tables have it.
-      const { q, k, v } = ops.jointQkNormRope(
+      return ops.jointAttention(
         [
           stream(encoderHiddenStates, text, ["add_q_proj", "add_k_proj", "add_v_proj"], [
             "norm_added_q",
@@ -142,7 +142,6 @@ export function doubleBlock(
         rotary.sin,
         NORM_EPS,
       );
-      return ops.attention(q, k, v);
     }).reshape([hiddenStates.shape[0], textTokens + imageTokens, heads * headDim]);
 
     const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: DoubleModulation) =>
@@ -187,8 +186,8 @@ export function singleBlock(
       normed,
     );
     const stream = qkvStream([q, k, v], attn, ["norm_q", "norm_k"], config.num_attention_heads);
-    const joint = ops.jointQkNormRope([stream], rotary.cos, rotary.sin, NORM_EPS);
-    return dense(ops, weights, "proj_out", ops.attentionBesideMlp(joint.q, joint.k, joint.v, mlp));
+    const both = ops.attentionBesideMlp(stream, rotary.cos, rotary.sin, NORM_EPS, mlp);
+    return dense(ops, weights, "proj_out", both);
   });
 }
 

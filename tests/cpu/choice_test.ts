@@ -5,19 +5,21 @@ import { fastest } from "../../ffi/cuda/measure.ts";
 import { openCuda } from "../../ffi/cuda/open.ts";
 import { testFakeCuda } from "../support/fake_cuda.ts";
 
-/** A context whose clock says, for each run, what the way that ran last says. */
+/** A context whose clock goes on by what each run takes. */
 function contextWithClock(): { context: CudaContext; takes: (milliseconds: number) => void } {
-  let last = NaN;
+  let now = 0;
+  let events = 0n;
+  const recorded = new Map<bigint, number>();
   const driver = {
-    eventCreate: () => 1n,
-    eventDestroy() {},
-    eventRecord() {},
+    eventCreate: () => ++events,
+    eventDestroy: (event: bigint) => assert.ok(recorded.delete(event), "an event is destroyed once"),
+    eventRecord: (event: bigint) => recorded.set(event, now),
     eventSynchronize() {},
-    eventElapsedTime: () => last,
-    memsetD8Async() {},
+    eventElapsedTime: (start: bigint, end: bigint) => recorded.get(end)! - recorded.get(start)!,
+    memsetD8Async: () => now += 100,
   };
   const context = { driver, stream: 0n, workspace: () => 0n } as unknown as CudaContext;
-  return { context, takes: (milliseconds) => last = milliseconds };
+  return { context, takes: (milliseconds) => now += milliseconds };
 }
 
 Deno.test("fastest: the lowest median wins, whatever single runs say", () => {

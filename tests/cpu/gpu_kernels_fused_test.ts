@@ -10,7 +10,7 @@ import { attention } from "../../kernels/attention.ts";
 import { attentionBesideMlp, attentionBesideMlpFused } from "../../kernels/attention_beside_mlp.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { gatedAdaLayerNorm, gatedAdaLayerNormFused } from "../../kernels/gated_ada_layer_norm.ts";
-import { jointQkNormRope, jointQkNormRopeFused } from "../../kernels/joint_qk_norm_rope.ts";
+import { jointAttention, jointAttentionFused } from "../../kernels/joint_attention.ts";
 import { silu } from "../../kernels/silu.ts";
 import { assertClose } from "../support/compare.ts";
 import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
@@ -57,14 +57,12 @@ testOn(
     let launches = 0;
     const launch = device.launch.bind(device);
     device.launch = (...args) => (launches++, launch(...args));
-    const { q, k, v } = jointQkNormRopeFused([stream], cos, sin, 1e-6);
-    const out = attentionBesideMlpFused(q, k, v, mlp);
+    const out = attentionBesideMlpFused(stream, cos, sin, 1e-6, mlp);
     assert.equal(launches, 2); // norm and rotation, GELU
     assert.equal(plans[0].v, stream.v);
     assert.equal(plans[0].out.memory, out.memory);
 
-    const eager = jointQkNormRope([stream], cos, sin, 1e-6);
-    const expected = attentionBesideMlp(eager.q, eager.k, eager.v, mlp);
+    const expected = attentionBesideMlp(stream, cos, sin, 1e-6, mlp);
     assertClose(await valuesOf(out), await valuesOf(expected), 1e-6, "attention beside MLP");
   },
 );
@@ -75,7 +73,6 @@ Deno.test("fused operators on the CPU are the composite ones", () => {
   const [gate, scale, shift] = [3, 4, 5].map((seed) => random(device, [2, 8], seed));
   const weight = random(device, [8], 6);
   const { stream, mlp, cos, sin } = singleStream(device);
-  const { q, k, v } = stream;
   const pairs: [fused: Tensor[], composite: Tensor[]][] = [
     [[adaLayerNormFused(x, scale, shift, 1e-6)], [adaLayerNorm(x, scale, shift, 1e-6)]],
     [
@@ -86,11 +83,11 @@ Deno.test("fused operators on the CPU are the composite ones", () => {
       Object.values(addRmsNormFused(residual, x, weight, 1e-6)),
       Object.values(addRmsNorm(residual, x, weight, 1e-6)),
     ],
+    [[jointAttentionFused([stream], cos, sin, 1e-6)], [jointAttention([stream], cos, sin, 1e-6)]],
     [
-      Object.values(jointQkNormRopeFused([stream], cos, sin, 1e-6)),
-      Object.values(jointQkNormRope([stream], cos, sin, 1e-6)),
+      [attentionBesideMlpFused(stream, cos, sin, 1e-6, mlp)],
+      [attentionBesideMlp(stream, cos, sin, 1e-6, mlp)],
     ],
-    [[attentionBesideMlpFused(q, k, v, mlp)], [attentionBesideMlp(q, k, v, mlp)]],
   ];
   for (const [fused, composite] of pairs) {
     assert.deepEqual(fused.map(readFloat32), composite.map(readFloat32));

@@ -2,7 +2,8 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { openDevice } from "../../ffi/open.ts";
-import { elementCount, type Tensor } from "../../ffi/tensor.ts";
+import type { Tensor } from "../../ffi/tensor.ts";
+import type { QkvStream } from "../../kernels/joint_qk_norm_rope.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
 import { stepFlops, stepSize } from "../../recipes/base/flops.ts";
@@ -108,13 +109,15 @@ for (const [name, folder] of [["tiny", EMBEDDED_MODEL], ["dev-like", goldenPath(
       const count = (x: Tensor, weight: Tensor) => {
         if (inStep) linear += 2 * x.size * weight.shape[0];
       };
-      const attend = (q: Tensor, k: Tensor) => {
-        if (inStep) attention += 4 * elementCount(q.shape) * k.shape[1];
+      const attend = (streams: readonly QkvStream[]) => {
+        const [{ q: { shape: [batch, , heads, headDim] } }] = streams;
+        const tokens = streams.reduce((sum, { q }) => sum + q.shape[1], 0);
+        if (inStep) attention += 4 * batch * heads * headDim * tokens ** 2;
       };
       return {
         ...plan,
         execute: (running, part, inputs, body) => {
-          inStep = part === "transformer";
+          inStep = part === "transformer" || part === "modulations"; // which this one step has for itself
           return plan.execute(running, part, inputs, body);
         },
         ops: {
@@ -125,8 +128,10 @@ for (const [name, folder] of [["tiny", EMBEDDED_MODEL], ["dev-like", goldenPath(
             for (const { weight } of layers) count(x, weight);
             return plan.ops.linears(x, layers);
           },
-          attention: (q, k, v, options) => (attend(q, k), plan.ops.attention(q, k, v, options)),
-          attentionBesideMlp: (q, k, v, mlp) => (attend(q, k), plan.ops.attentionBesideMlp(q, k, v, mlp)),
+          jointAttention: (streams, ...rest) => (attend(streams), plan.ops.jointAttention(streams, ...rest)),
+          attentionBesideMlp: (stream, ...rest) => (
+            attend([stream]), plan.ops.attentionBesideMlp(stream, ...rest)
+          ),
         },
       };
     };
@@ -195,7 +200,7 @@ Deno.test("a trace has the parts behind one another, and operators inside them",
       return events.filter(({ tid, ts }) => tid === 2 && ts >= part.ts && ts < part.ts + part.dur);
     };
     assert.ok(inside("prompt_encoding").some(({ name }) => name === "embedding"));
-    assert.ok(inside("denoising_step").some(({ name }) => name === "jointQkNormRope"));
+    assert.ok(inside("denoising_step").some(({ name }) => name === "jointAttention"));
     assert.ok(inside("decoding").some(({ name }) => name === "conv2d"));
     assert.deepEqual(inside("postprocessing").map(({ name }) => name), ["toPixels"]);
     assert.ok(inside("denoising_step").some(({ args }) => args?.shapes.startsWith("1x")));

@@ -1,18 +1,21 @@
 /** Attention in float8, its tiles, and what float8 falls back to, on a GPU against their TypeScript references. */
 import assert from "node:assert/strict";
 import fc from "fast-check";
+import { ShapeError } from "../../../ffi/errors.ts";
 import { float32ToFloat8, float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { allFinite } from "../../../kernels/all_finite.ts";
 import { attentionReference } from "../../../kernels/attention.ts";
-import { attentionTiles, attentionTilesReference, TILE } from "../../../kernels/attention_tiles.ts";
 import { dequantize, dequantizeReference } from "../../../kernels/dequantize_float8.ts";
+import { flashAttentionFloat8, hasFlashAttentionFloat8 } from "../../../kernels/flash_attention_float8.ts";
 import {
-  flashAttentionFloat8,
-  flashAttentionFloat8Takes,
-  hasFlashAttentionFloat8,
-} from "../../../kernels/flash_attention_float8.ts";
+  emptyTiles,
+  float8TilesReference,
+  TILE,
+  type TileKind,
+  valueTiles,
+} from "../../../kernels/float8_tiles.ts";
 import { linearFloat8 } from "../../../kernels/linear_float8.ts";
 import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { relativeError } from "../compare.ts";
@@ -22,25 +25,28 @@ import { noise } from "../providers.ts";
 import { check, columns, dtypes, property, sample } from "./samples.ts";
 
 export function attentionFloat8Suite(): void {
-  forEachGpu("attentionTiles", (test) => {
-    test("equal their reference: kinds, dtypes, lengths, views", async (device) => {
+  forEachGpu("valueTiles", (test) => {
+    test("equal their reference: one or two streams, dtypes, lengths, views", async (device) => {
       const drawn = fc.record({
-        kind: fc.constantFrom("query" as const, "key" as const, "value" as const),
         batch: fc.integer({ min: 1, max: 2 }),
         tokens: fc.constantFrom(1, 16, 127, 128, 129, 200),
         heads: fc.integer({ min: 1, max: 2 }),
         dtype: dtypes,
         start: fc.constantFrom(0, 8, 3),
+        cut: fc.double({ min: 0, max: 0.999, noNaN: true }),
         seed: fc.nat(1000),
       });
       await fc.assert(
-        fc.asyncProperty(drawn, async ({ kind, batch, tokens, heads, dtype, start, seed }) => {
+        fc.asyncProperty(drawn, async ({ batch, tokens, heads, dtype, start, cut, seed }) => {
           const shape = [batch, tokens, heads * TILE];
           // Beyond what E4M3 holds, and below its smallest.
           const x = columns(device, shape, dtype, (i) => noise(seed)(i) * 2 ** (i % 24 - 14), start);
-          const tiles = attentionTiles(device, kind, x.tensor.reshape([batch, tokens, heads, TILE]));
+          const whole = x.tensor.reshape([batch, tokens, heads, TILE]);
+          const first = Math.floor(cut * tokens);
+          const pieces = [whole.narrow(1, 0, first), whole.narrow(1, first, tokens - first)] as const;
+          const tiles = valueTiles(device, first === 0 ? [whole] : pieces);
           const expected = new Uint8Array(tiles.size);
-          attentionTilesReference(expected, x.values, kind, tokens, heads);
+          float8TilesReference(expected, x.values, "value", tokens, heads);
           assert.deepEqual(await device.download(tiles), expected);
           for (const { memory } of [tiles, x.tensor]) device.free(memory);
         }),
@@ -52,8 +58,12 @@ export function attentionFloat8Suite(): void {
   forEachGpu("flashAttentionFloat8", (test) => {
     test("is near its reference on rounded inputs: lengths, batches, heads, sharp and flat softmax", async (device) => {
       if (!hasFlashAttentionFloat8(device)) {
-        const x = Tensor.empty(device, [1, 2, 1, TILE], "bf16");
-        return assert.throws(() => flashAttentionFloat8(x, x, x), /is no Hopper GPU/);
+        const out = Tensor.empty(device, [1, 2, 1, TILE], "bf16");
+        const tiles = emptyTiles(device, out.shape);
+        return assert.throws(
+          () => flashAttentionFloat8(device, { q: tiles, k: tiles, v: tiles, keys: 2 }, 1, out),
+          /is no Hopper GPU/,
+        );
       }
       const cases = [[1, 128, 128, 1, 1], [1, 1, 1, 1, 1], [2, 200, 300, 3, 1], [1, 64, 16, 2, 4], [
         1,
@@ -68,15 +78,18 @@ export function attentionFloat8Suite(): void {
       }
     });
 
-    test("takes what it is made for only", (device) => {
-      const tensor = (dtype: "bf16" | "f32", headDim: number) =>
-        Tensor.empty(device, [1, 2, 1, headDim], dtype);
-      const [fits, wide, narrow] = [tensor("bf16", 128), tensor("f32", 128), tensor("bf16", 64)];
-      assert.ok(flashAttentionFloat8Takes(fits, fits, fits, {}));
-      assert.ok(!flashAttentionFloat8Takes(wide, wide, wide, {}));
-      assert.ok(!flashAttentionFloat8Takes(narrow, narrow, narrow, {}));
-      assert.ok(!flashAttentionFloat8Takes(fits, fits, fits, { causal: true }));
-      for (const { memory } of [fits, wide, narrow]) device.free(memory);
+    test("refuses what does not fit", (device) => {
+      if (!hasFlashAttentionFloat8(device)) return;
+      device.scope(() => {
+        const out = Tensor.empty(device, [1, 130, 2, TILE], "bf16");
+        const tiles = emptyTiles(device, out.shape);
+        const given = { q: tiles, k: tiles, v: tiles, keys: 130 };
+        assert.throws(() => flashAttentionFloat8(device, { ...given, keys: 300 }, 1, out), ShapeError);
+        assert.throws(() => flashAttentionFloat8(device, given, 1, out.narrow(1, 0, 100)), ShapeError);
+        assert.throws(() => flashAttentionFloat8(device, given, 1, out.narrow(3, 0, 64)), ShapeError);
+        const wide = Tensor.empty(device, out.shape, "f32");
+        assert.throws(() => flashAttentionFloat8(device, given, 1, wide), ShapeError);
+      });
     });
   });
 
@@ -172,20 +185,29 @@ async function attentionError(
   device: GpuDevice,
   { batch, queries, keys, heads, spread }: Sizes,
 ): Promise<number> {
-  const draw = (tokens: number, seed: number, size: number) => {
-    const x = sample(device, [batch, tokens, heads, TILE], "bf16", (i) => 2 * size * noise(seed)(i));
-    const codes = new Uint8Array(x.values.length);
-    float32ToFloat8(x.values, codes);
-    float8ToFloat32(codes, x.values, "f8e4m3");
-    return x;
+  const draw = (kind: TileKind, tokens: number, seed: number, size: number) => {
+    const values = new Float32Array(batch * tokens * heads * TILE).map((_, i) => 2 * size * noise(seed)(i));
+    const tiles = emptyTiles(device, [batch, tokens, heads]);
+    const bytes = new Uint8Array(tiles.size);
+    float8TilesReference(bytes, values, kind, tokens, heads);
+    device.upload(bytes, tiles.memory);
+    const codes = new Uint8Array(values.length);
+    float32ToFloat8(values, codes);
+    float8ToFloat32(codes, values, "f8e4m3");
+    return { values, tiles };
   };
-  const [q, k, v] = [draw(queries, 1, spread), draw(keys, 2, 1), draw(keys, 3, 1)];
+  const [q, k, v] = [
+    draw("query", queries, 1, spread),
+    draw("key", keys, 2, 1),
+    draw("value", keys, 3, 1),
+  ];
   const expected = new Float32Array(q.values.length);
   const sizes = { batch, queries, keys, heads, headDim: TILE };
   const none = new Float32Array(0);
   attentionReference(expected, q.values, k.values, v.values, none, sizes, TILE ** -0.5, false);
-  const out = flashAttentionFloat8(q.tensor, k.tensor, v.tensor);
+  const out = Tensor.empty(device, [batch, queries, heads, TILE], "bf16");
+  flashAttentionFloat8(device, { q: q.tiles, k: k.tiles, v: v.tiles, keys }, TILE ** -0.5, out);
   const error = relativeError(await valuesOf(out), expected);
-  for (const { memory } of [q.tensor, k.tensor, v.tensor, out]) device.free(memory);
+  for (const { memory } of [q.tiles, k.tiles, v.tiles, out]) device.free(memory);
   return error;
 }

@@ -7,12 +7,18 @@ import { elementCount, Tensor } from "../../../ffi/tensor.ts";
 import { adaLayerNormFused } from "../../../kernels/ada_layer_norm.ts";
 import { addReference } from "../../../kernels/add.ts";
 import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
-import { attentionReference } from "../../../kernels/attention.ts";
+import { attention, attentionReference } from "../../../kernels/attention.ts";
 import { attentionBesideMlpFused } from "../../../kernels/attention_beside_mlp.ts";
 import { gatedAdaLayerNormFused, type Normed } from "../../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidualReference } from "../../../kernels/gated_residual.ts";
 import { geluTanhReference } from "../../../kernels/gelu_tanh.ts";
-import { jointQkNormRopeFused, type QkvStream } from "../../../kernels/joint_qk_norm_rope.ts";
+import {
+  jointQkNormRopeFused,
+  jointQkNormRopeTiles,
+  jointQkNormRopeTilesTakes,
+  type QkvStream,
+} from "../../../kernels/joint_qk_norm_rope.ts";
+import { float8TilesReference, TILE } from "../../../kernels/float8_tiles.ts";
 import { layerNormReference } from "../../../kernels/layer_norm.ts";
 import { modulateReference } from "../../../kernels/modulate.ts";
 import { rmsNormReference } from "../../../kernels/rms_norm.ts";
@@ -361,25 +367,35 @@ function jointQkNormRopeSuite(): void {
     return whole;
   };
 
-  const run = (
+  /** q (0) or k (1) of all streams, normed and turned, `[batch, tokens, heads, headDim]`. */
+  const turnedValues = (
     streams: readonly StreamSample[],
     [batch, heads, headDim]: readonly [number, number, number],
-    dtype: Float,
     [cos, sin]: readonly Sample[],
+    which: 0 | 1,
+  ): Float32Array => {
+    const normed = streams.map(({ qkv, norms }) => {
+      const { values } = qkv[which];
+      const out = new Float32Array(values.length);
+      rmsNormReference(out, values, norms[which].values, EPS);
+      return out;
+    });
+    const whole = joined(normed, batch);
+    const expected = new Float32Array(whole.length);
+    ropeReference(expected, whole, cos.values, sin.values, heads, headDim);
+    return expected;
+  };
+
+  const run = (
+    streams: readonly StreamSample[],
+    sizes: readonly [batch: number, heads: number, headDim: number],
+    dtype: Float,
+    tables: readonly Sample[],
   ): Result[] => {
+    const [batch, heads, headDim] = sizes;
+    const [cos, sin] = tables;
     const tokens = streams.reduce((sum, stream) => sum + stream.tokens, 0);
-    const turned = (which: 0 | 1) => {
-      const normed = streams.map(({ qkv, norms }) => {
-        const { values } = qkv[which];
-        const out = new Float32Array(values.length);
-        rmsNormReference(out, values, norms[which].values, EPS);
-        return out;
-      });
-      const whole = joined(normed, batch);
-      const expected = new Float32Array(whole.length);
-      ropeReference(expected, whole, cos.values, sin.values, heads, headDim);
-      return expected;
-    };
+    const turned = (which: 0 | 1) => turnedValues(streams, sizes, tables, which);
     const { q, k, v } = jointQkNormRopeFused(streams.map(asStream), cos.tensor, sin.tensor, EPS);
     const shape = [batch, tokens, heads, headDim];
     const turnedResults = [q, k].map((actual, which) => ({
@@ -428,6 +444,70 @@ function jointQkNormRopeSuite(): void {
         const both = tables(device, tokens, headDim, seed + 100, one.tableStart);
         return run(streams, [batch, heads, headDim], dtype, both);
       });
+    });
+
+    test("to float8 tiles: the same numbers, rounded to one of the nearest, and zeros behind", async (device) => {
+      const drawn = fc.record({
+        batch: fc.integer({ min: 1, max: 2 }),
+        lengths: fc.constantFrom<number[]>([1], [128], [3, 130], [127, 2], [128, 5]),
+        heads: fc.constantFrom(1, 3),
+        dtypes: fc.tuple(dtypes, dtypes),
+        projection: projections,
+        seed: seeds,
+      });
+      await fc.assert(
+        fc.asyncProperty(
+          drawn,
+          async ({ batch, lengths, heads, dtypes: [dtype, norm], projection, seed }) => {
+            const streams = lengths.map((tokens, stream) =>
+              streamOf(
+                device,
+                [batch, tokens, heads, TILE],
+                dtype,
+                norm,
+                projection,
+                (i) => (at) => 8 * noise(seed + 10 * stream + i)(at),
+              )
+            );
+            const tokens = lengths.reduce((a, b) => a + b);
+            const both = tables(device, tokens, TILE, seed + 100);
+            const given = streams.map(asStream);
+            assert.equal(jointQkNormRopeTilesTakes(given), dtype === "bf16");
+            const { q, k, v, keys } = jointQkNormRopeTiles(
+              device,
+              given,
+              both[0].tensor,
+              both[1].tensor,
+              EPS,
+            );
+            assert.equal(keys, tokens);
+            const sizes = [batch, heads, TILE] as const;
+            const kinds = [[q, "query"], [k, "key"], [v, "value"]] as const;
+            for (const [which, [tiles, kind]] of kinds.entries()) {
+              const values = which === 2
+                ? joined(streams.map(({ qkv }) => qkv[2].values), batch)
+                : turnedValues(streams, sizes, both, which === 0 ? 0 : 1);
+              // The reference's own sums are this far from exact: a number between two may go either way.
+              const slack = which === 2 ? 0 : 6e-6;
+              const [low, high] = [-slack, slack].map((shift) => {
+                const out = new Uint8Array(tiles.size);
+                float8TilesReference(out, values.map((x) => x + shift), kind, tokens, heads);
+                return out;
+              });
+              const actual = await device.download(tiles);
+              assert.ok(actual.every((code, i) => code === low[i] || code === high[i]), kind);
+              device.free(tiles.memory);
+            }
+            for (const { tensor } of [...both, ...streams.flatMap(({ norms }) => norms)]) tensor.dispose();
+            for (
+              const memory of new Set(streams.flatMap(({ qkv }) => qkv.map(({ tensor }) => tensor.memory)))
+            ) {
+              device.free(memory);
+            }
+          },
+        ),
+        { numRuns: 25 },
+      );
     });
 
     test("a NaN spoils its own head only", (device) =>
@@ -490,6 +570,19 @@ function besideReference(
 }
 
 function attentionBesideMlpSuite(): void {
+  /** Attention alone beside the MLP: norm and rotation have tests of their own. */
+  const beside = (q: Tensor, k: Tensor, v: Tensor, mlp: Tensor): Tensor => {
+    const stream = { q, k, v, normQ: q, normK: k };
+    return attentionBesideMlpFused(
+      stream,
+      q,
+      q,
+      EPS,
+      mlp,
+      (_streams, _cos, _sin, _eps, { out } = {}) => attention(q, k, v, out === undefined ? {} : { out }),
+    );
+  };
+
   forEachGpu("attentionBesideMlpFused", (test) => {
     test("equals attention beside GELU: sizes, slices of a product, dtypes", (device) => {
       const drawn = fc.record({
@@ -514,7 +607,7 @@ function attentionBesideMlpSuite(): void {
         const values = [q, k, v, mlp].map((part) => part.values);
         const { expected, attended } = besideReference(values, one);
         return [{
-          actual: attentionBesideMlpFused(q.tensor, k.tensor, v.tensor, mlp.tensor),
+          actual: beside(q.tensor, k.tensor, v.tensor, mlp.tensor),
           dtype,
           shape: [batch, tokens, heads * headDim + mlpHidden],
           expected,
@@ -532,7 +625,7 @@ function attentionBesideMlpSuite(): void {
         const mlp = sample(device, [2, 5, 24], "f32", (i) => i === 100 ? NaN : noise(4)(i));
         const { expected } = besideReference([q, k, v, mlp].map(({ values }) => values), sizes);
         assert.equal(expected.filter(Number.isNaN).length, 8 + 1);
-        const actual = attentionBesideMlpFused(q.tensor, k.tensor, v.tensor, mlp.tensor);
+        const actual = beside(q.tensor, k.tensor, v.tensor, mlp.tensor);
         return [{ actual, dtype: "f32", shape: [2, 5, 40], expected, slack: () => 5e-6 }];
       }));
 
@@ -540,7 +633,7 @@ function attentionBesideMlpSuite(): void {
       device.scope(() => {
         const q = Tensor.empty(device, [1, 4, 2, 8], "bf16");
         for (const mlp of [Tensor.empty(device, [1, 3, 8], "bf16"), Tensor.empty(device, [1, 4, 8], "f32")]) {
-          assert.throws(() => attentionBesideMlpFused(q, q, q, mlp), ShapeError);
+          assert.throws(() => beside(q, q, q, mlp), ShapeError);
         }
       }));
   });

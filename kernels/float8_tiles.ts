@@ -1,0 +1,101 @@
+import { float32ToFloat8 } from "../ffi/float8.ts";
+import type { GpuDevice } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { denseRows } from "./contiguous.ts";
+import { launch, vectorWidth } from "./gpu.ts";
+import VALUE_TILES_CU from "./value_tiles.cu" with { type: "text" };
+
+const SOURCE = { name: "value_tiles.cu", text: VALUE_TILES_CU };
+
+/** Tokens of a tile, and dimensions of a head. */
+export const TILE = 128;
+/** Bytes of a piece, which the swizzle moves as a whole. */
+const PIECE = 16;
+const THREADS = 256;
+
+/**
+ * What flash_attention_float8.cu reads: q, k and v in E4M3, in tiles of 128 tokens of a head, u8
+ * `[batch * heads, tiles, 128 * 128]` each, and how many keys they have. q's rows are tokens; k's the same, permuted in
+ * groups of 16; v's are dimensions. Tokens behind the last one are 0.
+ */
+export interface QkvTiles {
+  readonly q: Tensor;
+  readonly k: Tensor;
+  readonly v: Tensor;
+  readonly keys: number;
+}
+
+/** Whose tiles they are. */
+export type TileKind = "query" | "key" | "value";
+
+/** How many tiles a head's tokens take. */
+export function tilesOf(tokens: number): number {
+  return Math.ceil(tokens / TILE);
+}
+
+/** Tiles `[batch * heads, tiles, 128 * 128]` of u8, uninitialized. */
+export function emptyTiles(gpu: GpuDevice, [batch, tokens, heads]: readonly number[]): Tensor {
+  return Tensor.empty(gpu, [batch * heads, tilesOf(tokens), TILE * TILE], "u8");
+}
+
+/**
+ * Values as tiles: cast to E4M3 as they are, saturating at 448.
+ *
+ * @param streams one or two tensors `[batch, tokens, heads, 128]` of one dtype, f32 or bf16, whose tokens lie behind one
+ *   another.
+ */
+export function valueTiles(gpu: GpuDevice, streams: readonly [Tensor] | readonly [Tensor, Tensor]): Tensor {
+  const [batch, first, heads] = streams[0].shape;
+  const tokens = streams.reduce((sum, { shape }) => sum + shape[1], 0);
+  const out = emptyTiles(gpu, [batch, tokens, heads]);
+  gpu.scope(() => {
+    const [x, y = x] = streams.map(denseRows);
+    launch(gpu, SOURCE, {
+      entry: "valueTiles",
+      types: { T: x.dtype },
+      constants: { N: vectorWidth(TILE, [x, y]) },
+      grid: [out.shape[1], heads, batch],
+      block: THREADS,
+      args: [out, x, tokens, ...stepsOf(x), y, first, ...stepsOf(y)],
+    });
+  });
+  return out;
+}
+
+/** Strides of sample, token and head. */
+function stepsOf({ strides }: Tensor): bigint[] {
+  return strides.slice(0, 3).map(BigInt);
+}
+
+/** Tiles of q, k or v: `x` dense `[batch, tokens, heads, 128]`, `out` all tiles. */
+export function float8TilesReference(
+  out: Uint8Array,
+  x: Float32Array,
+  kind: TileKind,
+  tokens: number,
+  heads: number,
+): void {
+  const codes = new Uint8Array(x.length);
+  float32ToFloat8(x, codes);
+  out.fill(0);
+  const tiles = tilesOf(tokens);
+  for (let i = 0; i < x.length; i++) {
+    const dimension = i % TILE;
+    const head = Math.floor(i / TILE) % heads;
+    const token = Math.floor(i / (TILE * heads)) % tokens;
+    const sample = Math.floor(i / (TILE * heads * tokens));
+    const inTile = token % TILE;
+    const [row, byte] = kind === "value"
+      ? [dimension, inTile]
+      : [kind === "key" ? permutedRow(inTile) : inTile, dimension];
+    const piece = Math.floor(byte / PIECE) ^ row % 8;
+    const tile = (sample * heads + head) * tiles + Math.floor(token / TILE);
+    out[tile * TILE * TILE + row * TILE + piece * PIECE + byte % PIECE] = codes[i];
+  }
+}
+
+/** Where a tile of keys has a token: token `4 t + 2 b + e` of 16 in row `8 b + 2 t + e`. */
+function permutedRow(token: number): number {
+  const [place, t, b, e] = [token % 16, token % 16 >> 2, token % 4 >> 1, token % 2];
+  return token - place + 8 * b + 2 * t + e;
+}
