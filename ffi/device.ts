@@ -121,8 +121,12 @@ export interface Device extends Disposable {
   placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]>;
   /** Copies host bytes into the start of `memory`. */
   upload(bytes: Uint8Array, memory: Memory): void;
-  /** Waits for the work so far and copies a contiguous tensor's bytes to the host. */
-  download(tensor: Tensor): Promise<Uint8Array<ArrayBuffer>>;
+  /**
+   * Waits for the work so far and copies a contiguous tensor's bytes to the host.
+   *
+   * @param into takes them, with just their length; new bytes when left out.
+   */
+  download(tensor: Tensor, into?: Uint8Array<ArrayBuffer>): Promise<Uint8Array<ArrayBuffer>>;
 
   matmul(plan: MatmulPlan): void;
   conv(plan: ConvPlan): void;

@@ -8,6 +8,7 @@ import type {
   MemoryUse,
 } from "../device.ts";
 import type { DType } from "../dtype.ts";
+import { checkDownload } from "../download.ts";
 import { FfiError, OutOfMemoryError, ShapeError } from "../errors.ts";
 import { MemoryScopes } from "../scope.ts";
 import { Arena } from "../arena.ts";
@@ -207,12 +208,13 @@ export class CpuDevice implements Device {
     new Uint8Array(buffer, byteOffset, byteLength).set(bytes);
   }
 
-  download(tensor: Tensor): Promise<Uint8Array<ArrayBuffer>> {
-    if (!tensor.isContiguous) {
-      throw new FfiError(`cpu: download takes a contiguous tensor, not strided ${tensor}`);
-    }
-    const view = viewOf(tensor, "u8", tensor.byteLength);
-    return Promise.resolve(new Uint8Array(view)); // copies: a shared buffer cannot leave for web APIs
+  download(
+    tensor: Tensor,
+    into: Uint8Array<ArrayBuffer> = new Uint8Array(tensor.byteLength),
+  ): Promise<Uint8Array<ArrayBuffer>> {
+    checkDownload("cpu", tensor, into);
+    into.set(viewOf(tensor, "u8", tensor.byteLength)); // a shared buffer cannot leave for web APIs
+    return Promise.resolve(into);
   }
 
   matmul(plan: MatmulPlan): void {

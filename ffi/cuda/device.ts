@@ -1,6 +1,7 @@
 import { setImmediate } from "node:timers";
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "../device.ts";
+import { checkDownload } from "../download.ts";
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import type {
   AttentionPlan,
@@ -273,16 +274,16 @@ export class CudaDevice implements GpuDevice {
   }
 
   /** The copy is made before it returns, so that the tensor's memory may be freed at once. */
-  download(tensor: Tensor): Promise<Uint8Array<ArrayBuffer>> {
+  download(
+    tensor: Tensor,
+    into: Uint8Array<ArrayBuffer> = new Uint8Array(tensor.byteLength),
+  ): Promise<Uint8Array<ArrayBuffer>> {
     this.#checkOpen();
     this.#refuseRecording("a download");
     if (tensor.device !== this) throw new FfiError(`${this.name}: ${tensor} lies on ${tensor.device.name}`);
-    if (!tensor.isContiguous) {
-      throw new FfiError(`${this.name}: download takes a contiguous tensor, not strided ${tensor}`);
-    }
-    const bytes = new Uint8Array(tensor.byteLength);
-    this.#staging.download(tensor.pointer, bytes);
-    return Promise.resolve(bytes);
+    checkDownload(this.name, tensor, into);
+    this.#staging.download(tensor.pointer, into);
+    return Promise.resolve(into);
   }
 
   // -- work --

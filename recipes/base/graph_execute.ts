@@ -1,5 +1,6 @@
 import type { Memory } from "../../ffi/device.ts";
 import { dtypeBytes } from "../../ffi/dtype.ts";
+import { OutOfMemoryError } from "../../ffi/errors.ts";
 import type { GpuDevice, Graph } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
@@ -16,18 +17,22 @@ interface Recording extends Disposable {
   readonly graph: Graph;
 }
 
+/** What is known of a part for some shapes: its recording, or that memory does not suffice for one. */
+type Known = Recording | "eager";
+
 /**
  * Runs each part as one graph. The first call for some dtypes and shapes runs eagerly, which compiles kernels and plans
  * products, and is recorded right after; later calls copy their inputs in, replay, and copy the outputs out. So all that
  * changes has to be an input: a recorded number or address stays what it was.
  *
+ * A recording needs memory of its own. Where that runs out, the other recordings are dropped, and if it still does not
+ * suffice, the part goes on running eagerly for these shapes.
+ *
  * Recordings belong to the plan that runs, since another plan has other weights and operators, and go with it.
  */
 export function graphExecute(device: GpuDevice): Execute {
-  const plans = new WeakMap<Plan, Map<string, Recording>>();
-  const forgotten = new FinalizationRegistry<Map<string, Recording>>((recordings) => {
-    for (const recording of recordings.values()) recording[Symbol.dispose]();
-  });
+  const plans = new WeakMap<Plan, Map<string, Known>>();
+  const forgotten = new FinalizationRegistry<Map<string, Known>>(dropAll);
   return (plan, part, inputs, body) => {
     let recordings = plans.get(plan);
     if (recordings === undefined) {
@@ -39,13 +44,30 @@ export function graphExecute(device: GpuDevice): Execute {
     if (known !== undefined) {
       recordings.delete(key); // and to the end, as the latest
       recordings.set(key, known);
+      if (known === "eager") return device.scope(() => body(inputs));
       return replay(device, known, inputs) as ReturnType<typeof body>;
     }
     const result = device.scope(() => body(inputs));
     dropOldest(recordings, part);
-    recordings.set(key, record(device, inputs, body));
+    const recording = recordIfItFits(device, inputs, body);
+    if (recording === undefined) dropAll(recordings);
+    recordings.set(key, recording ?? recordIfItFits(device, inputs, body) ?? "eager");
     return result;
   };
+}
+
+/** Undefined where memory runs out. */
+function recordIfItFits<O>(
+  device: GpuDevice,
+  inputs: readonly Tensor[],
+  body: (inputs: readonly Tensor[]) => O,
+): Recording | undefined {
+  try {
+    return record(device, inputs, body);
+  } catch (error) {
+    if (error instanceof OutOfMemoryError) return undefined;
+    throw error;
+  }
 }
 
 function record<O>(
@@ -97,10 +119,17 @@ function replay(device: GpuDevice, { inputs, outputs, graph }: Recording, given:
   });
 }
 
-function dropOldest(recordings: Map<string, Recording>, part: string): void {
+function dropOldest(recordings: Map<string, Known>, part: string): void {
   const keys = [...recordings.keys()].filter((key) => key.startsWith(`${part} `));
-  for (const key of keys.slice(0, Math.max(0, keys.length - MOST_SHAPES + 1))) {
-    recordings.get(key)![Symbol.dispose]();
-    recordings.delete(key);
-  }
+  for (const key of keys.slice(0, Math.max(0, keys.length - MOST_SHAPES + 1))) drop(recordings, key);
+}
+
+function dropAll(recordings: Map<string, Known>): void {
+  for (const key of [...recordings.keys()]) drop(recordings, key);
+}
+
+function drop(recordings: Map<string, Known>, key: string): void {
+  const known = recordings.get(key);
+  if (known !== undefined && known !== "eager") known[Symbol.dispose]();
+  recordings.delete(key);
 }

@@ -216,8 +216,10 @@ export class FluxPipeline {
       const decodeStart = performance.now();
       await checkFinite("denoising", latents);
       const pictures = own(this.decodeLatents(latents, latentHeight, latentWidth));
+      // Touched while the decoder runs: fresh pages take the host longer than the copy into them.
+      const bytes = new Uint8Array(batch * height * width * 3).fill(0);
       await checkFinite("the autoencoder", pictures);
-      const bytes = await device.download(own(ops.toPixels(pictures)));
+      await device.download(own(ops.toPixels(pictures)), bytes);
       signal?.throwIfAborted();
       const size = height * width * 3;
       return {

@@ -236,6 +236,10 @@ testFakeDevice(
     tensor.dispose();
     Tensor.fromBytes(device, new Uint8Array(length), [length], "u8");
     assert(Buffer.from(await downloaded).equals(counting(length)));
+    const again = Tensor.fromBytes(device, counting(1000), [1000], "u8");
+    const into = new Uint8Array(1000);
+    assert.equal(await device.download(again, into), into);
+    assert.deepEqual(into, counting(1000));
   },
 );
 
@@ -243,6 +247,7 @@ testFakeDevice("cuda: copies that cannot be are refused", {}, (device) => {
   const tensor = Tensor.fromInt32(device, [1, 2, 3, 4, 5, 6], [2, 3]);
   assert.throws(() => device.upload(new Uint8Array(25), tensor.memory), /25 bytes do not fit into 24/);
   assert.throws(() => device.download(tensor.permute([1, 0])), /contiguous tensor, not strided i32 \[3, 2\]/);
+  assert.throws(() => device.download(tensor, new Uint8Array(25)), /has 24 bytes, 25 were given/);
   using other = openCuda(0);
   assert.throws(() => other.download(tensor), /lies on cuda:0/);
   assert.throws(() => other.upload(new Uint8Array(1), tensor.memory), /is not mine/);

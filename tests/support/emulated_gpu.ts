@@ -40,6 +40,7 @@ import type {
 } from "../../ffi/device.ts";
 import { columnMajorGemm } from "../../ffi/cuda/cublaslt.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
+import { checkDownload } from "../../ffi/download.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
 import {
   type AttentionPlan,
@@ -225,14 +226,16 @@ class EmulatedGpu implements GpuDevice {
     bytesOf(memory).set(bytes);
   }
 
-  download(tensor: Tensor): Promise<Uint8Array<ArrayBuffer>> {
+  download(
+    tensor: Tensor,
+    into: Uint8Array<ArrayBuffer> = new Uint8Array(tensor.byteLength),
+  ): Promise<Uint8Array<ArrayBuffer>> {
     this.#requireLive(tensor.memory, "download");
     this.#requireNotRecording("download");
-    if (!tensor.isContiguous) {
-      throw new FfiError(`${this.name}: download takes a contiguous tensor, not strided ${tensor}`);
-    }
+    checkDownload(this.name, tensor, into);
     const start = tensor.offset * dtypeBytes(tensor.dtype);
-    return Promise.resolve(bytesOf(tensor.memory).slice(start, start + tensor.byteLength));
+    into.set(bytesOf(tensor.memory).subarray(start, start + tensor.byteLength));
+    return Promise.resolve(into);
   }
 
   matmul(plan: MatmulPlan): void {

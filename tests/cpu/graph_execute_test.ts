@@ -1,0 +1,67 @@
+/** Parts as graphs: replays see new inputs, and where memory runs out a part stays eager. */
+import assert from "node:assert/strict";
+import type { GpuDevice } from "../../ffi/gpu.ts";
+import { Tensor } from "../../ffi/tensor.ts";
+import { add } from "../../kernels/add.ts";
+import { graphExecute } from "../../recipes/base/graph_execute.ts";
+import { eagerPlan, type Execute } from "../../recipes/base/plan.ts";
+import { weightsFrom } from "../../recipes/base/weights.ts";
+import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
+import { valuesOf } from "../support/golden.ts";
+import { ownDevice, testOn } from "../support/test_device.ts";
+
+/** Bytes that the guards around an allocation do not count as. */
+const KIB = 1024;
+
+/** Doubles as many kilobytes of numbers as a part of its own; counts how often the body ran. */
+function doubling(device: GpuDevice) {
+  const execute: Execute = graphExecute(device);
+  const weights = weightsFrom(new Map());
+  const all = { text_encoder: weights, text_encoder_2: weights, transformer: weights, vae: weights };
+  const plan = eagerPlan(device, all);
+  let runs = 0;
+  const double = async (kilobytes: number, value: number): Promise<void> => {
+    const count = 256 * kilobytes;
+    const x = Tensor.fromFloat32(device, new Float32Array(count).fill(value), [count]);
+    const sum = execute(plan, "sum", [x], ([given]) => (runs++, add(given, given)));
+    x.dispose();
+    const values = await valuesOf(sum);
+    sum.dispose();
+    assert.ok(values.every((one) => one === 2 * value), `twice ${value} is not ${values[0]}`);
+  };
+  return { double, runs: () => runs };
+}
+
+const withMemory = (kilobytes: number) =>
+  ownDevice("emulated GPU", () => openEmulatedGpu({ memoryBytes: kilobytes * KIB }), missingCompiler());
+
+testOn(withMemory(1000), "graphExecute: a recording is replayed with new inputs", async (device) => {
+  const { double, runs } = doubling(device);
+  for (const value of [1, 2, 3]) await double(64, value);
+  assert.equal(runs(), 2, "once eagerly, once to record");
+  await double(32, 4);
+  assert.equal(runs(), 4, "another size is another recording");
+});
+
+testOn(
+  withMemory(2 * 64 + 32),
+  "graphExecute: without memory for a recording a part stays eager",
+  async (device) => {
+    const { double, runs } = doubling(device);
+    await double(64, 1);
+    const afterFirst = runs();
+    for (const value of [2, 3]) await double(64, value);
+    assert.equal(runs() - afterFirst, 2, "eager each time");
+    assert.equal(device.memoryUse().current, 0);
+    assert.equal(device.memoryUse().weights, 0, "what a recording took is given back");
+  },
+);
+
+testOn(withMemory(400), "graphExecute: older recordings make room for a new one", async (device) => {
+  const { double, runs } = doubling(device);
+  await double(64, 1);
+  await double(80, 2);
+  const before = runs();
+  await double(80, 3);
+  assert.equal(runs(), before, "the new one is replayed");
+});
