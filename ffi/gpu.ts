@@ -95,6 +95,14 @@ export interface GpuDevice extends Device {
    */
   measuring<T>(body: () => T): T;
 
+  /**
+   * Which of several ways to do the same work is the fastest: inside of {@link measuring} it is timed once, and kept in
+   * the cache under `key`; elsewhere it is the first.
+   *
+   * @param key what the work depends on. @param ways each issues the work.
+   */
+  fastest(key: string, ways: readonly (() => void)[]): number;
+
   /** Marks the end of the work issued so far. */
   event(): GpuEvent;
   /**

@@ -8,6 +8,7 @@ import { expect, expectShape } from "./check.ts";
  * @param x `[..., in]`, dense rows (the dimensions before the last may be merged).
  * @param weight `[out, in]` as PyTorch's `nn.Linear` keeps it, same dtype as `x`.
  * @param bias `[out]`.
+ * @param place where the result is stored, dense rows at any distance; allocated when left out.
  * @returns `[..., out]` in `x`'s dtype.
  * @throws ShapeError where the sizes do not fit.
  */
@@ -16,12 +17,15 @@ export function linear(
   weight: Tensor,
   bias?: Tensor,
   activation?: MatmulPlan["activation"],
+  place?: Tensor,
 ): Tensor {
   const [outFeatures, inFeatures] = weight.shape;
   expectShape("linear", "weight", weight, [null, x.shape.at(-1) ?? null]);
   if (bias !== undefined) expectShape("linear", "bias", bias, [outFeatures]);
   expect(x.dtype === weight.dtype, "linear", () => `x is ${x.dtype}, weight is ${weight.dtype}`);
-  const out = Tensor.empty(x.device, [...x.shape.slice(0, -1), outFeatures], x.dtype);
+  const shape = [...x.shape.slice(0, -1), outFeatures];
+  if (place !== undefined) expectShape("linear", "place", place, shape);
+  const out = place ?? Tensor.empty(x.device, shape, x.dtype);
   x.device.matmul({
     a: x.reshape([-1, inFeatures]),
     b: weight,

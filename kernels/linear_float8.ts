@@ -16,6 +16,7 @@ export interface Float8Matrix extends Quantized {
  * was, its scales found anew for each call; sums are in f32, as far as the matrix units keep them.
  *
  * @param x `[..., in]`, f32 or bf16. @param weight `[out, in]`. @param bias `[out]`, on a GPU in bf16.
+ * @param place where the result is stored, dense rows at any distance; allocated when left out.
  * @returns `[..., out]` in `x`'s dtype, rounded once.
  * @throws ShapeError where the sizes do not fit; on a GPU for sizes that are no multiples of 16.
  */
@@ -24,8 +25,11 @@ export function linearFloat8(
   weight: Float8Matrix,
   bias?: Tensor,
   activation?: MatmulPlan["activation"],
+  place?: Tensor,
 ): Tensor {
-  return x.device.scope(() => linearQuantized(quantizeAs(weight, x), x.dtype, weight, bias, activation));
+  return x.device.scope(() =>
+    linearQuantized(quantizeAs(weight, x), x.dtype, weight, bias, activation, place)
+  );
 }
 
 /** `x` quantized as `weight` was, for one or several products with such weights by {@link linearQuantized}. */
@@ -44,12 +48,15 @@ export function linearQuantized(
   weight: Float8Matrix,
   bias?: Tensor,
   activation?: MatmulPlan["activation"],
+  place?: Tensor,
 ): Tensor {
   const [outFeatures, inFeatures] = weight.values.shape;
   expectShape("linearFloat8", "weight", weight.values, [null, x.values.shape.at(-1) ?? null]);
   if (bias !== undefined) expectShape("linearFloat8", "bias", bias, [outFeatures]);
   expect(x.rowwise === weight.rowwise, "linearFloat8", () => "x and weight are not scaled alike");
-  const out = Tensor.empty(x.values.device, [...x.values.shape.slice(0, -1), outFeatures], dtype);
+  const shape = [...x.values.shape.slice(0, -1), outFeatures];
+  if (place !== undefined) expectShape("linearFloat8", "place", place, shape);
+  const out = place ?? Tensor.empty(x.values.device, shape, dtype);
   const plan: MatmulPlan = {
     a: x.values.reshape([-1, inFeatures]),
     b: weight.values,

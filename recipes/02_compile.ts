@@ -16,11 +16,11 @@
 import { isGpu } from "../ffi/gpu.ts";
 import { adaLayerNormFused } from "../kernels/ada_layer_norm.ts";
 import { addRmsNormFused } from "../kernels/add_rms_norm.ts";
-import { attentionBesideMlpFused } from "../kernels/attention_beside_mlp.ts";
 import { gatedAdaLayerNormFused } from "../kernels/gated_ada_layer_norm.ts";
 import { groupNormSiluFused } from "../kernels/group_norm_silu.ts";
 import { jointAttentionFused } from "../kernels/joint_attention.ts";
 import { linearGeluFused } from "../kernels/linear_gelu.ts";
+import { parallelBranchesFused } from "../kernels/parallel_branches.ts";
 import { graphExecute } from "./base/graph_execute.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
@@ -35,11 +35,11 @@ export const compile: Recipe = {
       ...plan.ops,
       adaLayerNorm: adaLayerNormFused,
       addRmsNorm: addRmsNormFused,
-      attentionBesideMlp: attentionBesideMlpFused,
       gatedAdaLayerNorm: gatedAdaLayerNormFused,
       groupNormSilu: groupNormSiluFused,
       jointAttention: jointAttentionFused,
       linearGelu: linearGeluFused,
+      parallelBranches: parallelBranchesFused,
     },
   }),
 };

@@ -53,8 +53,6 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
         ops: {
           ...ops,
           jointAttention: attend,
-          attentionBesideMlp: (stream, cos, sin, eps, mlp) =>
-            ops.attentionBesideMlp(stream, cos, sin, eps, mlp, attend),
         },
       };
     },

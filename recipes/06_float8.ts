@@ -88,9 +88,9 @@ function quantizePlan(plan: Plan, rowwise: boolean): Plan {
       if (isGpu(device)) transformer.free(group[i]);
     });
   }
-  const linear: Ops["linear"] = (x, weight, bias) => {
+  const linear: Ops["linear"] = (x, weight, ...rest) => {
     const matrix = matrices.get(weight);
-    return matrix === undefined ? ops.linear(x, weight, bias) : linearFloat8(x, matrix, bias);
+    return matrix === undefined ? ops.linear(x, weight, ...rest) : linearFloat8(x, matrix, ...rest);
   };
   return {
     ...plan,
@@ -98,11 +98,11 @@ function quantizePlan(plan: Plan, rowwise: boolean): Plan {
     ops: {
       ...ops,
       linear,
-      linearGelu(x, weight, bias) {
+      linearGelu(x, weight, bias, place) {
         const matrix = matrices.get(weight);
         return matrix === undefined
-          ? ops.linearGelu(x, weight, bias)
-          : linearFloat8(x, matrix, bias, "geluTanh");
+          ? ops.linearGelu(x, weight, bias, place)
+          : linearFloat8(x, matrix, bias, "geluTanh", place);
       },
       linears(x, layers) {
         const quantized = layers.flatMap(({ weight, bias }) => {

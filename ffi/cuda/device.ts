@@ -111,6 +111,8 @@ export class CudaDevice implements GpuDevice {
   #peak = 0;
   #recording = false;
   #measuring = false;
+  /** What {@link fastest} and the libraries' measurements have found, by key. */
+  readonly #choices = new Map<string, number>();
   /** The recorded graphs that are in use. */
   readonly #graphs = new Set<CudaGraph>();
 
@@ -364,6 +366,10 @@ export class CudaDevice implements GpuDevice {
     }
   }
 
+  fastest(key: string, ways: readonly (() => void)[]): number {
+    return this.#choose(key, () => ways.map((way) => () => (way(), true)));
+  }
+
   event(): GpuEvent {
     this.#checkOpen();
     this.#refuseRecording("an event");
@@ -505,10 +511,14 @@ export class CudaDevice implements GpuDevice {
 
   /** See {@link CudaContext.choose}. */
   #choose(key: string, ways: () => readonly (() => boolean)[]): number {
-    if (!this.#measuring || this.#recording) return 0;
+    if (!this.#measuring) return 0;
+    let index = this.#choices.get(key);
+    if (index !== undefined) return index;
+    if (this.#recording) return 0;
     const measure = () => Uint8Array.of(fastest(this.context, ways()));
     const driver = this.#driver.driverGetVersion().join(".");
-    const [index] = this.#cache?.get(["choice", this.#gpuName, driver, key], measure) ?? measure();
+    [index] = this.#cache?.get(["choice", this.#gpuName, driver, key], measure) ?? measure();
+    this.#choices.set(key, index);
     return index;
   }
 

@@ -2,7 +2,6 @@ import { adaLayerNorm } from "../../kernels/ada_layer_norm.ts";
 import { add } from "../../kernels/add.ts";
 import { addRmsNorm } from "../../kernels/add_rms_norm.ts";
 import { attention } from "../../kernels/attention.ts";
-import { attentionBesideMlp } from "../../kernels/attention_beside_mlp.ts";
 import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
@@ -20,6 +19,7 @@ import { linear } from "../../kernels/linear.ts";
 import { linearGelu } from "../../kernels/linear_gelu.ts";
 import { linears } from "../../kernels/linears.ts";
 import { multiply } from "../../kernels/multiply.ts";
+import { parallelBranches } from "../../kernels/parallel_branches.ts";
 import { quickGelu } from "../../kernels/quick_gelu.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { scaleShift } from "../../kernels/scale_shift.ts";
@@ -56,13 +56,13 @@ export interface Ops {
 
   readonly adaLayerNorm: typeof adaLayerNorm;
   readonly addRmsNorm: typeof addRmsNorm;
-  readonly attentionBesideMlp: typeof attentionBesideMlp;
   readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
   readonly gatedResidual: typeof gatedResidual;
   readonly groupNormSilu: typeof groupNormSilu;
   readonly jointAttention: typeof jointAttention;
   readonly linearGelu: typeof linearGelu;
   readonly linears: typeof linears;
+  readonly parallelBranches: typeof parallelBranches;
 }
 
 /** The unoptimized table: one kernel after another, as PyTorch runs eagerly. */
@@ -90,11 +90,11 @@ export const eagerOps: Ops = {
 
   adaLayerNorm,
   addRmsNorm,
-  attentionBesideMlp,
   gatedAdaLayerNorm,
   gatedResidual,
   groupNormSilu,
   jointAttention,
   linearGelu,
   linears,
+  parallelBranches,
 };

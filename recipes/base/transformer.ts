@@ -5,7 +5,7 @@ import { MAX_LAYERS } from "./checkpoint.ts";
 import { type DoubleModulation, modulationsOf, TIME_CHANNELS } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
-import { dense, denseAll, under, type Weights, WeightShapes } from "./weights.ts";
+import { dense, denseAll, layerOf, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What `transformer/config.json` says (diffusers' FluxTransformer2DModel), with its defaults. */
 export const transformerConfigSchema = z.looseObject({
@@ -177,18 +177,17 @@ export function singleBlock(
   normed: Tensor,
   rotary: Rotary,
 ): Tensor {
-  const attn = under(weights, "attn");
-  return normed.device.scope(() => {
-    const [q, k, v, mlp] = denseAll(
-      ops,
-      weights,
-      ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
-      normed,
-    );
-    const stream = qkvStream([q, k, v], attn, ["norm_q", "norm_k"], config.num_attention_heads);
-    const both = ops.attentionBesideMlp(stream, rotary.cos, rotary.sin, NORM_EPS, mlp);
-    return dense(ops, weights, "proj_out", both);
-  });
+  const layers = {
+    q: layerOf(weights, "attn.to_q"),
+    k: layerOf(weights, "attn.to_k"),
+    v: layerOf(weights, "attn.to_v"),
+    mlp: layerOf(weights, "proj_mlp"),
+    out: layerOf(weights, "proj_out"),
+    normQ: weights.get("attn.norm_q.weight"),
+    normK: weights.get("attn.norm_k.weight"),
+    heads: config.num_attention_heads,
+  };
+  return ops.parallelBranches(normed, layers, rotary.cos, rotary.sin, NORM_EPS, ops);
 }
 
 /** Projections `[batch, tokens, hidden]` of q, k and v, by heads, with the weights of their norms. */

@@ -3,6 +3,7 @@ import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
+import type { LinearLayer } from "../../kernels/linears.ts";
 import type { ComponentWeights } from "./checkpoint.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import type { Ops } from "./ops.ts";
@@ -182,18 +183,18 @@ export function under(weights: Weights, module: string): Weights {
 
 /** A Linear layer of the checkpoint, with its bias where it has one: `[..., in]` to `[..., out]`. */
 export function dense(ops: Ops, weights: Weights, module: string, x: Tensor): Tensor {
-  return ops.linear(x, weights.get(`${module}.weight`), optional(weights, `${module}.bias`));
+  const { weight, bias } = layerOf(weights, module);
+  return ops.linear(x, weight, bias);
 }
 
 /** Linear layers of one input; see {@link dense}. */
 export function denseAll(ops: Ops, weights: Weights, modules: readonly string[], x: Tensor): Tensor[] {
-  return ops.linears(
-    x,
-    modules.map((module) => ({
-      weight: weights.get(`${module}.weight`),
-      bias: optional(weights, `${module}.bias`),
-    })),
-  );
+  return ops.linears(x, modules.map((module) => layerOf(weights, module)));
+}
+
+/** A Linear layer's weights, as {@link dense} takes them. */
+export function layerOf(weights: Weights, module: string): LinearLayer {
+  return { weight: weights.get(`${module}.weight`), bias: optional(weights, `${module}.bias`) };
 }
 
 /** A weight that not every model has. */

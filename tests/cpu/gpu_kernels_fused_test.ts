@@ -1,44 +1,58 @@
 /** The fused kernels on the emulated GPU, on one with an attention library, and on the CPU. */
 import assert from "node:assert/strict";
-import type { Device } from "../../ffi/device.ts";
+import type { Device, MatmulPlan } from "../../ffi/device.ts";
 import { ShapeError } from "../../ffi/errors.ts";
 import type { AttentionPlan } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { adaLayerNorm, adaLayerNormFused } from "../../kernels/ada_layer_norm.ts";
 import { addRmsNorm, addRmsNormFused } from "../../kernels/add_rms_norm.ts";
 import { attention } from "../../kernels/attention.ts";
-import { attentionBesideMlp, attentionBesideMlpFused } from "../../kernels/attention_beside_mlp.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { gatedAdaLayerNorm, gatedAdaLayerNormFused } from "../../kernels/gated_ada_layer_norm.ts";
 import { jointAttention, jointAttentionFused } from "../../kernels/joint_attention.ts";
+import { joinedLinears } from "../../kernels/joined_linears.ts";
+import { linearGeluFused } from "../../kernels/linear_gelu.ts";
+import { parallelBranches, parallelBranchesFused } from "../../kernels/parallel_branches.ts";
 import { silu } from "../../kernels/silu.ts";
+import { eagerOps } from "../../recipes/base/ops.ts";
 import { assertClose } from "../support/compare.ts";
 import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { valuesOf } from "../support/golden.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
+import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
 import { forEachProvider, noise } from "../support/providers.ts";
 import { openReference } from "../support/reference_provider.ts";
 import { ownDevice, testOn } from "../support/test_device.ts";
 
 fusedSuite();
+parallelBranchesSuite();
 
 function random(device: Device, shape: readonly number[], seed: number): Tensor {
   const values = new Float32Array(shape.reduce((a, b) => a * b)).map((_, i) => noise(seed)(i));
   return Tensor.fromFloat32(device, values, shape);
 }
 
-/** A single block's q, k, v and MLP as columns of one product, by heads, and its rotary tables. */
-function singleStream(device: Device) {
+/** A single block's layers, joined, what they read and the rotary tables. */
+function singleBlock(device: Device) {
   const [tokens, heads, headDim, mlpHidden] = [5, 2, 8, 24];
   const hidden = heads * headDim;
-  const product = random(device, [2, tokens, 3 * hidden + mlpHidden], 1);
-  const [q, k, v] = [0, 1, 2].map((part) =>
-    product.narrow(2, part * hidden, hidden).reshape([2, tokens, heads, headDim])
-  );
+  const weight = random(device, [3 * hidden + mlpHidden, hidden], 1);
+  const [q, k, v, mlp] = [hidden, hidden, hidden, mlpHidden].map((rows, i) => ({
+    weight: weight.narrow(0, i * hidden, rows),
+  }));
+  const out = { weight: random(device, [hidden, hidden + mlpHidden], 6), bias: random(device, [hidden], 7) };
   const [normQ, normK] = [2, 3].map((seed) => random(device, [headDim], seed));
   const [cos, sin] = [4, 5].map((seed) => random(device, [tokens, headDim], seed));
-  return { stream: { q, k, v, normQ, normK }, mlp: product.narrow(2, 3 * hidden, mlpHidden), cos, sin };
+  const layers = { q, k, v, mlp, out, normQ, normK, heads };
+  return { x: random(device, [2, tokens, hidden], 8), layers, cos, sin };
 }
+
+const fusedOps = {
+  ...eagerOps,
+  jointAttention: jointAttentionFused,
+  linearGelu: linearGeluFused,
+  linears: joinedLinears,
+};
 
 const withLibrary = ownDevice(
   "emulated GPU with library attention",
@@ -48,22 +62,29 @@ const withLibrary = ownDevice(
 
 testOn(
   withLibrary,
-  "a single block's product reaches the library and its output without a copy",
+  "a single block's products reach the library and its output without a copy, with GELU in an epilogue or apart",
   async (device) => {
-    const { stream, mlp, cos, sin } = singleStream(device);
+    const { x, layers, cos, sin } = singleBlock(device);
     const plans: AttentionPlan[] = [];
     const library = device.attention.bind(device);
     device.attention = (plan) => (plans.push(plan), library(plan));
     let launches = 0;
     const launch = device.launch.bind(device);
     device.launch = (...args) => (launches++, launch(...args));
-    const out = attentionBesideMlpFused(stream, cos, sin, 1e-6, mlp);
-    assert.equal(launches, 2); // norm and rotation, GELU
-    assert.equal(plans[0].v, stream.v);
-    assert.equal(plans[0].out.memory, out.memory);
-
-    const expected = attentionBesideMlp(stream, cos, sin, 1e-6, mlp);
-    assertClose(await valuesOf(out), await valuesOf(expected), 1e-6, "attention beside MLP");
+    const products: MatmulPlan[] = [];
+    const matmul = device.matmul.bind(device);
+    device.matmul = (plan) => (products.push(plan), matmul(plan));
+    const expected = await valuesOf(parallelBranches(x, layers, cos, sin, 1e-6, eagerOps));
+    for (const [way, columns] of [[24, 48, 16], [72, 16]].entries()) {
+      device.fastest = () => way;
+      [plans.length, launches, products.length] = [0, 0, 0];
+      const out = parallelBranchesFused(x, layers, cos, sin, 1e-6, fusedOps);
+      assert.deepEqual(products.map(({ b }) => b.shape[0]), columns);
+      assert.equal(launches, way === 0 ? 1 : 2); // norm and rotation, GELU
+      assert.equal(plans[0].v.memory, products[way === 0 ? 1 : 0].out.memory);
+      assert.equal(plans[0].out.memory, products.at(-1)!.a.memory);
+      assertClose(await valuesOf(out), expected, 1e-6, "parallel branches");
+    }
   },
 );
 
@@ -72,7 +93,10 @@ Deno.test("fused operators on the CPU are the composite ones", () => {
   const [residual, x] = [1, 2].map((seed) => random(device, [2, 3, 8], seed));
   const [gate, scale, shift] = [3, 4, 5].map((seed) => random(device, [2, 8], seed));
   const weight = random(device, [8], 6);
-  const { stream, mlp, cos, sin } = singleStream(device);
+  const { x: tokens, layers, cos, sin } = singleBlock(device);
+  const { normQ, normK } = layers;
+  const [q, k, v] = [9, 10, 11].map((seed) => random(device, [2, 5, 2, 8], seed));
+  const stream = { q, k, v, normQ, normK };
   const pairs: [fused: Tensor[], composite: Tensor[]][] = [
     [[adaLayerNormFused(x, scale, shift, 1e-6)], [adaLayerNorm(x, scale, shift, 1e-6)]],
     [
@@ -85,8 +109,8 @@ Deno.test("fused operators on the CPU are the composite ones", () => {
     ],
     [[jointAttentionFused([stream], cos, sin, 1e-6)], [jointAttention([stream], cos, sin, 1e-6)]],
     [
-      [attentionBesideMlpFused(stream, cos, sin, 1e-6, mlp)],
-      [attentionBesideMlp(stream, cos, sin, 1e-6, mlp)],
+      [parallelBranchesFused(tokens, layers, cos, sin, 1e-6, fusedOps)],
+      [parallelBranches(tokens, layers, cos, sin, 1e-6, eagerOps)],
     ],
   ];
   for (const [fused, composite] of pairs) {

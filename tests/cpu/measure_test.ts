@@ -129,9 +129,6 @@ for (const [name, folder] of [["tiny", EMBEDDED_MODEL], ["dev-like", goldenPath(
             return plan.ops.linears(x, layers);
           },
           jointAttention: (streams, ...rest) => (attend(streams), plan.ops.jointAttention(streams, ...rest)),
-          attentionBesideMlp: (stream, ...rest) => (
-            attend([stream]), plan.ops.attentionBesideMlp(stream, ...rest)
-          ),
         },
       };
     };

@@ -5,6 +5,7 @@ import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
+import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
 import { randomSuite } from "../support/kernel_suites/random.ts";
 
 convolutionSuite();
@@ -13,4 +14,5 @@ normsSuite();
 randomSuite();
 float8Suite();
 fusedSuite();
+parallelBranchesSuite();
 attentionFloat8Suite();

@@ -347,6 +347,10 @@ class EmulatedGpu implements GpuDevice {
     return true;
   }
 
+  fastest(): number {
+    return 0;
+  }
+
   measuring<T>(body: () => T): T {
     return body(); // there is one way to do everything
   }

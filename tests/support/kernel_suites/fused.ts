@@ -7,11 +7,8 @@ import { elementCount, Tensor } from "../../../ffi/tensor.ts";
 import { adaLayerNormFused } from "../../../kernels/ada_layer_norm.ts";
 import { addReference } from "../../../kernels/add.ts";
 import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
-import { attention, attentionReference } from "../../../kernels/attention.ts";
-import { attentionBesideMlpFused } from "../../../kernels/attention_beside_mlp.ts";
 import { gatedAdaLayerNormFused, type Normed } from "../../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidualReference } from "../../../kernels/gated_residual.ts";
-import { geluTanhReference } from "../../../kernels/gelu_tanh.ts";
 import {
   jointQkNormRopeFused,
   jointQkNormRopeTiles,
@@ -546,104 +543,10 @@ function jointQkNormRopeSuite(): void {
   });
 }
 
-/** What attentionBesideMlp should be, and whether a column of it is attention's. */
-function besideReference(
-  [q, k, v, mlp]: readonly Float32Array[],
-  sizes: { batch: number; tokens: number; heads: number; headDim: number },
-): { expected: Float32Array; attended: (i: number) => boolean } {
-  const { batch, tokens, heads, headDim } = sizes;
-  const shape = { batch, queries: tokens, keys: tokens, heads, headDim };
-  const [attention, activated] = [new Float32Array(q.length), new Float32Array(mlp.length)];
-  attentionReference(attention, q, k, v, NONE, shape, headDim ** -0.5, false);
-  geluTanhReference(activated, mlp);
-  const hidden = heads * headDim;
-  const mlpHidden = mlp.length / (batch * tokens);
-  const width = hidden + mlpHidden;
-  const attended = (i: number) => i % width < hidden;
-  const expected = new Float32Array(batch * tokens * width).map((_, i) => {
-    const row = Math.floor(i / width);
-    return attended(i)
-      ? attention[row * hidden + i % width]
-      : activated[row * mlpHidden + i % width - hidden];
-  });
-  return { expected, attended };
-}
-
-function attentionBesideMlpSuite(): void {
-  /** Attention alone beside the MLP: norm and rotation have tests of their own. */
-  const beside = (q: Tensor, k: Tensor, v: Tensor, mlp: Tensor): Tensor => {
-    const stream = { q, k, v, normQ: q, normK: k };
-    return attentionBesideMlpFused(
-      stream,
-      q,
-      q,
-      EPS,
-      mlp,
-      (_streams, _cos, _sin, _eps, { out } = {}) => attention(q, k, v, out === undefined ? {} : { out }),
-    );
-  };
-
-  forEachGpu("attentionBesideMlpFused", (test) => {
-    test("equals attention beside GELU: sizes, slices of a product, dtypes", (device) => {
-      const drawn = fc.record({
-        batch: fc.integer({ min: 1, max: 2 }),
-        tokens: fc.constantFrom(1, 5, 24, 77),
-        heads: fc.integer({ min: 1, max: 3 }),
-        headDim: fc.constantFrom(1, 8, 20, 64),
-        mlpHidden: fc.constantFrom(1, 7, 24, 512),
-        product: fc.boolean(),
-        dtype: dtypes,
-        seed: seeds,
-      });
-      return property(device, drawn, 40, (one) => {
-        const { batch, tokens, heads, headDim, mlpHidden, product, dtype, seed } = one;
-        const [q, k, v, mlp] = [heads, heads, heads, 0].map((by, i) => {
-          const shape = [batch, tokens, by === 0 ? mlpHidden : heads * headDim];
-          const { tensor, values } = product
-            ? columns(device, shape, dtype, (at) => 2 * noise(seed + i)(at), 8)
-            : sample(device, shape, dtype, (at) => 2 * noise(seed + i)(at));
-          return { tensor: by === 0 ? tensor : tensor.reshape([batch, tokens, by, headDim]), values };
-        });
-        const values = [q, k, v, mlp].map((part) => part.values);
-        const { expected, attended } = besideReference(values, one);
-        return [{
-          actual: beside(q.tensor, k.tensor, v.tensor, mlp.tensor),
-          dtype,
-          shape: [batch, tokens, heads * headDim + mlpHidden],
-          expected,
-          slack: (i) => attended(i) && dtype === "bf16" ? 2 ** -7 : 1e-5,
-        }];
-      });
-    });
-
-    test("a NaN of a query spoils its head only, one of the MLP its own element", (device) =>
-      check(device, () => {
-        const sizes = { batch: 2, tokens: 5, heads: 2, headDim: 8 };
-        const shape = [2, 5, 2, 8];
-        const [k, v] = [1, 2].map((seed) => sample(device, shape, "f32", noise(seed)));
-        const q = sample(device, shape, "f32", (i) => i === 53 ? NaN : noise(3)(i));
-        const mlp = sample(device, [2, 5, 24], "f32", (i) => i === 100 ? NaN : noise(4)(i));
-        const { expected } = besideReference([q, k, v, mlp].map(({ values }) => values), sizes);
-        assert.equal(expected.filter(Number.isNaN).length, 8 + 1);
-        const actual = beside(q.tensor, k.tensor, v.tensor, mlp.tensor);
-        return [{ actual, dtype: "f32", shape: [2, 5, 40], expected, slack: () => 5e-6 }];
-      }));
-
-    test("refuses an MLP that does not fit", (device) =>
-      device.scope(() => {
-        const q = Tensor.empty(device, [1, 4, 2, 8], "bf16");
-        for (const mlp of [Tensor.empty(device, [1, 3, 8], "bf16"), Tensor.empty(device, [1, 4, 8], "f32")]) {
-          assert.throws(() => beside(q, q, q, mlp), ShapeError);
-        }
-      }));
-  });
-}
-
 /** All tests of fused kernels on the GPU of this process's tests. */
 export function fusedSuite(): void {
   adaLayerNormSuite();
   gatedAdaLayerNormSuite();
   addRmsNormSuite();
   jointQkNormRopeSuite();
-  attentionBesideMlpSuite();
 }

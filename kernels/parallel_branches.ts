@@ -1,0 +1,127 @@
+import type { GpuDevice } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import type { concat } from "./concat.ts";
+import { expectShape } from "./check.ts";
+import type { geluTanh } from "./gelu_tanh.ts";
+import { gpuOf } from "./gpu.ts";
+import type { jointAttention } from "./joint_attention.ts";
+import type { QkvStream } from "./joint_qk_norm_rope.ts";
+import type { linear } from "./linear.ts";
+import type { linearGelu } from "./linear_gelu.ts";
+import type { LinearLayer, linears } from "./linears.ts";
+
+/** The Linear layers and norms of a single-stream block; all but the last read the block's input. */
+export interface ParallelLayers {
+  readonly q: LinearLayer;
+  readonly k: LinearLayer;
+  readonly v: LinearLayer;
+  /** The MLP's up projection. */
+  readonly mlp: LinearLayer;
+  /** `[hidden, heads * headDim + mlpHidden]`: reads attention's output and, beside it, the MLP's. */
+  readonly out: LinearLayer;
+  /** `[headDim]`: weights of QK-norm. */
+  readonly normQ: Tensor;
+  readonly normK: Tensor;
+  readonly heads: number;
+}
+
+/** The operators that {@link parallelBranches} is made of: the running plan's. */
+export interface ParallelOps {
+  readonly concat: typeof concat;
+  readonly geluTanh: typeof geluTanh;
+  readonly jointAttention: typeof jointAttention;
+  readonly linear: typeof linear;
+  readonly linearGelu: typeof linearGelu;
+  readonly linears: typeof linears;
+}
+
+/**
+ * A single-stream block without its norm and its residual connection: attention and MLP of the same tokens, with one
+ * output projection (Dehghani et al. 2023).
+ * Composite: this body of primitives is the eager baseline; kernels that write side by side may replace it.
+ *
+ * @param x `[batch, tokens, in]`. @param cos `[tokens, headDim]` f32. @param sin the same.
+ * @returns `[batch, tokens, hidden]` in `x`'s dtype.
+ */
+export function parallelBranches(
+  x: Tensor,
+  layers: ParallelLayers,
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  ops: ParallelOps,
+): Tensor {
+  const { q, k, v, mlp, out } = layers;
+  return x.device.scope(() => {
+    const [qkv, up] = split(ops.linears(x, [q, k, v, mlp]));
+    const attended = ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps);
+    const both = ops.concat([merged(attended), ops.geluTanh(up)], 2);
+    return ops.linear(both, out.weight, out.bias);
+  });
+}
+
+/**
+ * {@link parallelBranches} on a GPU without copies: attention and MLP write where their columns belong. There are two ways,
+ * of which {@link GpuDevice.measuring} finds the faster: GELU in the epilogue of a product of its own, or one product for
+ * all of q, k, v and MLP, and then a pass of GELU. On the CPU the same as parallelBranches.
+ */
+export function parallelBranchesFused(
+  x: Tensor,
+  layers: ParallelLayers,
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  ops: ParallelOps,
+): Tensor {
+  const gpu = gpuOf(x);
+  if (gpu === undefined) return parallelBranches(x, layers, cos, sin, eps, ops);
+  const { q, k, v, mlp, out } = layers;
+  const [batch, tokens] = x.shape;
+  const hidden = q.weight.shape[0];
+  const mlpHidden = mlp.weight.shape[0];
+  expectShape("parallelBranches", "out", out.weight, [null, hidden + mlpHidden]);
+  return gpu.scope(() => {
+    const both = Tensor.empty(gpu, [batch, tokens, hidden + mlpHidden], x.dtype);
+    const up = both.narrow(2, hidden, mlpHidden);
+    const project = [
+      () => {
+        ops.linearGelu(x, mlp.weight, mlp.bias, up);
+        return ops.linears(x, [q, k, v]);
+      },
+      () => {
+        const [qkv, raw] = split(ops.linears(x, [q, k, v, mlp]));
+        ops.geluTanh(raw, up);
+        return qkv;
+      },
+    ];
+    const qkv = project[fastestOf(gpu, x, layers, project)]();
+    const attended = both.narrow(2, 0, hidden).reshape([batch, tokens, layers.heads, hidden / layers.heads]);
+    ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps, { out: attended });
+    return ops.linear(both, out.weight, out.bias);
+  });
+}
+
+function fastestOf(gpu: GpuDevice, x: Tensor, { q, mlp }: ParallelLayers, ways: (() => unknown)[]): number {
+  const joined = q.weight.memory === mlp.weight.memory;
+  const key = `parallelBranches ${x} ${q.weight} ${mlp.weight} ${joined ? "joined" : "apart"}`;
+  return gpu.fastest(key, ways.map((way) => () => gpu.scope(() => void way())));
+}
+
+function split([q, k, v, mlp]: readonly Tensor[]): [qkv: Tensor[], mlp: Tensor] {
+  return [[q, k, v], mlp];
+}
+
+/** Projections `[batch, tokens, heads * headDim]` by heads. */
+function streamOf(projections: readonly Tensor[], { heads, normQ, normK }: ParallelLayers): QkvStream {
+  const [q, k, v] = projections.map((x) => {
+    const [batch, tokens, hidden] = x.shape;
+    return x.reshape([batch, tokens, heads, hidden / heads]);
+  });
+  return { q, k, v, normQ, normK };
+}
+
+/** `[batch, tokens, heads, headDim]` with the heads side by side. */
+function merged(attended: Tensor): Tensor {
+  const [batch, tokens, heads, headDim] = attended.shape;
+  return attended.reshape([batch, tokens, heads * headDim]);
+}
