@@ -1,20 +1,21 @@
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { attention } from "./attention.ts";
+import type { TileDType } from "./attention_tiles.ts";
 import { expectShape } from "./check.ts";
-import { flashAttentionFloat8 } from "./flash_attention_float8.ts";
+import { flashAttention, hasFlashAttention } from "./flash_attention.ts";
+import { gpuOf } from "./gpu.ts";
 import {
   jointQkNormRope,
   jointQkNormRopeFused,
   jointQkNormRopeTiles,
+  jointQkNormRopeTilesTakes,
   type QkvStream,
 } from "./joint_qk_norm_rope.ts";
 
 export interface JointAttentionOptions {
   /** Where the result goes, `[batch, tokens, heads, headDim]` with a dense last dimension; a new tensor when left out. */
   readonly out?: Tensor;
-  /** Attention of what was joined. */
-  readonly attend?: typeof attention;
 }
 
 /**
@@ -30,49 +31,78 @@ export function jointAttention(
   cos: Tensor,
   sin: Tensor,
   eps: number,
-  { out, attend = attention }: JointAttentionOptions = {},
+  options: JointAttentionOptions = {},
 ): Tensor {
   return cos.device.scope(() => {
     const { q, k, v } = jointQkNormRope(streams, cos, sin, eps);
-    return attend(q, k, v, out === undefined ? {} : { out });
+    return attention(q, k, v, options);
   });
 }
 
-/** {@link jointAttention} with one kernel a stream before attention, on a GPU. */
+/** {@link jointAttention} with one kernel a stream before the attention of a library, on a GPU. */
+export function jointAttentionByLibrary(
+  streams: readonly QkvStream[],
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  options: JointAttentionOptions = {},
+): Tensor {
+  return cos.device.scope(() => {
+    const { q, k, v } = jointQkNormRopeFused(streams, cos, sin, eps);
+    return attention(q, k, v, options);
+  });
+}
+
+/**
+ * {@link jointAttention} by our own kernels on a Hopper GPU, or by {@link jointAttentionByLibrary}: whichever
+ * {@link GpuDevice.measuring} finds faster.
+ */
 export function jointAttentionFused(
   streams: readonly QkvStream[],
   cos: Tensor,
   sin: Tensor,
   eps: number,
-  { out, attend = attention }: JointAttentionOptions = {},
+  options: JointAttentionOptions = {},
 ): Tensor {
-  return cos.device.scope(() => {
-    const { q, k, v } = jointQkNormRopeFused(streams, cos, sin, eps);
-    return attend(q, k, v, out === undefined ? {} : { out });
-  });
+  const gpu = gpuOf(cos);
+  if (gpu === undefined || !jointAttentionTiledTakes(gpu, streams)) {
+    return jointAttentionByLibrary(streams, cos, sin, eps, options);
+  }
+  const ways = [
+    () => jointAttentionTiled(gpu, streams, cos, sin, eps, "bf16", options),
+    () => jointAttentionByLibrary(streams, cos, sin, eps, options),
+  ];
+  const key = `jointAttention ${streams.map(({ q }) => q).join(", ")}`;
+  return ways[gpu.fastest(key, ways.map((way) => () => gpu.scope(() => void way())))]();
+}
+
+/** Whether {@link jointAttentionTiled} takes these streams on this GPU. */
+export function jointAttentionTiledTakes(gpu: GpuDevice, streams: readonly QkvStream[]): boolean {
+  return hasFlashAttention(gpu) && jointQkNormRopeTilesTakes(streams);
 }
 
 /**
- * {@link jointAttention} in float8: q, k and v are cast to E4M3 by the kernel that norms and turns them, into the tiles
- * that {@link flashAttentionFloat8} reads.
+ * {@link jointAttention} by {@link flashAttention}, from tiles that the kernel writes which norms and turns q and k.
  *
- * @param streams bf16, that jointQkNormRopeTilesTakes. @param out as in {@link JointAttentionOptions}.
+ * @param streams that {@link jointAttentionTiledTakes}. @param dtype f8e4m3: q, k and v are cast without scales.
  */
-export function jointAttentionFloat8(
+export function jointAttentionTiled(
   gpu: GpuDevice,
   streams: readonly QkvStream[],
   cos: Tensor,
   sin: Tensor,
   eps: number,
-  out?: Tensor,
+  dtype: TileDType,
+  { out }: JointAttentionOptions = {},
 ): Tensor {
   const [{ q }] = streams;
   const [batch, , heads, headDim] = q.shape;
   const shape = [batch, cos.shape[0], heads, headDim];
-  if (out !== undefined) expectShape("jointAttentionFloat8", "out", out, shape);
+  if (out !== undefined) expectShape("jointAttention", "out", out, shape);
   return gpu.scope(() => {
     const place = out ?? Tensor.empty(gpu, shape, q.dtype);
-    flashAttentionFloat8(gpu, jointQkNormRopeTiles(gpu, streams, cos, sin, eps), headDim ** -0.5, place);
+    const tiles = jointQkNormRopeTiles(gpu, streams, cos, sin, eps, dtype);
+    flashAttention(gpu, tiles, headDim ** -0.5, place);
     return place;
   });
 }

@@ -5,16 +5,15 @@
 //   q, k, v            [batch, tokens, heads, headDim] T with any strides but a dense last dimension
 //   normQ, normK       [headDim] W      cosines, sines   [tokens, headDim] f32, dense rows
 //
-// With TILES, q and k go to the float8 tiles that flash_attention_float8.cu reads instead, and v to none: a tile is 128
-// tokens of a head, a token a row of 128 bytes, whose pieces of 16 are swizzled: piece c of row r stands at c ^ (r % 8). The
-// rows of k are permuted within groups of 16: row 8 b + 2 t + e has token 4 t + 2 b + e. `start` is the stream's first token among all of them; tokens behind the last one become 0.
+// With TILES, they go to the tiles that flash_attention.cu reads (attention_tiles.ts says how those lie), in float8 q and k
+// only. `start` is the stream's first token among all of them; tokens behind the last one become 0.
 //
 // One block a token. LANES threads share a head, and a thread keeps its part of the token's two table rows in registers
 // for HEADS heads of q and as many of k: the tables are read once a token, and all heads are on their way at a time.
 // Grid: tokens (with TILES up to the end of the last tile), batch.
 // Bytes moved: 2 * sizeof(T) an element of q, k and v, and the tables once. Floors at FLUX's 24 heads x 128 in bf16 at
-// 3.0 TB/s: 4352 tokens without v 107 + 4.5 MB, 37 us; 4096 tokens with v 151 + 4.2 MB, 52 us; 4352 tokens to tiles
-// 80 + 4.5 MB, 28 us.
+// 3.0 TB/s: 4352 tokens without v 107 + 4.5 MB, 37 us; 4096 tokens with v 151 + 4.2 MB, 52 us; 4352 tokens to float8
+// tiles 80 + 4.5 MB, 28 us, to bf16 tiles with v 160 + 4.5 MB, 55 us.
 // T, W, O: the dtypes. N: elements that move at a time, 1 or an even divisor of headDim. LANES: a power of two, part of a
 // warp. VECTORS: pieces of a head that a thread has. BLOCK: threads, whole warps.
 #include "common.cuh"
@@ -38,20 +37,23 @@ __device__ __forceinline__ void storeHeads(S* out, const Vec<S, N> (&held)[HEADS
   for (int h = 0; h < HEADS; h++) storeRow<LANES>(out + own.head(h) * own.headDim, held[h], own.lane, own.length(h));
 }
 
-// Into the rows of this token in the tiles of its heads: pieces of 16 bytes, swizzled; those of k permuted among 16 rows.
-__device__ __forceinline__ void storeTiles(O* out, const Vec<O, N> (&held)[HEADS][VECTORS], Heads own, int token,
+// Into the rows of this token in the tiles of its heads: pieces of 16 bytes, swizzled; those of k in float8 permuted among
+// 16 rows.
+template <typename S>
+__device__ __forceinline__ void storeTiles(S* out, const Vec<S, N> (&held)[HEADS][VECTORS], Heads own, int token,
                                            int tiles, bool permuted) {
+  constexpr int BYTES = sizeof(S);
   int row = token % 128, place = row % 16;
-  if (permuted) row += 8 * (place % 4 / 2) + 2 * (place / 4) + place % 2 - place;
+  if (permuted && BYTES == 1) row += 8 * (place % 4 / 2) + 2 * (place / 4) + place % 2 - place;
 #pragma unroll
   for (int h = 0; h < HEADS; h++) {
     if (own.length(h) == 0) continue;
     long long tile = ((long long)blockIdx.y * own.heads + own.head(h)) * tiles + token / 128;
-    O* bytes = out + (tile * 128 + row) * 128;
+    unsigned char* rows = (unsigned char*)out + (tile * 128 * BYTES + row) * 128;
 #pragma unroll
     for (int j = 0; j < VECTORS; j++) {
-      int at = (j * LANES + own.lane) * N;
-      storeVec(bytes + ((at / 16) ^ row % 8) * 16 + at % 16, held[h][j]);
+      int byte = (j * LANES + own.lane) * N * BYTES, inRow = byte % 128;
+      storeVec((S*)(rows + byte / 128 * (128 * 128) + (inRow / 16 ^ row % 8) * 16 + inRow % 16), held[h][j]);
     }
   }
 }
@@ -96,6 +98,7 @@ jointQkNormRope(O* outQ, O* outK, T* outV, const T* q, const T* k, const T* v, c
     for (int i = 0; i < HEADS * VECTORS * N; i++) turned[i / N / VECTORS][i / N % VECTORS].v[i % N] = fromFloat<O>(0.0f);
     storeTiles(outQ, turned, own, start + (int)token, tiles, false);
     storeTiles(outK, turned, own, start + (int)token, tiles, true);
+    if (COPY_V) storeTiles((O*)outV, turned, own, start + (int)token, tiles, false);
     return;
   }
   Vec<T, N> heldQ[HEADS][VECTORS], heldK[HEADS][VECTORS], heldV[HEADS][VECTORS];
@@ -119,5 +122,6 @@ jointQkNormRope(O* outQ, O* outK, T* outV, const T* q, const T* k, const T* v, c
   turnHeads(turned, heldK, weightK, c, s, eps, own);
   if (TILES) storeTiles(outK, turned, own, start + (int)token, tiles, true);
   else storeHeads(outK + out, turned, own);
-  if (COPY_V) storeHeads(outV + out, heldV, own);
+  if (COPY_V && TILES) storeTiles(outV, heldV, own, start + (int)token, tiles, false);
+  else if (COPY_V) storeHeads(outV + out, heldV, own);
 }

@@ -1,9 +1,9 @@
 import { Float, type GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
+import { emptyTiles, type QkvTiles, TILE, type TileDType, valueTiles } from "./attention_tiles.ts";
 import { expect, expectShape } from "./check.ts";
 import { concat } from "./concat.ts";
 import { denseRows } from "./contiguous.ts";
-import { emptyTiles, type QkvTiles, TILE, valueTiles } from "./float8_tiles.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import JOINT_QK_NORM_ROPE_CU from "./joint_qk_norm_rope.cu" with { type: "text" };
 import { qkNormRope } from "./qk_norm_rope.ts";
@@ -89,8 +89,8 @@ export function jointQkNormRopeTilesTakes(streams: readonly QkvStream[]): boolea
 }
 
 /**
- * {@link jointQkNormRope} to the float8 tiles that flash attention reads: q and k rounded once from f32 to E4M3, v cast,
- * all without scales and saturating at 448.
+ * {@link jointQkNormRope} to the tiles that flash attention reads: q and k rounded once from f32, v cast; in float8 without
+ * scales and saturating at 448.
  *
  * @param streams that {@link jointQkNormRopeTilesTakes}. @throws ShapeError as {@link jointQkNormRopeFused}.
  */
@@ -100,11 +100,16 @@ export function jointQkNormRopeTiles(
   cos: Tensor,
   sin: Tensor,
   eps: number,
+  dtype: TileDType,
 ): QkvTiles {
   const shape = expectStreams(streams, cos, sin);
-  const [q, k] = [emptyTiles(gpu, shape), emptyTiles(gpu, shape)];
-  turnStreams(gpu, streams, { cos, sin, eps }, { q, k, tiles: q.shape[1] });
-  return { q, k, v: valueTiles(gpu, streams.map(({ v }) => v) as [Tensor, Tensor]), keys: shape[1] };
+  const empty = () => emptyTiles(gpu, shape, dtype);
+  const [q, k] = [empty(), empty()];
+  const [own, v] = dtype === "bf16"
+    ? [true, empty()]
+    : [false, valueTiles(gpu, streams.map(({ v }) => v) as [Tensor, Tensor])];
+  turnStreams(gpu, streams, { cos, sin, eps }, { q, k, v: own ? v : undefined, tiles: q.shape[1] });
+  return { q, k, v, keys: shape[1] };
 }
 
 /** Checks sizes and dtypes. @returns the shape of what all streams give together. */
@@ -143,7 +148,7 @@ interface Turn {
   readonly eps: number;
 }
 
-/** Where the streams go, together: tensors `[batch, tokens, heads, headDim]`, or float8 tiles of q and k. */
+/** Where the streams go, together: tensors `[batch, tokens, heads, headDim]`, or tiles. */
 interface Target {
   readonly q: Tensor;
   readonly k: Tensor;
@@ -167,7 +172,7 @@ function turnStreams(
       turnStream(gpu, stream, turn, { q: part(1, q), k: part(1, k), v: v && part(1, v) }, length, 0);
     } else {
       const last = i === streams.length - 1;
-      turnStream(gpu, stream, turn, { q, k, tiles }, last ? tiles * TILE - start : length, start);
+      turnStream(gpu, stream, turn, { q, k, v, tiles }, last ? tiles * TILE - start : length, start);
     }
     start += length;
   });
@@ -197,7 +202,7 @@ function turnStream(
     const block = Math.ceil(wanted / warpSize) * warpSize;
     launch(gpu, SOURCE, {
       entry: "jointQkNormRope",
-      types: { T: q.dtype, W: stream.normQ.dtype, O: tiled ? "f8e4m3" : q.dtype },
+      types: { T: q.dtype, W: stream.normQ.dtype, O: out.q.dtype },
       constants: {
         N: width,
         LANES: lanes,

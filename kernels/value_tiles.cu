@@ -1,4 +1,4 @@
-// Values in float8, in the tiles that flash_attention_float8.cu reads.
+// Values in float8, in the tiles that flash_attention.cu reads.
 //
 //   out [batch * heads, tiles, 128 x 128] E4M3      x, y [batch, tokens, heads, 128] T, any strides but a dense last dimension
 //

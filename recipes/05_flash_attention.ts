@@ -5,16 +5,19 @@
  * bfloat16's rate. QK-norm keeps q and k near one, so they are cast as they are, without scales, as flux-fast does.
  * Changes: q, k and v of the transformer are rounded to E4M3 (3 bits of mantissa), and so are the weights of the softmax;
  * sums stay in float32. Text encoders and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
- * Providers: "own" is our kernel for Hopper GPUs (kernels/flash_attention_float8.cu); "cudnn" keeps cuDNN's attention in
+ * Providers: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu); "cudnn" keeps cuDNN's attention in
  * bfloat16, which is exact; "auto" is "own" where the GPU has its instructions, else "cudnn".
  * Measured on an H100: a step 117.7 to 114.6 ms; the kernel alone 729 TFLOP/s at 4352 tokens, cuDNN in bfloat16 608.
  *
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import { isGpu } from "../ffi/gpu.ts";
-import { hasFlashAttentionFloat8 } from "../kernels/flash_attention_float8.ts";
-import { type jointAttention, jointAttentionFloat8 } from "../kernels/joint_attention.ts";
-import { jointQkNormRopeTilesTakes } from "../kernels/joint_qk_norm_rope.ts";
+import { hasFlashAttention } from "../kernels/flash_attention.ts";
+import {
+  jointAttentionByLibrary,
+  jointAttentionTiled,
+  jointAttentionTiledTakes,
+} from "../kernels/joint_attention.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
@@ -28,7 +31,7 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
     devices: ["cuda"],
     apply: (plan: Plan) => {
       const { device } = plan;
-      const own = isGpu(device) && hasFlashAttentionFloat8(device);
+      const own = isGpu(device) && hasFlashAttention(device);
       if (provider === "own" && !own) {
         throw new UsageError(`05_flash_attention: ${device.name} is no Hopper GPU, which our kernel is for`, {
           hint: "--attention cudnn keeps cuDNN's attention in bfloat16",
@@ -42,17 +45,17 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
           },
         );
       }
-      if (provider === "cudnn" || !own) return plan;
       const { ops } = plan;
-      const attend: typeof jointAttention = (streams, cos, sin, eps, options = {}) =>
-        jointQkNormRopeTilesTakes(streams)
-          ? jointAttentionFloat8(device, streams, cos, sin, eps, options.out)
-          : ops.jointAttention(streams, cos, sin, eps, options);
+      if (provider === "cudnn") return { ...plan, ops: { ...ops, jointAttention: jointAttentionByLibrary } };
+      if (!own) return plan;
       return {
         ...plan,
         ops: {
           ...ops,
-          jointAttention: attend,
+          jointAttention: (streams, cos, sin, eps, options = {}) =>
+            jointAttentionTiledTakes(device, streams)
+              ? jointAttentionTiled(device, streams, cos, sin, eps, "f8e4m3", options)
+              : ops.jointAttention(streams, cos, sin, eps, options),
         },
       };
     },

@@ -1,5 +1,5 @@
 /** Every kernel against its TypeScript reference, on the CUDA device. */
-import { attentionFloat8Suite } from "../support/kernel_suites/attention_float8.ts";
+import { flashAttentionSuite } from "../support/kernel_suites/flash_attention.ts";
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
@@ -15,4 +15,4 @@ randomSuite();
 float8Suite();
 fusedSuite();
 parallelBranchesSuite();
-attentionFloat8Suite();
+flashAttentionSuite();

@@ -1,26 +1,33 @@
-// Attention of float8 queries, keys and values on Hopper: softmax(scale * q k^T) v for heads of 128, no mask.
+// Attention on Hopper from tiles in float8 or bfloat16: softmax(scale * q k^T) v for heads of 128, no mask.
 //
 //   out [batch, queries, heads, 128] bf16, with any strides but a dense last dimension
-//   q   [batch * heads, query tiles, 128 x 128] E4M3      k, v   [batch * heads, key tiles, 128 x 128] E4M3
+//   q   [batch * heads, query tiles, 128 x 128] E      k, v   [batch * heads, key tiles, 128 x 128] E
+//   partial [split tiles * parts, 128, 128] f32 and moments [split tiles * parts, 128, 2] f32: see below
 //
-// q, k and v lie in tiles as the matrix units read them from shared memory (joint_qk_norm_rope.cu and value_tiles.cu make
-// them): a tile is one piece of 16 KB, so that one bulk copy brings it. v is transposed, since the units take float8 with
-// the summed dimension innermost. k's rows are permuted within groups of 16: then the sums of q k^T that a thread holds
-// are, in float8, just the piece of P that it has to give for P v, without exchange between threads.
+// q, k and v lie in tiles as the matrix units read them from shared memory (attention_tiles.ts says how): a tile is one
+// piece, so that one bulk copy brings it. In float8, v is transposed, since the units take it with the summed dimension
+// innermost only, and k's rows are permuted within groups of 16: then the sums of q k^T that a thread holds are, in float8,
+// just the piece of P that it has to give for P v, without exchange between threads. In bfloat16 both lie as they are.
 //
 // A block has 128 queries of one head: one warp brings tiles, two warpgroups compute 64 queries each. A warpgroup issues
 // the product of the next keys before the softmax of these, so that the matrix units have work meanwhile; the other
 // warpgroup fills what gaps are left (Shah et al. 2024, FlashAttention-3).
-// P is exp2(8 + scale * log2(e) * (s - largest)): up to 256, so that float8 has all its exponents for small weights.
-// FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352, 0.118 ms at 1979 TFLOP/s. The exponentials
-// alone take as long: 16 a clock and multiprocessor. Bytes: 16 KB of q, 32 KB for each 128 keys, mostly from the L2 cache.
-// sm_90a only (wgmma). 384 threads, SHARED_BYTES of dynamic shared memory.
+// P is exp2(RANGE + scale * log2(e) * (s - largest)): up to 256 in float8, so that it has all its exponents for small weights.
+// A block a multiprocessor: the last tiles would leave most of them idle. So the tiles from `whole` on are split among
+// `parts` blocks by their keys, which leave sums, largest logits and sums of P for mergeParts.
+// FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352: 0.118 ms at 1979 TFLOP/s in float8, 0.236 in
+// bfloat16. The exponentials take 0.12 ms: 16 a clock and multiprocessor. Bytes: a tile of q, and of k and v for each 128
+// keys, mostly from the L2 cache.
+// sm_90a only (wgmma). 384 threads. E: f8e4m3 or bf16. BYTES: of E. STAGES: tiles of k, and of v, that are on their way or
+// in use.
 #include "common.cuh"
 
 constexpr int HEAD_DIM = 128, KEYS = 128, QUERIES = 128, ROWS = 64;
-constexpr int TILE_BYTES = 128 * 128;
-constexpr int STAGES = 4;  // tiles of k, and of v, that are on their way or in use
-constexpr float RANGE = 8.0f;
+// Rows of a tile in shared memory have 128 bytes: in bfloat16 a tile is two halves of 64 columns.
+constexpr int ROW_BYTES = 128, HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
+constexpr float RANGE = BYTES == 1 ? 8.0f : 0.0f;
+// Products of q and k sum 32 bytes of a row at a time; those of P and v as many keys: 32 in float8, 16 in bfloat16.
+constexpr int LOGIT_STEPS = 4 * BYTES, SUM_STEPS = 4 * BYTES;
 
 // -- barriers and copies in shared memory ------------------------------------------------------------------------------
 
@@ -50,9 +57,11 @@ __device__ __forceinline__ void copyTile(unsigned to, const unsigned char* from,
 // -- products ----------------------------------------------------------------------------------------------------------
 
 // Where rows of 128 bytes start in shared memory, for the matrix units: swizzled in groups of 8 rows. 32 bytes further
-// along the rows are 2 more.
-__device__ __forceinline__ unsigned long long descriptor(unsigned address) {
-  return (unsigned long long)((address & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+// along the rows are 2 more. Rows are the summed dimension's own, or, for v in bfloat16, keys: then the other 64 columns are
+// half a tile further.
+__device__ __forceinline__ unsigned long long descriptor(unsigned address, int columns = 16) {
+  return (unsigned long long)((address & 0x3ffffu) >> 4) | (unsigned long long)(columns >> 4) << 16 | 64ull << 32 |
+         1ull << 62;
 }
 __device__ __forceinline__ void fenceProducts() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 __device__ __forceinline__ void commitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
@@ -77,18 +86,22 @@ __device__ __forceinline__ void hold(float (&d)[64]) {
 #define SUM_OPERANDS(d)                                                                                        \
   EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
 
-// d = a b^T (+ d): 64 x 32 bytes of a, from shared memory or from registers, 128 x 32 of b.
+// d = a b^T (+ d) for logits: 64 x 32 bytes of a, and 128 x 32 of b, from shared memory. d = a b (+ d) for sums: a from
+// registers.
+#define LOGITS(kind, tail)                                                                                     \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128" kind SUMS         \
+               ", %64, %65, p, 1, 1" tail "; }" : SUM_OPERANDS(d) : "l"(a), "l"(b), "r"(add))
+#define PRODUCT(kind, tail)                                                                                    \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" kind SUMS         \
+               ", {%64, %65, %66, %67}, %68, p, 1, 1" tail "; }"                                               \
+               : SUM_OPERANDS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 __device__ __forceinline__ void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; "
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SUMS ", %64, %65, p, 1, 1; }"
-               : SUM_OPERANDS(d)
-               : "l"(a), "l"(b), "r"(add));
+  if constexpr (BYTES == 1) LOGITS("k32.f32.e4m3.e4m3 ", "");
+  else LOGITS("k16.f32.bf16.bf16 ", ", 0, 0");
 }
 __device__ __forceinline__ void multiply(float (&d)[64], const unsigned* a, unsigned long long b, int add) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; "
-               "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " SUMS ", {%64, %65, %66, %67}, %68, p, 1, 1; }"
-               : SUM_OPERANDS(d)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+  if constexpr (BYTES == 1) PRODUCT("k32.f32.e4m3.e4m3 ", "");
+  else PRODUCT("k16.f32.bf16.bf16 ", ", 1");  // b's rows are keys
 }
 
 // -- softmax -----------------------------------------------------------------------------------------------------------
@@ -98,11 +111,6 @@ __device__ __forceinline__ float exp2Fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Four numbers as float8, the first in the lowest byte.
-__device__ __forceinline__ unsigned pack(float a, float b, float c, float d) {
-  return (unsigned)toFloat8Pair(a, b) | (unsigned)toFloat8Pair(c, d) << 16;
-}
-
 // Largest of the 4 threads that share a row.
 __device__ __forceinline__ float rowLargest(float x) {
   x = fmaxf(x, shuffleXor(x, 1));
@@ -134,22 +142,27 @@ __device__ __forceinline__ void softmax(float (&s)[64], Rows& rows, float (&shri
   }
 }
 
-// P in the order in which the second product takes it: see the banner.
-__device__ __forceinline__ void packRows(unsigned (&p)[16], const float (&s)[64]) {
+// P in the order in which the second product takes it: see the banner. In bfloat16 a step's 16 keys are two blocks of 8.
+__device__ __forceinline__ void packRows(unsigned (&p)[4 * SUM_STEPS], const float (&s)[64]) {
 #pragma unroll
-  for (int step = 0; step < 4; step++) {
+  for (int step = 0; step < SUM_STEPS; step++) {
 #pragma unroll
     for (int part = 0; part < 4; part++) {
-      int i = 16 * step + 8 * (part / 2) + 2 * (part % 2);
-      p[4 * step + part] = pack(s[i], s[i + 1], s[i + 4], s[i + 5]);
+      if constexpr (BYTES == 1) {
+        const int i = 16 * step + 8 * (part / 2) + 2 * (part % 2);
+        p[4 * step + part] = (unsigned)toFloat8Pair(s[i], s[i + 1]) | (unsigned)toFloat8Pair(s[i + 4], s[i + 5]) << 16;
+      } else {
+        const int i = 8 * step + 2 * part;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(p[4 * step + part]) : "f"(s[i + 1]), "f"(s[i]));
+      }
     }
   }
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, const unsigned char* v, int queries,
-                     int keys, int keyTiles, int heads, long long outBatch, long long outToken, long long outHead,
-                     float scale) {
+flashAttention(bf16* out, float* partial, float* moments, const unsigned char* q, const unsigned char* k,
+               const unsigned char* v, int queries, int queryTiles, int keys, int keyTiles, int heads, int whole, int parts,
+               long long outBatch, long long outToken, long long outHead, float scale) {
   extern __shared__ unsigned char dynamicShared[];
   __shared__ unsigned long long barriers[1 + 4 * STAGES];
   const unsigned shared = (sharedAddress(dynamicShared) + 1023u) & ~1023u;  // tiles start at multiples of 1024
@@ -157,6 +170,12 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
   const unsigned qFull = sharedAddress(barriers), kFull = qFull + 8, kEmpty = kFull + 8 * STAGES;
   const unsigned vFull = kEmpty + 8 * STAGES, vEmpty = vFull + 8 * STAGES;
   const int group = threadIdx.x / 128;
+  // This block's tile of queries, counted through all heads, and its keys.
+  const int split = (int)blockIdx.x - whole;  // below 0 for all keys
+  const int queryTile = split < 0 ? blockIdx.x : whole + split / parts;
+  const int firstKeys = split < 0 ? 0 : split % parts * keyTiles / parts;
+  const int endKeys = split < 0 ? keyTiles : (split % parts + 1) * keyTiles / parts;
+  const int head = queryTile / queryTiles;  // of all samples
   if (threadIdx.x == 0) {
     initBarrier(qFull, 1);
     for (int stage = 0; stage < STAGES; stage++) {
@@ -172,12 +191,12 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) {
-      copyTile(qTile, q + ((long long)blockIdx.y * gridDim.x + blockIdx.x) * TILE_BYTES, qFull);
-      const unsigned char* kTile = k + (long long)blockIdx.y * keyTiles * TILE_BYTES;
-      const unsigned char* vTile = v + (long long)blockIdx.y * keyTiles * TILE_BYTES;
-      for (int tile = 0; tile < keyTiles; tile++, kTile += TILE_BYTES, vTile += TILE_BYTES) {
-        const int stage = tile % STAGES;
-        const unsigned before = tile / STAGES % 2 ^ 1;
+      copyTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
+      const unsigned char* kTile = k + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
+      const unsigned char* vTile = v + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
+      for (int i = 0; i < endKeys - firstKeys; i++, kTile += TILE_BYTES, vTile += TILE_BYTES) {
+        const int stage = i % STAGES;
+        const unsigned before = i / STAGES % 2 ^ 1;
         wait(kEmpty + 8 * stage, before);
         copyTile(kTiles + stage * TILE_BYTES, kTile, kFull + 8 * stage);
         wait(vEmpty + 8 * stage, before);
@@ -188,21 +207,27 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const bool elected = thread == 0;
-    const unsigned long long qRows = descriptor(qTile + (group - 1) * ROWS * HEAD_DIM);
-    const unsigned long long kRows = descriptor(kTiles), vRows = descriptor(vTiles);
-    constexpr unsigned long long NEXT_TILE = TILE_BYTES / 16;
+    const unsigned long long qRows = descriptor(qTile + (group - 1) * ROWS * ROW_BYTES);
+    const unsigned long long kRows = descriptor(kTiles), vRows = descriptor(vTiles, BYTES == 1 ? 16 : HALF_BYTES);
+    // Of descriptors: to the next tile, to its other half, and 32 bytes along its rows or 16 rows on.
+    constexpr unsigned long long NEXT_TILE = TILE_BYTES / 16, NEXT_HALF = HALF_BYTES / 16;
+    constexpr unsigned long long NEXT_KEYS = BYTES == 1 ? 2 : 16 * ROW_BYTES / 16;
     float s[64], o[64];
-    unsigned p[16];
+    unsigned p[4 * SUM_STEPS];
     Rows rows = {{-3.402823466e38f, -3.402823466e38f}, {0.0f, 0.0f}};
     float shrink[2];
 
+    // Tiles are counted from this block's first.
     auto issueLogits = [&](int tile) {
       const int stage = tile % STAGES;
       wait(kFull + 8 * stage, tile / STAGES % 2);
       hold(s);
       fenceProducts();
 #pragma unroll
-      for (int step = 0; step < 4; step++) multiply(s, qRows + 2 * step, kRows + stage * NEXT_TILE + 2 * step, step > 0);
+      for (int step = 0; step < LOGIT_STEPS; step++) {
+        const unsigned long long along = step / 4 * NEXT_HALF + 2 * (step % 4);
+        multiply(s, qRows + along, kRows + stage * NEXT_TILE + along, step > 0);
+      }
       commitProducts();
     };
     auto issueSums = [&](int tile) {
@@ -211,18 +236,20 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
       hold(o);
       fenceProducts();
 #pragma unroll
-      for (int step = 0; step < 4; step++) {
-        multiply(o, p + 4 * step, vRows + stage * NEXT_TILE + 2 * step, tile > 0 || step > 0);
+      for (int step = 0; step < SUM_STEPS; step++) {
+        multiply(o, p + 4 * step, vRows + stage * NEXT_TILE + step * NEXT_KEYS, tile > 0 || step > 0);
       }
       commitProducts();
     };
     // Keys behind the last one, in the last tile.
     auto mask = [&](int tile) {
-      if (keys - tile * KEYS >= KEYS) return;
+      const int first = (firstKeys + tile) * KEYS;
+      if (keys - first >= KEYS) return;
 #pragma unroll
       for (int i = 0; i < 64; i++) {
         const int block = i / 4, e = i % 2;
-        const int key = tile * KEYS + block / 2 * 16 + 4 * (lane % 4) + 2 * (block % 2) + e;
+        const int key = first + (BYTES == 1 ? block / 2 * 16 + 4 * (lane % 4) + 2 * (block % 2) + e
+                                            : block * 8 + 2 * (lane % 4) + e);
         if (key >= keys) s[i] = -3.402823466e38f;
       }
     };
@@ -235,7 +262,8 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
     mask(0);
     softmax(s, rows, shrink, scale);
     packRows(p, s);
-    for (int tile = 1; tile < keyTiles; tile++) {
+    const int tiles = endKeys - firstKeys;
+    for (int tile = 1; tile < tiles; tile++) {
       issueLogits(tile);
       issueSums(tile - 1);
       waitProducts<1>();
@@ -250,20 +278,30 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
       for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
       packRows(p, s);
     }
-    issueSums(keyTiles - 1);
+    issueSums(tiles - 1);
     waitProducts<0>();
     hold(o);
 
-    const int first = blockIdx.x * QUERIES + (group - 1) * ROWS + thread / 32 * 16 + lane / 4;
-    out += blockIdx.y / heads * outBatch + blockIdx.y % heads * outHead;
+    const int row0 = (group - 1) * ROWS + thread / 32 * 16 + lane / 4;
+    out += head / heads * outBatch + head % heads * outHead;
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       float sum = rows.sum[row];
       sum += shuffleXor(sum, 1);
       sum += shuffleXor(sum, 2);
-      const float factor = 1.0f / sum;
-      const int query = first + 8 * row;
+      const int inTile = row0 + 8 * row, query = queryTile % queryTiles * QUERIES + inTile;
+      if (split >= 0) {
+        const long long at = (long long)split * QUERIES + inTile;
+        if (lane % 4 == 0) moments[2 * at] = rows.largest[row], moments[2 * at + 1] = sum;
+#pragma unroll
+        for (int block = 0; block < 16; block++) {
+          Vec<float, 2> pair = {{o[4 * block + 2 * row], o[4 * block + 2 * row + 1]}};
+          storeVec(partial + at * HEAD_DIM + block * 8 + 2 * (lane % 4), pair);
+        }
+        continue;
+      }
       if (query >= queries) continue;
+      const float factor = 1.0f / sum;
 #pragma unroll
       for (int block = 0; block < 16; block++) {
         Vec<bf16, 2> pair;
@@ -273,4 +311,26 @@ flashAttentionFloat8(bf16* out, const unsigned char* q, const unsigned char* k, 
       }
     }
   }
+}
+
+// The rows of split tiles from their parts: a warp a row. Grid: split tiles, 16; 256 threads.
+extern "C" __global__ void __launch_bounds__(256)
+mergeParts(bf16* out, const float* partial, const float* moments, int queries, int queryTiles, int heads, int whole,
+           int parts, long long outBatch, long long outToken, long long outHead, float scale) {
+  const int queryTile = whole + blockIdx.x, inTile = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int head = queryTile / queryTiles, query = queryTile % queryTiles * QUERIES + inTile;
+  if (query >= queries) return;
+  long long at = (long long)blockIdx.x * parts * QUERIES + inTile;
+  float largest = moments[2 * at];
+  for (int part = 1; part < parts; part++) largest = fmaxf(largest, moments[2 * (at + part * QUERIES)]);
+  float sum = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int part = 0; part < parts; part++, at += QUERIES) {
+    const float weight = exp2Fast((moments[2 * at] - largest) * scale);
+    sum = fmaf(moments[2 * at + 1], weight, sum);
+    const Vec<float, 4> values = loadVec<4>(partial + at * HEAD_DIM + lane * 4);
+    for (int i = 0; i < 4; i++) o[i] = fmaf(values.v[i], weight, o[i]);
+  }
+  Vec<bf16, 4> result;
+  for (int i = 0; i < 4; i++) result.v[i] = fromFloat<bf16>(o[i] / sum);
+  storeVec(out + head / heads * outBatch + head % heads * outHead + query * outToken + lane * 4, result);
 }

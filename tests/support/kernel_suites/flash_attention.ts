@@ -1,6 +1,7 @@
-/** Attention in float8, its tiles, and what float8 falls back to, on a GPU against their TypeScript references. */
+/** Flash attention, its tiles, and what float8 falls back to, on a GPU against their TypeScript references. */
 import assert from "node:assert/strict";
 import fc from "fast-check";
+import { bfloat16ToFloat32, float32ToBfloat16 } from "../../../ffi/bfloat16.ts";
 import { ShapeError } from "../../../ffi/errors.ts";
 import { float32ToFloat8, float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
@@ -8,14 +9,15 @@ import { Tensor } from "../../../ffi/tensor.ts";
 import { allFinite } from "../../../kernels/all_finite.ts";
 import { attentionReference } from "../../../kernels/attention.ts";
 import { dequantize, dequantizeReference } from "../../../kernels/dequantize_float8.ts";
-import { flashAttentionFloat8, hasFlashAttentionFloat8 } from "../../../kernels/flash_attention_float8.ts";
+import { flashAttention, hasFlashAttention } from "../../../kernels/flash_attention.ts";
 import {
+  attentionTilesReference,
   emptyTiles,
-  float8TilesReference,
   TILE,
+  type TileDType,
   type TileKind,
   valueTiles,
-} from "../../../kernels/float8_tiles.ts";
+} from "../../../kernels/attention_tiles.ts";
 import { linearFloat8 } from "../../../kernels/linear_float8.ts";
 import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { relativeError } from "../compare.ts";
@@ -24,7 +26,7 @@ import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
 import { check, columns, dtypes, property, sample } from "./samples.ts";
 
-export function attentionFloat8Suite(): void {
+export function flashAttentionSuite(): void {
   forEachGpu("valueTiles", (test) => {
     test("equal their reference: one or two streams, dtypes, lengths, views", async (device) => {
       const drawn = fc.record({
@@ -46,7 +48,7 @@ export function attentionFloat8Suite(): void {
           const pieces = [whole.narrow(1, 0, first), whole.narrow(1, first, tokens - first)] as const;
           const tiles = valueTiles(device, first === 0 ? [whole] : pieces);
           const expected = new Uint8Array(tiles.size);
-          float8TilesReference(expected, x.values, "value", tokens, heads);
+          attentionTilesReference(expected, x.values, "value", tokens, heads, "f8e4m3");
           assert.deepEqual(await device.download(tiles), expected);
           for (const { memory } of [tiles, x.tensor]) device.free(memory);
         }),
@@ -55,40 +57,54 @@ export function attentionFloat8Suite(): void {
     });
   });
 
-  forEachGpu("flashAttentionFloat8", (test) => {
+  forEachGpu("flashAttention", (test) => {
     test("is near its reference on rounded inputs: lengths, batches, heads, sharp and flat softmax", async (device) => {
-      if (!hasFlashAttentionFloat8(device)) {
-        const out = Tensor.empty(device, [1, 2, 1, TILE], "bf16");
-        const tiles = emptyTiles(device, out.shape);
-        return assert.throws(
-          () => flashAttentionFloat8(device, { q: tiles, k: tiles, v: tiles, keys: 2 }, 1, out),
-          /is no Hopper GPU/,
-        );
+      if (!hasFlashAttention(device)) {
+        return device.scope(() => {
+          const out = Tensor.empty(device, [1, 2, 1, TILE], "bf16");
+          const tiles = emptyTiles(device, out.shape, "bf16");
+          assert.throws(
+            () => flashAttention(device, { q: tiles, k: tiles, v: tiles, keys: 2 }, 1, out),
+            /is no Hopper GPU/,
+          );
+        });
       }
-      const cases = [[1, 128, 128, 1, 1], [1, 1, 1, 1, 1], [2, 200, 300, 3, 1], [1, 64, 16, 2, 4], [
-        1,
-        300,
-        1000,
-        2,
-        8,
-      ]];
-      for (const [batch, queries, keys, heads, spread] of cases) {
-        const error = await attentionError(device, { batch, queries, keys, heads, spread });
-        assert.ok(error <= 0.03, `relative error ${error} at [${batch}, ${queries}, ${keys}, ${heads}]`);
+      // As many tiles of queries as multiprocessors, or more, or fewer: whole, split or both.
+      const cases = [
+        [1, 128, 128, 1, 1],
+        [1, 1, 1, 1, 1],
+        [2, 200, 300, 3, 1],
+        [1, 64, 16, 2, 4],
+        [1, 300, 1000, 2, 8],
+        [1, 128, 257, 132, 1],
+        [1, 700, 640, 24, 1],
+        [2, 130, 1500, 33, 2],
+      ];
+      for (const dtype of ["f8e4m3", "bf16"] as const) {
+        for (const [batch, queries, keys, heads, spread] of cases) {
+          const error = await attentionError(device, dtype, { batch, queries, keys, heads, spread });
+          const allowed = dtype === "bf16" ? 0.004 : 0.03;
+          assert.ok(
+            error <= allowed,
+            `relative error ${error} in ${dtype} at [${batch}, ${queries}, ${keys}, ${heads}]`,
+          );
+        }
       }
     });
 
     test("refuses what does not fit", (device) => {
-      if (!hasFlashAttentionFloat8(device)) return;
+      if (!hasFlashAttention(device)) return;
       device.scope(() => {
         const out = Tensor.empty(device, [1, 130, 2, TILE], "bf16");
-        const tiles = emptyTiles(device, out.shape);
+        const tiles = emptyTiles(device, out.shape, "f8e4m3");
         const given = { q: tiles, k: tiles, v: tiles, keys: 130 };
-        assert.throws(() => flashAttentionFloat8(device, { ...given, keys: 300 }, 1, out), ShapeError);
-        assert.throws(() => flashAttentionFloat8(device, given, 1, out.narrow(1, 0, 100)), ShapeError);
-        assert.throws(() => flashAttentionFloat8(device, given, 1, out.narrow(3, 0, 64)), ShapeError);
-        const wide = Tensor.empty(device, out.shape, "f32");
-        assert.throws(() => flashAttentionFloat8(device, given, 1, wide), ShapeError);
+        const refuses = (what: typeof given, place: Tensor) =>
+          assert.throws(() => flashAttention(device, what, 1, place), ShapeError);
+        refuses({ ...given, keys: 300 }, out);
+        refuses({ ...given, v: emptyTiles(device, out.shape, "bf16") }, out);
+        refuses(given, out.narrow(1, 0, 100));
+        refuses(given, out.narrow(3, 0, 64));
+        refuses(given, Tensor.empty(device, out.shape, "f32"));
       });
     });
   });
@@ -180,20 +196,27 @@ interface Sizes {
   readonly spread: number;
 }
 
-/** Relative error of float8 attention against the reference on the same rounded inputs. */
+/** Relative error of attention from tiles against the reference on the same rounded inputs. */
 async function attentionError(
   device: GpuDevice,
+  dtype: TileDType,
   { batch, queries, keys, heads, spread }: Sizes,
 ): Promise<number> {
   const draw = (kind: TileKind, tokens: number, seed: number, size: number) => {
     const values = new Float32Array(batch * tokens * heads * TILE).map((_, i) => 2 * size * noise(seed)(i));
-    const tiles = emptyTiles(device, [batch, tokens, heads]);
-    const bytes = new Uint8Array(tiles.size);
-    float8TilesReference(bytes, values, kind, tokens, heads);
+    const tiles = emptyTiles(device, [batch, tokens, heads], dtype);
+    const bytes = new Uint8Array(tiles.byteLength);
+    attentionTilesReference(bytes, values, kind, tokens, heads, dtype);
     device.upload(bytes, tiles.memory);
-    const codes = new Uint8Array(values.length);
-    float32ToFloat8(values, codes);
-    float8ToFloat32(codes, values, "f8e4m3");
+    if (dtype === "f8e4m3") {
+      const codes = new Uint8Array(values.length);
+      float32ToFloat8(values, codes);
+      float8ToFloat32(codes, values, dtype);
+    } else {
+      const bits = new Uint16Array(values.length);
+      float32ToBfloat16(values, bits);
+      bfloat16ToFloat32(bits, values);
+    }
     return { values, tiles };
   };
   const [q, k, v] = [
@@ -206,7 +229,7 @@ async function attentionError(
   const none = new Float32Array(0);
   attentionReference(expected, q.values, k.values, v.values, none, sizes, TILE ** -0.5, false);
   const out = Tensor.empty(device, [batch, queries, heads, TILE], "bf16");
-  flashAttentionFloat8(device, { q: q.tiles, k: k.tiles, v: v.tiles, keys }, TILE ** -0.5, out);
+  flashAttention(device, { q: q.tiles, k: k.tiles, v: v.tiles, keys }, TILE ** -0.5, out);
   const error = relativeError(await valuesOf(out), expected);
   for (const { memory } of [q.tiles, k.tiles, v.tiles, out]) device.free(memory);
   return error;

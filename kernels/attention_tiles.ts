@@ -1,3 +1,5 @@
+import { float32ToBfloat16 } from "../ffi/bfloat16.ts";
+import { dtypeBytes } from "../ffi/dtype.ts";
 import { float32ToFloat8 } from "../ffi/float8.ts";
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
@@ -9,14 +11,21 @@ const SOURCE = { name: "value_tiles.cu", text: VALUE_TILES_CU };
 
 /** Tokens of a tile, and dimensions of a head. */
 export const TILE = 128;
+/** Bytes of a row of a tile, or of its half, and how many rows there are. */
+const ROW_BYTES = 128;
 /** Bytes of a piece, which the swizzle moves as a whole. */
 const PIECE = 16;
 const THREADS = 256;
 
+/** Dtypes of tiles. */
+export type TileDType = "f8e4m3" | "bf16";
+
 /**
- * What flash_attention_float8.cu reads: q, k and v in E4M3, in tiles of 128 tokens of a head, u8
- * `[batch * heads, tiles, 128 * 128]` each, and how many keys they have. q's rows are tokens; k's the same, permuted in
- * groups of 16; v's are dimensions. Tokens behind the last one are 0.
+ * What flash_attention.cu reads: q, k and v in tiles of 128 tokens of a head, `[batch * heads, tiles, 128 * 128]` of one
+ * {@link TileDType} each, and how many keys they have. In bf16 a tile is two halves of 64 dimensions. A row has 128 bytes,
+ * and its pieces of 16 are swizzled: piece c of row r stands at c ^ (r % 8). Rows are tokens, but for float8: there k's are
+ * permuted in groups of 16 (row 8 b + 2 t + e has token 4 t + 2 b + e), and v's are dimensions. Tokens behind the last one
+ * are 0.
  */
 export interface QkvTiles {
   readonly q: Tensor;
@@ -33,13 +42,17 @@ export function tilesOf(tokens: number): number {
   return Math.ceil(tokens / TILE);
 }
 
-/** Tiles `[batch * heads, tiles, 128 * 128]` of u8, uninitialized. */
-export function emptyTiles(gpu: GpuDevice, [batch, tokens, heads]: readonly number[]): Tensor {
-  return Tensor.empty(gpu, [batch * heads, tilesOf(tokens), TILE * TILE], "u8");
+/** Tiles `[batch * heads, tiles, 128 * 128]`, uninitialized. */
+export function emptyTiles(
+  gpu: GpuDevice,
+  [batch, tokens, heads]: readonly number[],
+  dtype: TileDType,
+): Tensor {
+  return Tensor.empty(gpu, [batch * heads, tilesOf(tokens), TILE * TILE], dtype);
 }
 
 /**
- * Values as tiles: cast to E4M3 as they are, saturating at 448.
+ * Values as float8 tiles: cast to E4M3 as they are, saturating at 448.
  *
  * @param streams one or two tensors `[batch, tokens, heads, 128]` of one dtype, f32 or bf16, whose tokens lie behind one
  *   another.
@@ -47,7 +60,7 @@ export function emptyTiles(gpu: GpuDevice, [batch, tokens, heads]: readonly numb
 export function valueTiles(gpu: GpuDevice, streams: readonly [Tensor] | readonly [Tensor, Tensor]): Tensor {
   const [batch, first, heads] = streams[0].shape;
   const tokens = streams.reduce((sum, { shape }) => sum + shape[1], 0);
-  const out = emptyTiles(gpu, [batch, tokens, heads]);
+  const out = emptyTiles(gpu, [batch, tokens, heads], "f8e4m3");
   gpu.scope(() => {
     const [x, y = x] = streams.map(denseRows);
     launch(gpu, SOURCE, {
@@ -67,17 +80,23 @@ function stepsOf({ strides }: Tensor): bigint[] {
   return strides.slice(0, 3).map(BigInt);
 }
 
-/** Tiles of q, k or v: `x` dense `[batch, tokens, heads, 128]`, `out` all tiles. */
-export function float8TilesReference(
-  out: Uint8Array,
+/**
+ * Tiles of q, k or v: `x` dense `[batch, tokens, heads, 128]`, `out` the bytes of all tiles.
+ */
+export function attentionTilesReference(
+  out: Uint8Array<ArrayBuffer>,
   x: Float32Array,
   kind: TileKind,
   tokens: number,
   heads: number,
+  dtype: TileDType,
 ): void {
-  const codes = new Uint8Array(x.length);
-  float32ToFloat8(x, codes);
   out.fill(0);
+  const bytes = dtypeBytes(dtype);
+  const codes = bytes === 1 ? new Uint8Array(x.length) : new Uint16Array(x.length);
+  if (codes instanceof Uint8Array) float32ToFloat8(x, codes);
+  else float32ToBfloat16(x, codes);
+  const elements = bytes === 1 ? out : new Uint16Array(out.buffer, out.byteOffset, out.length / 2);
   const tiles = tilesOf(tokens);
   for (let i = 0; i < x.length; i++) {
     const dimension = i % TILE;
@@ -85,12 +104,17 @@ export function float8TilesReference(
     const token = Math.floor(i / (TILE * heads)) % tokens;
     const sample = Math.floor(i / (TILE * heads * tokens));
     const inTile = token % TILE;
-    const [row, byte] = kind === "value"
+    const [row, column] = bytes === 2
+      ? [inTile, dimension]
+      : kind === "value"
       ? [dimension, inTile]
       : [kind === "key" ? permutedRow(inTile) : inTile, dimension];
+    const half = Math.floor(column * bytes / ROW_BYTES);
+    const byte = column * bytes % ROW_BYTES;
     const piece = Math.floor(byte / PIECE) ^ row % 8;
     const tile = (sample * heads + head) * tiles + Math.floor(token / TILE);
-    out[tile * TILE * TILE + row * TILE + piece * PIECE + byte % PIECE] = codes[i];
+    const at = ((tile * bytes + half) * TILE + row) * ROW_BYTES + piece * PIECE + byte % PIECE;
+    elements[at / bytes] = codes[i];
   }
 }
 

@@ -1,0 +1,108 @@
+import { dtypeBytes } from "../ffi/dtype.ts";
+import { ShapeError } from "../ffi/errors.ts";
+import { Float, type GpuDevice } from "../ffi/gpu.ts";
+import { Tensor } from "../ffi/tensor.ts";
+import { type QkvTiles, TILE, type TileDType, tilesOf } from "./attention_tiles.ts";
+import { expect, expectShape } from "./check.ts";
+import FLASH_ATTENTION_CU from "./flash_attention.cu" with { type: "text" };
+import { launch } from "./gpu.ts";
+
+const SOURCE = { name: "flash_attention.cu", text: FLASH_ATTENTION_CU };
+
+/** A warpgroup that brings tiles, and two that compute. */
+const THREADS = 384;
+/** Tiles of k, and of v, in shared memory: what fits beside one of q. */
+const STAGES: Record<TileDType, number> = { f8e4m3: 4, bf16: 3 };
+/** Tiles start at multiples of this. */
+const ALIGNMENT = 1024;
+/** Rows of split tiles that a block of mergeParts has. */
+const MERGED_ROWS = 8;
+
+/** Whether this GPU has the instructions of {@link flashAttention}: Hopper's. */
+export function hasFlashAttention({ limits }: GpuDevice): boolean {
+  return limits.architecture === "sm_90a";
+}
+
+/**
+ * Attention from tiles in E4M3 (without scales, as flux-fast has it) or bfloat16; sums and softmax in f32 (Shah et al. 2024,
+ * FlashAttention-3). What it computes is attentionReference in attention.ts; the softmax's weights are rounded to the
+ * tiles' dtype.
+ *
+ * @param tiles of `batch * heads` heads. @param out `[batch, queries, heads, 128]` bf16 with a dense last dimension.
+ * @throws ShapeError where the sizes do not fit, or on a GPU without {@link hasFlashAttention}.
+ */
+export function flashAttention(
+  gpu: GpuDevice,
+  { q, k, v, keys }: QkvTiles,
+  scale: number,
+  out: Tensor,
+): void {
+  const [batch, queries, heads] = out.shape;
+  if (!hasFlashAttention(gpu)) throw new ShapeError(`flashAttention: ${gpu.name} is no Hopper GPU`);
+  const [queryTiles, keyTiles] = [tilesOf(queries), tilesOf(keys)];
+  expectShape("flashAttention", "out", out, [null, null, null, TILE]);
+  expectShape("flashAttention", "q", q, [batch * heads, queryTiles, TILE * TILE]);
+  expectShape("flashAttention", "k", k, [batch * heads, keyTiles, TILE * TILE]);
+  expectShape("flashAttention", "v", v, k.shape);
+  expect(out.dtype === "bf16", "flashAttention", () => `out is ${out}, expected bf16`);
+  const alike = [k, v].every(({ dtype }) => dtype === q.dtype) && q.dtype in STAGES;
+  expect(alike, "flashAttention", () => `tiles are ${q}, ${k} and ${v}, expected one of f8e4m3 and bf16`);
+  if (out.size === 0 || keys === 0) throw new ShapeError(`flashAttention: nothing to attend for ${out}`);
+  const bytes = dtypeBytes(q.dtype);
+  const stages = STAGES[q.dtype as TileDType];
+  const { whole, parts, split } = partition(batch * heads * queryTiles, keyTiles, gpu.limits.multiprocessors);
+  gpu.scope(() => {
+    const rows = split * parts * TILE;
+    const partial = rows === 0 ? undefined : Tensor.empty(gpu, [rows, TILE], "f32");
+    const moments = rows === 0 ? undefined : Tensor.empty(gpu, [rows, 2], "f32");
+    const steps = out.strides.slice(0, 3).map(BigInt);
+    const factor = new Float(scale * Math.LOG2E);
+    const kernel = { types: {}, constants: { BYTES: bytes, STAGES: stages } };
+    launch(gpu, SOURCE, {
+      entry: "flashAttention",
+      ...kernel,
+      grid: whole + split * parts,
+      block: THREADS,
+      shared: (1 + 2 * stages) * TILE * TILE * bytes + ALIGNMENT,
+      args: [
+        out,
+        partial,
+        moments,
+        q,
+        k,
+        v,
+        queries,
+        queryTiles,
+        keys,
+        keyTiles,
+        heads,
+        whole,
+        parts,
+        ...steps,
+        factor,
+      ],
+    });
+    if (split === 0) return;
+    launch(gpu, SOURCE, {
+      entry: "mergeParts",
+      ...kernel,
+      grid: [split, TILE / MERGED_ROWS],
+      block: 32 * MERGED_ROWS,
+      args: [out, partial, moments, queries, queryTiles, heads, whole, parts, ...steps, factor],
+    });
+  });
+}
+
+/**
+ * How tiles of queries are given to blocks, of which each multiprocessor has one at a time: `whole` of them to a block each,
+ * the other `split` ones, which would leave most multiprocessors idle at the end, to `parts` blocks each, by their keys.
+ */
+export function partition(
+  tiles: number,
+  keyTiles: number,
+  multiprocessors: number,
+): { readonly whole: number; readonly split: number; readonly parts: number } {
+  const left = tiles % multiprocessors;
+  const parts = left === 0 ? 1 : Math.min(Math.floor(multiprocessors / left), keyTiles);
+  return parts < 2 ? { whole: tiles, split: 0, parts: 1 } : { whole: tiles - left, split: left, parts };
+}
