@@ -33,3 +33,8 @@ export class FileError extends FluxError {}
 export function messageOf(thrown: unknown): string {
   return thrown instanceof Error ? thrown.message : String(thrown);
 }
+
+/** The same in one line: without the list of places where a library was looked for. */
+export function briefly(thrown: unknown): string {
+  return messageOf(thrown).split(". Searched:")[0];
+}

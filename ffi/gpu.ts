@@ -61,6 +61,40 @@ export interface Graph extends Disposable {
   replay(): void;
 }
 
+/** Something that a GPU did, as its own clock has timed it. */
+export interface GpuActivity {
+  readonly kind: "kernel" | "copy" | "fill";
+  /** A kernel's name, readable where that can be had; `"copy host to device"` and the like for the others. */
+  readonly name: string;
+  /** The number of the stream that it ran in, as the profiler counts them. */
+  readonly stream: number;
+  /** In milliseconds on the clock of `performance.now()`. */
+  readonly start: number;
+  readonly end: number;
+  /** What else is known of it, for people to read: grid, block, registers, shared memory, bytes, ... */
+  readonly details: Readonly<Record<string, string | number>>;
+}
+
+/** What a profiler has seen. */
+export interface GpuProfile {
+  /** In the order of their starts. */
+  readonly activities: readonly GpuActivity[];
+  /** How many more there were, at least, that it has no times of. */
+  readonly lost: number;
+}
+
+/** Watches a GPU until it is disposed. Work is somewhat slower meanwhile. */
+export interface GpuProfiler extends AsyncDisposable {
+  /**
+   * Runs `body`, waits for the device, and returns what the device did from the beginning of `body` on. Of a graph the
+   * kernels are seen that was recorded since the profiler was opened; older graphs are not to be replayed meanwhile,
+   * since not every driver survives it.
+   *
+   * @throws what `body` throws
+   */
+  profile(body: () => void | Promise<void>): Promise<GpuProfile>;
+}
+
 /** What a GPU says of itself that launches depend on. */
 export interface GpuLimits {
   /** What its compiler calls it, e.g. `"sm_90a"`: for kernels with instructions that only some GPUs have. */
@@ -111,6 +145,13 @@ export interface GpuDevice extends Device {
    * that it uses must not be freed while the graph is in use.
    */
   record(body: () => void): Graph;
+
+  /**
+   * Opens the vendor's profiler, of which there is one at a time in a process.
+   *
+   * @throws FfiError where its library is not installed, or another program is profiling this one
+   */
+  openProfiler(): Promise<GpuProfiler>;
 }
 
 /** Whether kernels are launched on this device (else it is the CPU). */

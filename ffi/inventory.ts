@@ -1,7 +1,7 @@
 /** What of the native libraries and GPUs that this project can use is on this machine. Computes nothing. */
 import { HEADER, openDriver } from "./cuda/driver.ts";
-import { cudaSonames, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";
-import { FfiError, messageOf } from "./errors.ts";
+import { cudaSonames, cuptiVersion, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";
+import { briefly, FfiError } from "./errors.ts";
 import { LibraryNotFoundError, type OpenedLibrary, openLibrary, pinLibrary } from "./library.ts";
 
 export type LibraryName =
@@ -140,7 +140,7 @@ const PROBES: readonly Probe[] = [
     { cuptiGetVersion: { parameters: ["buffer"], result: "i32" } },
     (cupti) => {
       const version = new Uint32Array(1);
-      return cupti.cuptiGetVersion(version) === 0 ? dottedVersion(version[0]) : undefined;
+      return cupti.cuptiGetVersion(version) === 0 ? cuptiVersion(version[0]) : undefined;
     },
   ),
   probe(
@@ -193,7 +193,7 @@ export function takeInventory(): Inventory {
       return { name, purpose, install, ...open(), problem: undefined };
     } catch (error) {
       if (!(error instanceof LibraryNotFoundError)) throw error;
-      return { name, purpose, install, path: undefined, version: undefined, problem: shortReason(error) };
+      return { name, purpose, install, path: undefined, version: undefined, problem: briefly(error) };
     }
   });
   const driverVersion = libraries.find(({ name }) => name === "NVML")!.version;
@@ -219,12 +219,7 @@ function findGpus(): { driver: FoundLibrary; gpus: FoundGpu[]; cudaVersion: stri
     return { driver: { ...DRIVER, ...found }, gpus, cudaVersion: version };
   } catch (error) {
     if (!(error instanceof FfiError)) throw error;
-    const missing = { path: undefined, version: undefined, problem: shortReason(error) };
+    const missing = { path: undefined, version: undefined, problem: briefly(error) };
     return { driver: { ...DRIVER, ...missing }, gpus: [], cudaVersion: undefined };
   }
-}
-
-/** One line, without the list of places that were searched. */
-function shortReason(error: unknown): string {
-  return messageOf(error).split(". Searched:")[0];
 }

@@ -129,7 +129,9 @@ export function candidatePaths(
   }
   places.push({ from: "the loader's default path", folder: undefined, paths: [...sonames] });
   if (search === "all") {
-    for (const cuda of matching(listFolder, "/usr/local", /^cuda/)) add("CUDA toolkit", `${cuda}/lib64`);
+    for (const cuda of matching(listFolder, "/usr/local", /^cuda/)) {
+      for (const lib of ["lib64", "extras/CUPTI/lib64"]) add("CUDA toolkit", `${cuda}/${lib}`);
+    }
     const conda = env("CONDA_PREFIX");
     if (conda) add("CONDA_PREFIX", `${conda}/lib`);
     for (const packages of sitePackages(env, listFolder)) {

@@ -22,6 +22,9 @@ const NEEDS = {
   cuda: { required: ["NVIDIA driver", "NVRTC", "cuBLASLt", "cuDNN"], faster: [] },
 } as const satisfies Record<string, Record<"required" | "faster", readonly LibraryName[]>>;
 
+/** What no recipe needs, but a program with a GPU: kernels in the traces of `--trace-file`. */
+const FOR_GPUS = ["CUPTI"] as const satisfies readonly LibraryName[];
+
 type Kind = keyof typeof NEEDS;
 const KINDS = Object.keys(NEEDS) as Kind[];
 
@@ -38,8 +41,7 @@ export interface Readiness {
 
 /** What each recipe lacks here, on each kind of device that it is for. */
 export function readiness(inventory: Inventory, recipes: readonly Recipe[] = writtenRecipes()): Readiness[] {
-  const absent = (name: LibraryName) =>
-    inventory.libraries.find((library) => library.name === name)?.problem !== undefined;
+  const absent = (name: LibraryName) => isAbsent(inventory, name);
   return recipes.flatMap(({ name, devices }) =>
     KINDS.filter((kind) => devices.includes(kind)).map((device) => {
       const missing = NEEDS[device].required.filter(absent);
@@ -49,11 +51,18 @@ export function readiness(inventory: Inventory, recipes: readonly Recipe[] = wri
   );
 }
 
+function isAbsent({ libraries }: Inventory, name: LibraryName): boolean {
+  return libraries.find((library) => library.name === name)?.problem !== undefined;
+}
+
 /** The report as text, a table for each question. */
 export function describe(inventory: Inventory, recipes: readonly Readiness[]): string {
   const { libraries, gpus, driverVersion, cudaVersion } = inventory;
   const driver = `driver ${driverVersion ?? "unknown"}, takes CUDA up to ${cudaVersion}`;
-  const gaps = [...new Set(recipes.flatMap(({ missing, fasterWith }) => [...missing, ...fasterWith]))];
+  const gaps = [
+    ...new Set<LibraryName>(recipes.flatMap(({ missing, fasterWith }) => [...missing, ...fasterWith])),
+    ...FOR_GPUS.filter((name) => gpus.length > 0 && isAbsent(inventory, name)),
+  ];
   return [
     "Libraries",
     ...tableLines(libraries.map(libraryRow)),

@@ -42,7 +42,7 @@ Examples:
   deno task benchmark --height 512 --width 512 --trace-file trace.json.gz
   deno task benchmark --disable_bf16
 
-Open a trace in chrome://tracing or ui.perfetto.dev. "deno task ladder" measures all rungs, one after another.
+Open a trace in ui.perfetto.dev or chrome://tracing; kernels are in it where CUPTI is installed. "deno task ladder" measures all rungs, one after another.
 `;
 
 async function runBenchmark(args: string[]): Promise<void> {
@@ -52,7 +52,11 @@ async function runBenchmark(args: string[]): Promise<void> {
   )
     .option("--warmups <n>", "pictures that are drawn first and not timed", wholeNumber(0, 1000), WARMUPS)
     .option("--runs <n>", "pictures that are timed", wholeNumber(1, 10_000), RUNS)
-    .option("--trace-file <file>", "afterwards, a trace of one more picture (.json or .json.gz)", userPath)
+    .option(
+      "--trace-file <file>",
+      "afterwards, a trace of one more picture: its parts, operators, and a GPU's kernels (.json or .json.gz)",
+      userPath,
+    )
     .addHelpText("after", EXAMPLES)
     .allowExcessArguments(false)
     .parse(args, { from: "user" })

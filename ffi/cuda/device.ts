@@ -2,7 +2,7 @@ import { setImmediate } from "node:timers";
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "../device.ts";
 import { checkDownload } from "../download.ts";
-import { FfiError, OutOfMemoryError } from "../errors.ts";
+import { briefly, FfiError, OutOfMemoryError } from "../errors.ts";
 import type {
   AttentionPlan,
   Dim3,
@@ -10,6 +10,7 @@ import type {
   GpuEvent,
   GpuKernel,
   GpuLimits,
+  GpuProfiler,
   Graph,
   KernelArgument,
   KernelSource,
@@ -21,6 +22,7 @@ import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
 import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
+import { Cupti } from "./cupti.ts";
 import { type Driver, HEADER } from "./driver.ts";
 import { fastest } from "./measure.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
@@ -119,6 +121,7 @@ export class CudaDevice implements GpuDevice {
   #nvrtc: Nvrtc | undefined;
   #cublasLt: CublasLt | undefined;
   #cudnn: Cudnn | undefined;
+  #cupti: Cupti | undefined;
   /** By the text that was compiled. */
   readonly #modules = new Map<string, LoadedModule>();
 
@@ -414,6 +417,20 @@ export class CudaDevice implements GpuDevice {
     }
   }
 
+  async openProfiler(): Promise<GpuProfiler> {
+    this.#checkOpen();
+    this.#refuseRecording("opening a profiler");
+    this.#cupti ??= new Cupti(this.#driver.driverGetVersion()[0]);
+    const driver = this.#driver;
+    return await this.#cupti.openProfiler({
+      get isLost() {
+        return driver.isLost;
+      },
+      enter: () => driver.enter(),
+      synchronize: () => this.synchronize(),
+    });
+  }
+
   async synchronize(): Promise<void> {
     this.#checkOpen();
     this.#refuseRecording("waiting");
@@ -436,6 +453,7 @@ export class CudaDevice implements GpuDevice {
     };
     attempt(() => this.#driver.streamSynchronize(this.#stream));
     for (const graph of this.#graphs) attempt(() => graph[Symbol.dispose]());
+    attempt(() => this.#cupti?.[Symbol.dispose]());
     attempt(() => this.#cudnn?.[Symbol.dispose]());
     attempt(() => this.#cublasLt?.[Symbol.dispose]());
     for (const { handle } of this.#modules.values()) attempt(() => this.#driver.moduleUnload(handle));
@@ -648,8 +666,7 @@ function versionOr(version: () => string): string {
     return version();
   } catch (error) {
     if (!(error instanceof FfiError)) throw error;
-    const [reason] = error.message.split(". Searched:");
-    return `${reason}${error.hint === undefined ? "" : `; ${error.hint}`}`;
+    return `${briefly(error)}${error.hint === undefined ? "" : `; ${error.hint}`}`;
   }
 }
 

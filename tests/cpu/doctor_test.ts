@@ -70,7 +70,13 @@ Deno.test("doctor names what each recipe lacks, and how to get it, once", () => 
   assert.match(text, /01_bfloat16 +cpu +ready \(faster with oneDNN\)$/m);
   assert.equal(text.match(/get cuDNN/g)?.length, 1);
   assert.match(text, /get oneDNN/);
+  assert.match(text, /CUPTI +get CUPTI$/m, "for traces");
   assert.doesNotMatch(text, /get NCCL/, "nothing needs it yet");
+});
+
+Deno.test("doctor asks for CUPTI only where there is a GPU", () => {
+  const inventory = machine(["NVIDIA driver", "NVML", "NVRTC", "cuBLASLt", "cuDNN", "oneDNN"], 0);
+  assert.doesNotMatch(describe(inventory, readiness(inventory)), /get CUPTI/);
 });
 
 Deno.test("doctor works with nothing installed: exit code 0, a table and JSON that agree", async () => {

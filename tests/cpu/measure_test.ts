@@ -13,7 +13,6 @@ import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Plan } from "../../recipes/base/plan.ts";
 import { psnr } from "../../recipes/base/psnr.ts";
 import { markdownLines, numberLines, tableLines } from "../../recipes/base/table.ts";
-import { encodeTrace, tracePicture } from "../../recipes/base/trace.ts";
 import { transformerConfigSchema } from "../../recipes/base/transformer.ts";
 import { goldenPath } from "../support/golden.ts";
 
@@ -174,37 +173,3 @@ Deno.test("tables are aligned, and Markdown's cells cannot break out", () => {
     "| a\\|b | 1 2 |",
   ]);
 });
-
-Deno.test("a trace has the parts behind one another, and operators inside them", () =>
-  withPipeline(goldenPath("schnell-like"), (plan) => plan, async (pipeline) => {
-    const drawing = { prompt: "a", height: 32, width: 32, numInferenceSteps: 2 };
-    const events = await tracePicture(pipeline, drawing);
-    const parts = events.filter(({ tid }) => tid === 1);
-    assert.deepEqual(parts.map(({ name }) => name), [
-      "prompt_encoding",
-      "denoising_step",
-      "denoising_step",
-      "decoding",
-      "postprocessing",
-    ]);
-    for (const [i, part] of parts.entries()) {
-      assert.ok(part.dur > 0);
-      const next = parts[i + 1];
-      if (next !== undefined) assert.ok(Math.abs(part.ts + part.dur - next.ts) < 1);
-    }
-    const inside = (name: string) => {
-      const part = parts.find((event) => event.name === name)!;
-      return events.filter(({ tid, ts }) => tid === 2 && ts >= part.ts && ts < part.ts + part.dur);
-    };
-    assert.ok(inside("prompt_encoding").some(({ name }) => name === "embedding"));
-    assert.ok(inside("denoising_step").some(({ name }) => name === "jointAttention"));
-    assert.ok(inside("decoding").some(({ name }) => name === "conv2d"));
-    assert.deepEqual(inside("postprocessing").map(({ name }) => name), ["toPixels"]);
-    assert.ok(inside("denoising_step").some(({ args }) => args?.shapes.startsWith("1x")));
-
-    const plain = await encodeTrace(events, "trace.json");
-    assert.deepEqual(JSON.parse(new TextDecoder().decode(plain)).traceEvents, events);
-    const packed = new Blob([await encodeTrace(events, "trace.json.gz")]).stream();
-    const unpacked = await new Response(packed.pipeThrough(new DecompressionStream("gzip"))).json();
-    assert.deepEqual(unpacked.traceEvents, events);
-  }));

@@ -46,10 +46,12 @@ import {
   type AttentionPlan,
   type Dim3,
   Float,
+  type GpuActivity,
   type GpuDevice,
   type GpuEvent,
   type GpuKernel,
   type GpuLimits,
+  type GpuProfiler,
   type Graph,
   type KernelArgument,
   type KernelSource,
@@ -63,6 +65,8 @@ import { Tensor } from "../../ffi/tensor.ts";
 export interface EmulatedGpuOptions {
   /** Whether {@link GpuDevice.attention} computes; by default it returns false, as without a library that can. */
   readonly attention?: boolean;
+  /** False: {@link GpuDevice.openProfiler} throws, as without the library. */
+  readonly profiler?: boolean;
   /** Bytes of its memory; 2 GiB when left out. */
   readonly memoryBytes?: number;
 }
@@ -126,6 +130,8 @@ class EmulatedGpu implements GpuDevice {
   #weights = 0;
   /** Work that {@link record} collects now, and memory that was freed meanwhile: the graph still uses it. */
   #recording: { readonly work: (() => void)[]; readonly freed: Set<Memory> } | undefined;
+  /** What a profiler has seen so far. */
+  #seen: GpuActivity[] | undefined;
 
   constructor(private readonly options: EmulatedGpuOptions) {
     const missing = missingCompiler();
@@ -330,7 +336,8 @@ class EmulatedGpu implements GpuDevice {
     const header = new DataView(new ArrayBuffer(40));
     [...grid, ...block, shared].forEach((value, i) => header.setInt32(4 * i, value, true));
     header.setBigUint64(32, addressOf(packed.pointers), true);
-    this.#run(name, args.filter((arg) => arg instanceof Tensor), () => {
+    const sizes = { grid: grid.join("x"), block: block.join("x"), "dynamic shared memory": shared };
+    this.#run(name, args.filter((arg) => arg instanceof Tensor), sizes, () => {
       const fault = new Int32Array(7);
       library.symbols.simtLaunch(header.buffer, fault);
       const [code, bx, by, bz, tx, ty, tz] = fault;
@@ -390,6 +397,26 @@ class EmulatedGpu implements GpuDevice {
     };
   }
 
+  openProfiler(): Promise<GpuProfiler> {
+    if (this.options.profiler === false) {
+      return Promise.reject(
+        new FfiError(`${this.name}: no profiler. Searched: nowhere.`, { hint: "install one" }),
+      );
+    }
+    return Promise.resolve({
+      profile: async (body) => {
+        const activities: GpuActivity[] = this.#seen = [];
+        try {
+          await body();
+        } finally {
+          this.#seen = undefined;
+        }
+        return { activities, lost: 0 };
+      },
+      [Symbol.asyncDispose]: () => Promise.resolve(),
+    });
+  }
+
   [Symbol.dispose](): void {
     if (this.#closed) return;
     this.#closed = true;
@@ -398,14 +425,17 @@ class EmulatedGpu implements GpuDevice {
   }
 
   /** Runs or records work on tensors, and looks at what lies around them afterwards. */
-  #run(what: string, tensors: readonly Tensor[], work: () => void): void {
+  #run(what: string, tensors: readonly Tensor[], details: GpuActivity["details"], work: () => void): void {
     this.#requireOpen();
     const checked = () => {
       for (const tensor of tensors) {
         this.#requireLive(tensor.memory, what);
         requireInside(what, tensor);
       }
+      const start = performance.now();
       work();
+      const name = what.split(":").at(-1)!.trim(); // a GPU knows no files
+      this.#seen?.push({ kind: "kernel", name, stream: 1, start, end: performance.now(), details });
       for (const { memory } of tensors) requireGuards(what, memory);
     };
     if (this.#recording === undefined) return checked();
@@ -421,7 +451,7 @@ class EmulatedGpu implements GpuDevice {
   ): void {
     const name = `${this.name}: ${what}`;
     const views = tensors.map((tensor) => viewOf(name, tensor));
-    this.#run(name, tensors.filter((tensor) => tensor !== undefined), () => call(views));
+    this.#run(name, tensors.filter((tensor) => tensor !== undefined), {}, () => call(views));
   }
 
   #checkSizes(name: string, grid: Sizes, block: Sizes, shared: number, staticShared: number): void {

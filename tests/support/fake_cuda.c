@@ -31,7 +31,7 @@ struct launch {
 
 struct operation {
   enum { COPY, SET8, SET32, KERNEL, MARK } type;
-  u64 target, source, bytes;
+  u64 target, source, bytes, stream;
   uint32_t value;
   struct launch *launch;
 };
@@ -86,7 +86,7 @@ static void append(struct list *list, struct operation item) {
 }
 
 // The status that every call begins with.
-static int enter(const char *name, int needsContext) {
+int fake_enter(const char *name, int needsContext) {
   if (failure && strcmp(name, failing) == 0 && failAfter-- == 0) {
     int status = failure;
     failure = 0;
@@ -95,7 +95,7 @@ static int enter(const char *name, int needsContext) {
   if (needsContext && lost) return lost;
   return needsContext && !current ? NO_CONTEXT : OK;
 }
-#define ENTER(context) do { int s = enter(__func__, context); if (s) return s; } while (0)
+#define ENTER(context) do { int s = fake_enter(__func__, context); if (s) return s; } while (0)
 #define CHECK(condition, status) do { if (!(condition)) return status; } while (0)
 
 // -- the queue ---------------------------------------------------------------------------------------------------
@@ -130,16 +130,30 @@ static int runKernel(const struct launch *launch) {
   return OK;
 }
 
+// The profiler's side, fake_cupti.c.
+u64 fake_clock(void);
+void fake_activity(uint32_t kind, u64 stream, u64 start, u64 end, const char *name, const uint32_t *sizes, u64 bytes);
+
+static void tellProfiler(const struct operation *o, u64 start) {
+  if (o->type == MARK) return;
+  uint32_t kind = o->type == KERNEL ? 10 : o->type == COPY ? 1 : 2;
+  const struct launch *launch = o->type == KERNEL ? o->launch : NULL;
+  // A launch begins with its name; the sizes follow one another behind it.
+  fake_activity(kind, o->stream, start, fake_clock(), launch ? launch->name : NULL, launch ? launch->grid : NULL, o->bytes);
+}
+
 static int runNext(void) {
   struct operation o = queue.items[0];
   memmove(queue.items, queue.items + 1, --queue.count * sizeof o);
   int status = OK;
+  u64 start = fake_clock();
   if (o.type == MARK) objects[o.target].pending--;
   else if (o.type == KERNEL) status = runKernel(o.launch);
   else if (!accessible(o.target, o.bytes) || (o.type == COPY && !accessible(o.source, o.bytes))) status = ILLEGAL_ADDRESS;
   else if (o.type == COPY) memmove((void *)o.target, (void *)o.source, o.bytes);
   else if (o.type == SET8) memset((void *)o.target, (int)o.value, o.bytes);
   else for (u64 i = 0; i < o.bytes / 4; i++) ((uint32_t *)o.target)[i] = o.value;
+  tellProfiler(&o, start);
   if (o.type == KERNEL) free(o.launch);
   if (status) lost = status;
   return status;
@@ -154,6 +168,7 @@ static int issue(u64 stream, struct operation operation) {
   struct object *s = find(stream, STREAM);
   CHECK(s, BAD_HANDLE);
   CHECK(s->capture != 2, INVALIDATED);
+  operation.stream = stream;
   append(s->capture ? &s->list : &queue, operation);
   return OK;
 }

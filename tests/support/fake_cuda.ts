@@ -1,9 +1,9 @@
-/** fake_cuda.c, compiled and put in the place of the NVIDIA driver and of NVRTC. */
+/** fake_cuda.c and fake_cupti.c, compiled and put in the place of the NVIDIA driver, of NVRTC and of CUPTI. */
 import { fileURLToPath } from "node:url";
 import type { CudaDevice } from "../../ffi/cuda/device.ts";
 import { openCuda } from "../../ffi/cuda/open.ts";
 
-const SOURCE = fileURLToPath(new URL("fake_cuda.c", import.meta.url));
+const SOURCES = ["fake_cuda.c", "fake_cupti.c"].map((name) => fileURLToPath(new URL(name, import.meta.url)));
 const LIBRARY_PATH = "FLUX_LIB_PATH";
 
 const SYMBOLS = {
@@ -21,6 +21,16 @@ const SYMBOLS = {
   fake_compilations: { parameters: [], result: "i32" },
   // void fake_last_launch(uint32_t *sizes, unsigned char *arguments)
   fake_last_launch: { parameters: ["buffer", "buffer"], result: "void" },
+  // void fake_cupti_reset(uint32_t itsVersion, int threads, int recordsPerBuffer)
+  fake_cupti_reset: { parameters: ["u32", "i32", "i32"], result: "void" },
+  // void fake_cupti_drop(u64 count)
+  fake_cupti_drop: { parameters: ["u64"], result: "void" },
+  // void fake_cupti_spoil(void)
+  fake_cupti_spoil: { parameters: [], result: "void" },
+  // int fake_cupti_buffers(int which)
+  fake_cupti_buffers: { parameters: ["i32"], result: "i32" },
+  // int fake_cupti_enabled(void)
+  fake_cupti_enabled: { parameters: [], result: "i32" },
 } as const satisfies Deno.ForeignLibraryInterface;
 
 /** What a test sees of the fake driver, and can make it do. */
@@ -36,6 +46,20 @@ export interface FakeCuda {
   readonly launches: number;
   readonly compilations: number;
   lastLaunch(): { grid: number[]; block: number[]; shared: number; args: Uint8Array<ArrayBuffer> };
+  readonly profiler: FakeProfiler;
+}
+
+/** The same for the fake CUPTI. */
+export interface FakeProfiler {
+  /** How many kinds of work are recorded. */
+  readonly enabled: number;
+  /** Buffers that were asked for, and that were given back. */
+  readonly requested: number;
+  readonly completed: number;
+  /** Says of so many records that they had no room. */
+  drop(count: number): void;
+  /** Makes the current buffer end with what is no record. */
+  spoil(): void;
 }
 
 export interface FakeOptions {
@@ -46,7 +70,17 @@ export interface FakeOptions {
   readonly patience?: number;
   /** 90 when left out: compute capability 9.0. */
   readonly capability?: number;
+  readonly profiler?: {
+    /** Of CUPTI; CUDA 13.0's when left out. */
+    readonly version?: number;
+    /** Who calls for its buffers; the thread that issues work when left out. See fake_cupti.c. */
+    readonly threads?: (typeof THREADS)[number];
+    /** After how many records a buffer is full; as many as fit when left out. */
+    readonly recordsPerBuffer?: number;
+  };
 }
+
+const THREADS = ["same", "waited for", "goes on"] as const;
 
 /** Why C programs cannot be compiled here, or undefined where they can. */
 export function missingCompiler(): string | undefined {
@@ -74,9 +108,13 @@ function libraries(): string {
   if (folder !== undefined) return folder;
   const made = folder = Deno.makeTempDirSync();
   addEventListener("unload", () => Deno.removeSync(made, { recursive: true }));
-  const { success, text } = compile(["-O1", "-shared", "-fPIC", "-o", `${made}/libcuda.so.1`, SOURCE]);
+  const flags = ["-O1", "-shared", "-fPIC", "-pthread", "-o", `${made}/libcuda.so.1`];
+  // g++ takes all files but the first after "-x c" for C++.
+  const { success, text } = compile([...flags, ...SOURCES.flatMap((source) => ["-x", "c", source])]);
   if (!success) throw new Error(text);
-  Deno.symlinkSync(`${made}/libcuda.so.1`, `${made}/libnvrtc.so.13`);
+  for (const name of ["libnvrtc.so.13", "libcupti.so.13"]) {
+    Deno.symlinkSync(`${made}/libcuda.so.1`, `${made}/${name}`);
+  }
   return made;
 }
 
@@ -85,7 +123,7 @@ export async function withFakeCuda(
   options: FakeOptions,
   body: (fake: FakeCuda) => void | Promise<void>,
 ): Promise<void> {
-  const { memory = 2 ** 30, devices = 1, patience = 0, capability = 90 } = options;
+  const { memory = 2 ** 30, devices = 1, patience = 0, capability = 90, profiler = {} } = options;
   const folder = libraries();
   const library = Deno.dlopen(`${folder}/libcuda.so.1`, SYMBOLS);
   const { symbols } = library;
@@ -93,6 +131,8 @@ export async function withFakeCuda(
   Deno.env.set(LIBRARY_PATH, folder);
   try {
     symbols.fake_reset(BigInt(memory), devices, patience, capability);
+    const { version = 130000, threads = "same", recordsPerBuffer = 0 } = profiler;
+    symbols.fake_cupti_reset(version, THREADS.indexOf(threads), recordsPerBuffer);
     await body({
       folder,
       fail: (call, status, after = 0) =>
@@ -115,6 +155,19 @@ export async function withFakeCuda(
         symbols.fake_last_launch(sizes, args);
         const [x, y, z, bx, by, bz, shared, bytes] = sizes;
         return { grid: [x, y, z], block: [bx, by, bz], shared, args: args.slice(0, bytes) };
+      },
+      profiler: {
+        get enabled() {
+          return symbols.fake_cupti_enabled();
+        },
+        get requested() {
+          return symbols.fake_cupti_buffers(0);
+        },
+        get completed() {
+          return symbols.fake_cupti_buffers(1);
+        },
+        drop: (count) => symbols.fake_cupti_drop(BigInt(count)),
+        spoil: () => symbols.fake_cupti_spoil(),
       },
     });
   } finally {
