@@ -1,11 +1,14 @@
-import { Float } from "../ffi/gpu.ts";
+import { Float, type GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import ADA_LAYER_NORM_CU from "./ada_layer_norm.cu" with { type: "text" };
 import { expectShape } from "./check.ts";
 import { denseRows } from "./contiguous.ts";
+import { Float8Tensor, rowScalesOf } from "./float8_tensor.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { layerNorm } from "./layer_norm.ts";
+import type { Readers } from "./linears.ts";
 import { modulate } from "./modulate.ts";
+import { quantizeRows } from "./quantize_float8.ts";
 import { rowLaunch } from "./rows.ts";
 
 const SOURCE = { name: "ada_layer_norm.cu", text: ADA_LAYER_NORM_CU };
@@ -17,7 +20,13 @@ const SOURCE = { name: "ada_layer_norm.cu", text: ADA_LAYER_NORM_CU };
  * @param x `[batch, tokens, hidden]`. @param scale `[batch, hidden]`. @param shift `[batch, hidden]`.
  * @returns `x`'s shape and dtype.
  */
-export function adaLayerNorm(x: Tensor, scale: Tensor, shift: Tensor, eps: number): Tensor {
+export function adaLayerNorm(
+  x: Tensor,
+  scale: Tensor,
+  shift: Tensor,
+  eps: number,
+  _readers?: Readers,
+): Tensor {
   return modulate(layerNorm(x, eps), scale, shift);
 }
 
@@ -25,10 +34,31 @@ export function adaLayerNorm(x: Tensor, scale: Tensor, shift: Tensor, eps: numbe
 export function adaLayerNormFused(x: Tensor, scale: Tensor, shift: Tensor, eps: number): Tensor {
   const gpu = gpuOf(x);
   if (gpu === undefined) return adaLayerNorm(x, scale, shift, eps);
+  return launchInto(() => Tensor.empty(gpu, x.shape, x.dtype), gpu, x, scale, shift, eps);
+}
+
+/**
+ * {@link adaLayerNorm} in E4M3 with a scale for each row, as {@link quantizeRows} gives it. On a GPU in one kernel, which
+ * rounds to E4M3 alone; on the CPU the one after the other.
+ */
+export function adaLayerNormFloat8(x: Tensor, scale: Tensor, shift: Tensor, eps: number): Float8Tensor {
+  const gpu = gpuOf(x);
+  if (gpu === undefined) return x.device.scope(() => quantizeRows(adaLayerNorm(x, scale, shift, eps)));
+  return launchInto(() => Float8Tensor.alloc(gpu, x.shape, x.dtype), gpu, x, scale, shift, eps);
+}
+
+function launchInto<O extends Tensor>(
+  empty: () => O,
+  gpu: GpuDevice,
+  x: Tensor,
+  scale: Tensor,
+  shift: Tensor,
+  eps: number,
+): O {
   const [batch, tokens, hidden] = x.shape;
   expectShape("adaLayerNorm", "scale", scale, [batch, hidden]);
   expectShape("adaLayerNorm", "shift", shift, [batch, hidden]);
-  const out = Tensor.empty(gpu, x.shape, x.dtype);
+  const out = empty();
   gpu.scope(() => {
     const [xs, a, b] = [x, scale, shift].map(denseRows);
     const width = vectorWidth(hidden, [out, xs, a, b]);
@@ -36,11 +66,11 @@ export function adaLayerNormFused(x: Tensor, scale: Tensor, shift: Tensor, eps: 
     const strides = [xs.strides[0], xs.strides[1], a.strides[0], b.strides[0]].map(BigInt);
     launch(gpu, SOURCE, {
       entry: "adaLayerNorm",
-      types: { T: x.dtype, S: scale.dtype, B: shift.dtype },
+      types: { T: x.dtype, O: out.dtype, S: scale.dtype, B: shift.dtype },
       constants: { ...constants, N: width },
       grid: [grid, batch],
       block,
-      args: [out, xs, a, b, tokens, hidden, ...strides, new Float(eps)],
+      args: [out, rowScalesOf(out), xs, a, b, tokens, hidden, ...strides, new Float(eps)],
     });
   });
   return out;

@@ -109,6 +109,22 @@ __device__ __forceinline__ unsigned short toFloat8Pair(float first, float second
   return (unsigned short)(fromFloat<f8e4m3>(first).bits | fromFloat<f8e4m3>(second).bits << 8);
 #endif
 }
+// Four: a word, which compilers otherwise put together byte by byte.
+__device__ __forceinline__ unsigned toFloat8Quad(float first, float second, float third, float fourth) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  unsigned quad;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}"
+      : "=r"(quad) : "f"(first), "f"(second), "f"(third), "f"(fourth));
+  return quad;
+#else
+  return toFloat8Pair(first, second) | (unsigned)toFloat8Pair(third, fourth) << 16;
+#endif
+}
 
 // -- several elements at a time ----------------------------------------------------------------------------------
 
@@ -325,6 +341,16 @@ __device__ __forceinline__ void storeRow(T* row, const Vec<T, N> (&held)[VECTORS
   }
 }
 
+// The row in float: for kernels that use its elements often enough that to convert them each time costs more.
+template <typename T, int N, int VECTORS>
+__device__ __forceinline__ void widenRow(Vec<float, N> (&wide)[VECTORS], const Vec<T, N> (&held)[VECTORS]) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+#pragma unroll
+    for (int i = 0; i < N; i++) wide[j].v[i] = toFloat(held[j].v[i]);
+  }
+}
+
 // Sum over the row of f(element).
 template <int THREADS, typename T, int N, int VECTORS, typename F>
 __device__ __forceinline__ float sumOfRow(const Vec<T, N> (&held)[VECTORS], int lane, int length, float* partial, F f) {
@@ -369,4 +395,83 @@ __device__ __forceinline__ void modulateRow(Vec<T, N> (&held)[VECTORS], const Ro
       held[j].v[i] = fromFloat<T>(fmaf(normal, 1.0f + toFloat(a.v[i]), toFloat(b.v[i])));
     }
   }
+}
+
+// -- 8-bit floats with scales ------------------------------------------------------------------------------------
+
+// value = x * (1 / scale), rounded to E4M3, with scale = largest |x| / 448, so that the largest is 448.
+constexpr float FLOAT8_LARGEST = 448.0f;
+// As the smallest largest value: rows of zeros have a scale too.
+constexpr float FLOAT8_SMALLEST = 1e-12f;
+
+// A NaN does not count: it stays one whatever its scale is.
+template <typename T, int N> __device__ __forceinline__ float largestOf(float largest, const Vec<T, N>& x) {
+#pragma unroll
+  for (int i = 0; i < N; i++) largest = fmaxf(largest, fabsf(toFloat(x.v[i])));
+  return largest;
+}
+
+__device__ __forceinline__ float scaleOf(float largest) {
+  return __fdiv_rn(fmaxf(largest, FLOAT8_SMALLEST), FLOAT8_LARGEST);
+}
+
+// Stores x * factor. Through words: compilers would put a Vec of bytes together byte by byte.
+template <typename T, int N>
+__device__ __forceinline__ void storeQuantized(f8e4m3* p, const Vec<T, N>& x, float factor) {
+  if constexpr (N % 4 == 0) {
+    Vec<unsigned, N / 4> words;
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      words.v[i / 4] = toFloat8Quad(toFloat(x.v[i]) * factor, toFloat(x.v[i + 1]) * factor,
+                                    toFloat(x.v[i + 2]) * factor, toFloat(x.v[i + 3]) * factor);
+    }
+    storeVec(reinterpret_cast<unsigned*>(p), words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) p[i] = fromFloat<f8e4m3>(toFloat(x.v[i]) * factor);
+  }
+}
+
+// storeRow in E4M3, with the row's scale. `partial` is as for rowMax; all threads of the block take part.
+template <int THREADS, typename T, int N, int VECTORS>
+__device__ __forceinline__ void storeRow(f8e4m3* row, float* scale, const Vec<T, N> (&held)[VECTORS], int lane,
+                                         int length, float* partial) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    if ((j * THREADS + lane) * N < length) largest = largestOf(largest, held[j]);
+  }
+  const float found = scaleOf(rowMax<THREADS>(largest, partial));
+  if (lane == 0 && length > 0) *scale = found;
+  const float factor = __frcp_rn(found);
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int at = (j * THREADS + lane) * N;
+    if (at < length) storeQuantized(row + at, held[j], factor);
+  }
+}
+
+// -- adaptive layer norm -----------------------------------------------------------------------------------------
+
+// Stores the norm of row `row` of out, which has `hidden` elements, modulated by scale and shift.
+template <int THREADS, typename T, int N, int VECTORS, typename S, typename B>
+__device__ __forceinline__ void storeAdaLayerNorm(T* out, float*, long long row, Vec<T, N> (&held)[VECTORS],
+                                                  const S* scale, const B* shift, int lane, int length, int hidden,
+                                                  float eps, float (&partials)[2][32]) {
+  const RowNorm norm = normOfRow<THREADS>(held, lane, length, hidden, eps, partials);
+  modulateRow<THREADS>(held, norm, scale, shift, lane, length);
+  storeRow<THREADS>(out + row * hidden, held, lane, length);
+}
+// The same in E4M3, with the rows' scales. The row is held in float, neither rounded nor converted in between.
+template <int THREADS, typename T, int N, int VECTORS, typename S, typename B>
+__device__ __forceinline__ void storeAdaLayerNorm(f8e4m3* out, float* rowScales, long long row,
+                                                  const Vec<T, N> (&loaded)[VECTORS], const S* scale,
+                                                  const B* shift, int lane, int length, int hidden,
+                                                  float eps, float (&partials)[2][32]) {
+  Vec<float, N> held[VECTORS];
+  widenRow(held, loaded);
+  const RowNorm norm = normOfRow<THREADS>(held, lane, length, hidden, eps, partials);
+  modulateRow<THREADS>(held, norm, scale, shift, lane, length);
+  // Who has met for the second sum has read the partials of the first.
+  storeRow<THREADS>(out + row * hidden, rowScales + row, held, lane, length, partials[0]);
 }

@@ -6,7 +6,7 @@ import { onCpu } from "./cpu.ts";
 import DEQUANTIZE_FLOAT8_CU from "./dequantize_float8.cu" with { type: "text" };
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { inFlight } from "./launch_shapes.ts";
-import type { Quantized } from "./quantize_float8.ts";
+import type { Float8Matrix } from "./float8_tensor.ts";
 
 const SOURCE = { name: "dequantize_float8.cu", text: DEQUANTIZE_FLOAT8_CU };
 
@@ -15,7 +15,7 @@ const SOURCE = { name: "dequantize_float8.cu", text: DEQUANTIZE_FLOAT8_CU };
  *
  * @param quantized values `[..., k]` and a scale for each row, or one for all. @param dtype f32 or bf16.
  */
-export function dequantize({ values, scales }: Quantized, dtype: DType): Tensor {
+export function dequantize({ values, scales }: Float8Matrix, dtype: DType): Tensor {
   const k = values.shape.at(-1)!;
   const out = Tensor.empty(values.device, values.shape, dtype);
   const gpu = gpuOf(out);

@@ -1,29 +1,31 @@
 // Gated residual connection and the adaptive layer norm of its sum: sum = residual + gate * x, rounded to T, then
 // normed = (sum - mean) / sqrt(variance + eps) * (1 + scale) + shift. One gate, scale and shift for each sample.
 //
-//   sum, normed   [batch, tokens, hidden] T, dense
+//   sum, normed   [batch, tokens, hidden] T and O, dense
+//   rowScales     [batch * tokens] f32, of normed where O is E4M3, else null
 //   residual      [batch, tokens, hidden] T, x the same in X, both with any strides of batch and tokens
 //   gate, scale, shift   [batch, hidden] G, S, B, with any stride of batch
 //
 // THREADS threads share a row and keep the sum in registers, from which the norm is computed. A sample's gate, scale and
 // shift stay in the caches. Grid: rows of a sample / (BLOCK / THREADS), batch.
-// Bytes moved: batch * tokens * hidden * (3 * sizeof(T) + sizeof(X)). Floor at FLUX's 4352 x 3072 in bf16: 107 MB,
-// 36 us at 3.0 TB/s.
-// T, X, G, S, B: the dtypes. N: elements that move at a time, a divisor of hidden. THREADS, BLOCK, VECTORS: see
+// Bytes moved: batch * tokens * hidden * (2 * sizeof(T) + sizeof(O) + sizeof(X)). Floor at FLUX's 4352 x 3072 in bf16:
+// 107 MB, 36 us at 3.0 TB/s; with normed in E4M3 93.6 MB, 31 us.
+// T, O, X, G, S, B: the dtypes; O is T, or E4M3 with a scale for each row, before which normed is not rounded to T. N: elements that move at a time, a divisor of hidden. THREADS, BLOCK, VECTORS: see
 // kernels/rows.ts.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gatedAdaLayerNorm(T* sum, T* normed, const T* residual, const X* x, const G* gate, const S* scale, const B* shift,
-                  int tokens, int hidden, long long residualBatch, long long residualRow, long long xBatch,
-                  long long xRow, long long gateBatch, long long scaleBatch, long long shiftBatch, float eps) {
+gatedAdaLayerNorm(T* sum, O* normed, float* rowScales, const T* residual, const X* x, const G* gate, const S* scale,
+                  const B* shift, int tokens, int hidden, long long residualBatch, long long residualRow,
+                  long long xBatch, long long xRow, long long gateBatch, long long scaleBatch, long long shiftBatch,
+                  float eps) {
   __shared__ float partials[2][32];
   const long long sample = blockIdx.y;
   const int token = blockIdx.x * (BLOCK / THREADS) + threadIdx.x / THREADS;
   const int lane = threadIdx.x % THREADS;
   // Threads without a row take part in the sums all the same.
   const int length = token < tokens ? hidden : 0;
-  const long long row = (sample * tokens + token) * hidden;
+  const long long row = sample * tokens + token;
   Vec<T, N> held[VECTORS];
   Vec<X, N> term[VECTORS];
   Vec<G, N> gates[VECTORS];
@@ -39,8 +41,7 @@ gatedAdaLayerNorm(T* sum, T* normed, const T* residual, const X* x, const G* gat
       held[j].v[i] = fromFloat<T>(value);
     }
   }
-  storeRow<THREADS>(sum + row, held, lane, length);
-  const RowNorm norm = normOfRow<THREADS>(held, lane, length, hidden, eps, partials);
-  modulateRow<THREADS>(held, norm, scale + sample * scaleBatch, shift + sample * shiftBatch, lane, length);
-  storeRow<THREADS>(normed + row, held, lane, length);
+  storeRow<THREADS>(sum + row * hidden, held, lane, length);
+  storeAdaLayerNorm<THREADS>(normed, rowScales, row, held, scale + sample * scaleBatch, shift + sample * shiftBatch, lane,
+                             length, hidden, eps, partials);
 }

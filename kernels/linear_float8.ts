@@ -1,23 +1,19 @@
 import type { MatmulPlan } from "../ffi/device.ts";
-import type { DType } from "../ffi/dtype.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
 import { dequantize } from "./dequantize_float8.ts";
+import { type Float8Matrix, Float8Tensor } from "./float8_tensor.ts";
 import { gpuOf } from "./gpu.ts";
-import { type Quantized, quantizeRows, quantizeTensor } from "./quantize_float8.ts";
-
-/** A matrix `[rows, k]` in E4M3, with a scale for each row or one for all. */
-export interface Float8Matrix extends Quantized {
-  readonly rowwise: boolean;
-}
+import { quantizeRows, quantizeTensor } from "./quantize_float8.ts";
 
 /**
  * Affine map of the last dimension by a float8 weight, `activation(x @ weight^T + bias)`: `x` is quantized as the weight
  * was, its scales found anew for each call; sums are in f32, as far as the matrix units keep them.
  *
- * @param x `[..., in]`, f32 or bf16. @param weight `[out, in]`. @param bias `[out]`, on a GPU in bf16.
+ * @param x `[..., in]`, f32 or bf16 with dense rows, or quantized already. @param weight `[out, in]`.
+ * @param bias `[out]`, on a GPU in bf16.
  * @param place where the result is stored, dense rows at any distance; allocated when left out.
- * @returns `[..., out]` in `x`'s dtype, rounded once.
+ * @returns `[..., out]` in the dtype of `x`, or of what it was before it was quantized; rounded once.
  * @throws ShapeError where the sizes do not fit; on a GPU for sizes that are no multiples of 16.
  */
 export function linearFloat8(
@@ -27,36 +23,30 @@ export function linearFloat8(
   activation?: MatmulPlan["activation"],
   place?: Tensor,
 ): Tensor {
-  return x.device.scope(() =>
-    linearQuantized(quantizeAs(weight, x), x.dtype, weight, bias, activation, place)
-  );
+  return x.device.scope(() => linearQuantized(quantizeAs(weight, x), weight, bias, activation, place));
 }
 
 /** `x` quantized as `weight` was, for one or several products with such weights by {@link linearQuantized}. */
-export function quantizeAs({ rowwise }: Float8Matrix, x: Tensor): Float8Matrix {
-  return { ...(rowwise ? quantizeRows(x) : quantizeTensor(x)), rowwise };
+export function quantizeAs({ rowwise }: Float8Matrix, x: Tensor): Float8Tensor {
+  if (x instanceof Float8Tensor) return x;
+  return rowwise ? quantizeRows(x) : quantizeTensor(x);
 }
 
-/**
- * The product of {@link linearFloat8} for an `x` that was quantized by {@link quantizeAs}.
- *
- * @param dtype of the result, f32 or bf16.
- */
+/** The product of {@link linearFloat8} for an `x` that was quantized. */
 export function linearQuantized(
-  x: Float8Matrix,
-  dtype: DType,
+  x: Float8Tensor,
   weight: Float8Matrix,
   bias?: Tensor,
   activation?: MatmulPlan["activation"],
   place?: Tensor,
 ): Tensor {
   const [outFeatures, inFeatures] = weight.values.shape;
-  expectShape("linearFloat8", "weight", weight.values, [null, x.values.shape.at(-1) ?? null]);
+  expectShape("linearFloat8", "weight", weight.values, [null, x.shape.at(-1) ?? null]);
   if (bias !== undefined) expectShape("linearFloat8", "bias", bias, [outFeatures]);
   expect(x.rowwise === weight.rowwise, "linearFloat8", () => "x and weight are not scaled alike");
-  const shape = [...x.values.shape.slice(0, -1), outFeatures];
+  const shape = [...x.shape.slice(0, -1), outFeatures];
   if (place !== undefined) expectShape("linearFloat8", "place", place, shape);
-  const out = place ?? Tensor.empty(x.values.device, shape, dtype);
+  const out = place ?? Tensor.empty(x.device, shape, x.source);
   const plan: MatmulPlan = {
     a: x.values.reshape([-1, inFeatures]),
     b: weight.values,

@@ -8,6 +8,12 @@ export interface LinearLayer {
 }
 
 /**
+ * All Linear layers that read an operator's result. An operator that is told may give it in the form that they multiply; the
+ * eager ones have no use for it.
+ */
+export type Readers = readonly LinearLayer[];
+
+/**
  * Several Linear layers of one input: q, k and v, and what else reads the same tokens.
  * Composite: this body of primitives is the eager baseline; one product of joined weights may replace it.
  *

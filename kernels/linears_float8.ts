@@ -1,6 +1,7 @@
 import type { Tensor } from "../ffi/tensor.ts";
 import { columnsOf, joinedView } from "./joined_linears.ts";
-import { type Float8Matrix, linearQuantized, quantizeAs } from "./linear_float8.ts";
+import type { Float8Matrix } from "./float8_tensor.ts";
+import { linearQuantized, quantizeAs } from "./linear_float8.ts";
 
 /** A Linear layer with a float8 weight `[out, in]` and a bias `[out]`. */
 export interface Float8Layer {
@@ -12,7 +13,7 @@ export interface Float8Layer {
  * Several Linear layers of one input by float8 weights, all scaled alike: the input is quantized once, and weights that
  * lie behind one another in one memory (as 03_fuse_qkv lays them) are multiplied with at once.
  *
- * @param x `[..., in]`, f32 or bf16. @returns `[..., out]` for each layer, in `x`'s dtype.
+ * @param x `[..., in]`. @returns `[..., out]` for each layer; dtypes as those of linearFloat8.
  */
 export function linearsFloat8(x: Tensor, layers: readonly Float8Layer[]): Tensor[] {
   return x.device.scope(() => {
@@ -21,10 +22,10 @@ export function linearsFloat8(x: Tensor, layers: readonly Float8Layer[]): Tensor
     const biases = layers.map(({ bias }) => bias).filter((bias) => bias !== undefined);
     const bias = biases.length === layers.length ? joinedView(biases) : undefined;
     if (weight === undefined || (bias === undefined && biases.length > 0)) {
-      return layers.map((layer) => linearQuantized(quantized, x.dtype, layer.weight, layer.bias));
+      return layers.map((layer) => linearQuantized(quantized, layer.weight, layer.bias));
     }
     return columnsOf(
-      linearQuantized(quantized, x.dtype, weight, bias),
+      linearQuantized(quantized, weight, bias),
       layers.map((layer) => layer.weight.values),
     );
   });

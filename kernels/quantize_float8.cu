@@ -1,4 +1,4 @@
-// Casts to E4M3 with scales: value = x * (1 / scale), rounded, with scale = largest |x| / 448, so that the largest is 448.
+// Casts to E4M3 with scales, as common.cuh says.
 //
 //   quantizeRows      values [rows, k] f8, scales [rows] f32      x  rows of T, strided (kernels/rows.ts): a scale a row
 //   largestOfParts    parts [blocks] f32                          x  count * N elements of T
@@ -12,34 +12,6 @@
 // T: the dtype. N: elements that move at a time. THREADS, BLOCK, VECTORS: see kernels/rows.ts, kernels/elementwise.ts.
 #include "common.cuh"
 
-constexpr float LARGEST = 448.0f;
-// As the smallest largest value: rows of zeros have a scale too.
-constexpr float SMALLEST = 1e-12f;
-
-// A NaN does not count: it stays one whatever its scale is.
-__device__ __forceinline__ float largestOf(float largest, const Vec<T, N>& x) {
-#pragma unroll
-  for (int i = 0; i < N; i++) largest = fmaxf(largest, fabsf(toFloat(x.v[i])));
-  return largest;
-}
-
-__device__ __forceinline__ float scaleOf(float largest) { return __fdiv_rn(fmaxf(largest, SMALLEST), LARGEST); }
-
-__device__ __forceinline__ Vec<f8e4m3, N> quantized(const Vec<T, N>& x, float factor) {
-  Vec<f8e4m3, N> result;
-  if constexpr (N % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      reinterpret_cast<unsigned short*>(&result)[i / 2] =
-          toFloat8Pair(toFloat(x.v[i]) * factor, toFloat(x.v[i + 1]) * factor);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) result.v[i] = fromFloat<f8e4m3>(toFloat(x.v[i]) * factor);
-  }
-  return result;
-}
-
 extern "C" __global__ void __launch_bounds__(BLOCK)
 quantizeRows(f8e4m3* values, float* scales, const T* x, unsigned rows, int k, unsigned inner, long long outerStride,
              long long innerStride) {
@@ -51,22 +23,8 @@ quantizeRows(f8e4m3* values, float* scales, const T* x, unsigned rows, int k, un
   x += rowStart(row, inner, outerStride, innerStride);
   values += (long long)row * k;
   Vec<T, N> held[VECTORS];
-  float largest = 0.0f;
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at >= length) continue;
-    held[j] = loadVec<N>(x + at);
-    largest = largestOf(largest, held[j]);
-  }
-  const float scale = scaleOf(rowMax<THREADS>(largest, partials));
-  if (lane == 0 && row < rows) scales[row] = scale;
-  const float factor = __frcp_rn(scale);
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    int at = (j * THREADS + lane) * N;
-    if (at < length) storeVec(values + at, quantized(held[j], factor));
-  }
+  loadRow<THREADS>(held, x, lane, length);
+  storeRow<THREADS>(values, scales + row, held, lane, length, partials);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) largestOfParts(float* parts, const T* x, long long count) {
@@ -108,6 +66,6 @@ quantizeTensor(f8e4m3* values, float* scale, const T* x, long long count, const 
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     long long at = first + j * BLOCK;
-    if (at < count) storeVec(values + at * N, quantized(held[j], factor));
+    if (at < count) storeQuantized(values + at * N, held[j], factor);
   }
 }

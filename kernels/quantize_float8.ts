@@ -7,6 +7,7 @@ import { Tensor } from "../ffi/tensor.ts";
 import { expect } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import { readFloat32 } from "./cpu.ts";
+import { Float8Tensor } from "./float8_tensor.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { inFlight, RESIDENT_THREADS } from "./launch_shapes.ts";
 import QUANTIZE_FLOAT8_CU from "./quantize_float8.cu" with { type: "text" };
@@ -19,25 +20,17 @@ const LARGEST = 448;
 const SMALLEST = Math.fround(1e-12);
 const BLOCK = 256;
 
-/** A tensor as 8-bit floats: `values * scales` is what it was, to within 1/16 of each value. */
-export interface Quantized {
-  /** f8e4m3, dense. */
-  readonly values: Tensor;
-  /** f32 `[rows]` or `[1]`. */
-  readonly scales: Tensor;
-}
-
 /**
  * Casts to E4M3 with a scale for each row: its largest absolute value / 448. A value is multiplied by the reciprocal of
  * its scale and rounded to nearest, ties to even. A NaN stays one and counts for no scale; an infinity makes its row NaN
  * when it is multiplied by the scale again.
  *
  * @param x `[..., k]`, f32 or bf16, with dense rows. @param purpose of the memory of the result.
- * @returns values of `x`'s shape and as many scales as it has rows.
+ * @returns `x`'s shape, with as many scales as it has rows.
  */
-export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"): Quantized {
+export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"): Float8Tensor {
   const k = x.shape.at(-1)!;
-  const out = emptyFor("quantizeRows", x, x.size / k, purpose);
+  const out = emptyFor("quantizeRows", x, true, purpose);
   const { values, scales } = out;
   const gpu = gpuOf(x);
   if (gpu === undefined) {
@@ -64,17 +57,17 @@ export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"):
  * As {@link quantizeRows} with one scale for the whole tensor.
  *
  * @param x f32 or bf16 of any shape; strided ones are copied first. @param purpose of the memory of the result.
- * @returns values of `x`'s shape and one scale.
+ * @returns `x`'s shape, with one scale.
  */
-export function quantizeTensor(x: Tensor, purpose: MemoryPurpose = "activations"): Quantized {
-  const out = emptyFor("quantizeTensor", x, 1, purpose);
+export function quantizeTensor(x: Tensor, purpose: MemoryPurpose = "activations"): Float8Tensor {
+  const out = emptyFor("quantizeTensor", x, false, purpose);
   const gpu = gpuOf(x);
   if (gpu === undefined) onCpu(out, x, x.size);
   else gpu.scope(() => quantizeOnGpu(gpu, out, contiguous(x)));
   return out;
 }
 
-function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Quantized, x: Tensor): void {
+function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Float8Tensor, x: Tensor): void {
   const flat = [values, x].map((tensor) => tensor.reshape([tensor.size]));
   const width = vectorWidth(x.size, flat);
   const count = x.size / width;
@@ -102,14 +95,12 @@ function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Quantized, x: Tensor)
   });
 }
 
-function emptyFor(op: string, x: Tensor, scales: number, purpose: MemoryPurpose): Quantized {
+function emptyFor(op: string, x: Tensor, rowwise: boolean, purpose: MemoryPurpose): Float8Tensor {
   expect(x.dtype === "f32" || x.dtype === "bf16", op, () => `takes f32 and bf16, not ${x}`);
-  const empty = (dtype: DType, shape: readonly number[], bytes: number) =>
-    new Tensor(x.device.alloc(bytes, purpose), dtype, shape);
-  return { values: empty("f8e4m3", x.shape, x.size), scales: empty("f32", [scales], scales * 4) };
+  return Float8Tensor.alloc(x.device, x.shape, x.dtype, rowwise, purpose);
 }
 
-function onCpu({ values, scales }: Quantized, x: Tensor, k: number): void {
+function onCpu({ values, scales }: Float8Tensor, x: Tensor, k: number): void {
   quantizeReference(
     viewOf(values, "f8e4m3", values.size),
     viewOf(scales, "f32", scales.size),

@@ -12,7 +12,8 @@
  */
 import type { Tensor } from "../ffi/tensor.ts";
 import { isGpu } from "../ffi/gpu.ts";
-import { type Float8Matrix, linearFloat8 } from "../kernels/linear_float8.ts";
+import type { Float8Matrix } from "../kernels/float8_tensor.ts";
+import { linearFloat8 } from "../kernels/linear_float8.ts";
 import { joinedView } from "../kernels/joined_linears.ts";
 import { linearsFloat8 } from "../kernels/linears_float8.ts";
 import { quantizeRows, quantizeTensor } from "../kernels/quantize_float8.ts";

@@ -2,16 +2,17 @@
 import assert from "node:assert/strict";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { Tensor } from "../../ffi/tensor.ts";
-import { adaLayerNormFused } from "../../kernels/ada_layer_norm.ts";
+import { adaLayerNormFloat8, adaLayerNormFused } from "../../kernels/ada_layer_norm.ts";
 import { add } from "../../kernels/add.ts";
 import { addRmsNormFused } from "../../kernels/add_rms_norm.ts";
 import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
-import { gatedAdaLayerNormFused } from "../../kernels/gated_ada_layer_norm.ts";
+import { gatedAdaLayerNormFloat8, gatedAdaLayerNormFused } from "../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidual } from "../../kernels/gated_residual.ts";
 import { groupNormSiluFused } from "../../kernels/group_norm_silu.ts";
 import { NCHW } from "../../kernels/layout.ts";
+import { geluTanhFloat8 } from "../../kernels/gelu_float8.ts";
 import { geluTanh } from "../../kernels/gelu_tanh.ts";
 import { jointQkNormRopeFused } from "../../kernels/joint_qk_norm_rope.ts";
 import { modulate } from "../../kernels/modulate.ts";
@@ -50,6 +51,8 @@ for (const dtype of ["bf16", "f32"] as const) {
       gatedResidual(tensor(tokens, dtype), tensor(tokens, dtype), gate);
       adaLayerNormFused(tensor(tokens, dtype), scale, shift, 1e-6);
       gatedAdaLayerNormFused(tensor(tokens, dtype), tensor(tokens, dtype), gate, scale, shift, 1e-6);
+      adaLayerNormFloat8(tensor(tokens, dtype), scale, shift, 1e-6);
+      gatedAdaLayerNormFloat8(tensor(tokens, dtype), tensor(tokens, dtype), gate, scale, shift, 1e-6);
       const text = [1, 256, 4096];
       addRmsNormFused(tensor(text, dtype), tensor(text, dtype), tensor([4096], dtype), 1e-6);
       // A single block's product: q, k, v and the MLP.
@@ -59,6 +62,8 @@ for (const dtype of ["bf16", "f32"] as const) {
       const table = tensor([4352, 128], "f32");
       jointQkNormRopeFused([{ q, k, v, normQ: norm, normK: norm }], table, table, 1e-6);
       geluTanh(product.narrow(2, 9216, 12288), tensor([1, 4352, 15360], dtype).narrow(2, 3072, 12288));
+      geluTanhFloat8(product.narrow(2, 9216, 12288), tensor(tokens, dtype));
+      geluTanhFloat8(tensor(wide, dtype));
     });
     for (const { constants, blocks, threads } of launches) {
       // cast's pieces are 16 bytes of the wider dtype, f32.
@@ -66,7 +71,7 @@ for (const dtype of ["bf16", "f32"] as const) {
       assert.ok(constants.N === width || constants.N === 4, `N is ${constants.N}`);
       assert.ok(blocks >= 132 && threads >= 128, `${blocks} blocks of ${threads} threads`);
     }
-    assert.equal(launches.length, 13);
+    assert.equal(launches.length, 17);
 
     const [upsampled] = launchesOf((tensor) => void upsampleNearest(tensor([1, 256, 512, 512], dtype)));
     assert.equal(2 * upsampled.constants.N * dtypeBytes(dtype), 16);

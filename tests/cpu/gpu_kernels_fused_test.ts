@@ -4,15 +4,24 @@ import type { Device, MatmulPlan } from "../../ffi/device.ts";
 import { ShapeError } from "../../ffi/errors.ts";
 import type { AttentionPlan } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
-import { adaLayerNorm, adaLayerNormFused } from "../../kernels/ada_layer_norm.ts";
+import { adaLayerNorm, adaLayerNormFloat8, adaLayerNormFused } from "../../kernels/ada_layer_norm.ts";
 import { addRmsNorm, addRmsNormFused } from "../../kernels/add_rms_norm.ts";
 import { attention } from "../../kernels/attention.ts";
+import { concat } from "../../kernels/concat.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
-import { gatedAdaLayerNorm, gatedAdaLayerNormFused } from "../../kernels/gated_ada_layer_norm.ts";
+import type { Float8Tensor } from "../../kernels/float8_tensor.ts";
+import {
+  gatedAdaLayerNorm,
+  gatedAdaLayerNormFloat8,
+  gatedAdaLayerNormFused,
+} from "../../kernels/gated_ada_layer_norm.ts";
+import { geluTanhFloat8 } from "../../kernels/gelu_float8.ts";
+import { geluTanh } from "../../kernels/gelu_tanh.ts";
 import { jointAttention, jointAttentionFused } from "../../kernels/joint_attention.ts";
 import { joinedLinears } from "../../kernels/joined_linears.ts";
 import { linearGeluFused } from "../../kernels/linear_gelu.ts";
 import { parallelBranches, parallelBranchesFused } from "../../kernels/parallel_branches.ts";
+import { quantizeRows } from "../../kernels/quantize_float8.ts";
 import { silu } from "../../kernels/silu.ts";
 import { eagerOps } from "../../recipes/base/ops.ts";
 import { assertClose } from "../support/compare.ts";
@@ -97,6 +106,9 @@ Deno.test("fused operators on the CPU are the composite ones", () => {
   const { normQ, normK } = layers;
   const [q, k, v] = [9, 10, 11].map((seed) => random(device, [2, 5, 2, 8], seed));
   const stream = { q, k, v, normQ, normK };
+  const both = ({ values, scales }: Float8Tensor) => [values, scales];
+  const gated = gatedAdaLayerNorm(residual, x, gate, scale, shift, 1e-6);
+  const gated8 = gatedAdaLayerNormFloat8(residual, x, gate, scale, shift, 1e-6);
   const pairs: [fused: Tensor[], composite: Tensor[]][] = [
     [[adaLayerNormFused(x, scale, shift, 1e-6)], [adaLayerNorm(x, scale, shift, 1e-6)]],
     [
@@ -107,6 +119,14 @@ Deno.test("fused operators on the CPU are the composite ones", () => {
       Object.values(addRmsNormFused(residual, x, weight, 1e-6)),
       Object.values(addRmsNorm(residual, x, weight, 1e-6)),
     ],
+    [
+      both(adaLayerNormFloat8(x, scale, shift, 1e-6)),
+      both(quantizeRows(adaLayerNorm(x, scale, shift, 1e-6))),
+    ],
+    [both(gated8.normed), both(quantizeRows(gated.normed))],
+    [[gated8.sum], [gated.sum]],
+    [both(geluTanhFloat8(x, residual)), both(quantizeRows(concat([residual, geluTanh(x)], 2)))],
+    [both(geluTanhFloat8(x)), both(quantizeRows(geluTanh(x)))],
     [[jointAttentionFused([stream], cos, sin, 1e-6)], [jointAttention([stream], cos, sin, 1e-6)]],
     [
       [parallelBranchesFused(tokens, layers, cos, sin, 1e-6, fusedOps)],

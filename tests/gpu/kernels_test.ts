@@ -3,6 +3,7 @@ import { flashAttentionSuite } from "../support/kernel_suites/flash_attention.ts
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
+import { float8FusedSuite } from "../support/kernel_suites/float8_fused.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
@@ -13,6 +14,7 @@ elementwiseSuite();
 normsSuite();
 randomSuite();
 float8Suite();
+float8FusedSuite();
 fusedSuite();
 parallelBranchesSuite();
 flashAttentionSuite();

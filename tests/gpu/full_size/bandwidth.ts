@@ -17,9 +17,10 @@ import { openDevice } from "../../../ffi/open.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { groupNormSiluFused } from "../../../kernels/group_norm_silu.ts";
 import { NCHW } from "../../../kernels/layout.ts";
-import { adaLayerNormFused } from "../../../kernels/ada_layer_norm.ts";
+import { adaLayerNormFloat8, adaLayerNormFused } from "../../../kernels/ada_layer_norm.ts";
 import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
-import { gatedAdaLayerNormFused } from "../../../kernels/gated_ada_layer_norm.ts";
+import { gatedAdaLayerNormFloat8, gatedAdaLayerNormFused } from "../../../kernels/gated_ada_layer_norm.ts";
+import { geluTanhFloat8 } from "../../../kernels/gelu_float8.ts";
 import { jointQkNormRopeFused } from "../../../kernels/joint_qk_norm_rope.ts";
 import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
 import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
@@ -234,6 +235,33 @@ const CASES: readonly Case[] = [
     inputs: () => [bf16(TOKENS, k)],
     run: (x) => quantizeRows(x).values,
   })),
+  {
+    name: "adaLayerNormFloat8",
+    inputs: () => [bf16(1, TOKENS, HIDDEN), bf16(1, HIDDEN), bf16(1, HIDDEN)],
+    run: (x, scale, shift) => adaLayerNormFloat8(x, scale, shift, 1e-6),
+  },
+  {
+    name: "gatedAdaLayerNormFloat8",
+    inputs: () => [
+      ...[0, 1].map(() => bf16(1, TOKENS, HIDDEN)),
+      ...[0, 1, 2].map(() => bf16(1, HIDDEN)),
+    ],
+    run: (residual, x, gate, scale, shift) =>
+      Object.values(gatedAdaLayerNormFloat8(residual, x, gate, scale, shift, 1e-6)),
+  },
+  {
+    name: "geluTanhFloat8 beside attention",
+    inputs: () => [
+      bf16(1, TOKENS, 3 * HIDDEN + MLP).narrow(2, 3 * HIDDEN, MLP),
+      bf16(1, TOKENS, HIDDEN),
+    ],
+    run: (x, before) => geluTanhFloat8(x, before),
+  },
+  {
+    name: "geluTanhFloat8",
+    inputs: () => [bf16(1, TOKENS - TEXT, MLP)],
+    run: (x) => geluTanhFloat8(x),
+  },
   {
     name: "quantizeTensor",
     inputs: () => [bf16(TOKENS, HIDDEN)],

@@ -5,13 +5,9 @@ import { ShapeError } from "../../../ffi/errors.ts";
 import { float32ToFloat8, float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
+import type { Float8Tensor } from "../../../kernels/float8_tensor.ts";
 import { linearFloat8, linearQuantized, quantizeAs } from "../../../kernels/linear_float8.ts";
-import {
-  type Quantized,
-  quantizeReference,
-  quantizeRows,
-  quantizeTensor,
-} from "../../../kernels/quantize_float8.ts";
+import { quantizeReference, quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { geluTanh, noise } from "../providers.ts";
@@ -190,13 +186,15 @@ function productSuite(): void {
 
 /** Fails unless a result's codes and scales are the reference's, bit for bit; NaNs may have either sign. */
 async function assertQuantized(
-  { values, scales }: Quantized,
+  quantized: Float8Tensor,
   x: Float32Array,
   shape: readonly number[],
   rowwise: boolean,
 ): Promise<void> {
-  assert.deepEqual([values.dtype, scales.dtype], ["f8e4m3", "f32"]);
-  assert.deepEqual(values.shape, shape);
+  const { values, scales } = quantized;
+  assert.deepEqual([quantized.dtype, values.dtype, scales.dtype], ["f8e4m3", "f8e4m3", "f32"]);
+  assert.deepEqual([quantized.shape, values.shape], [shape, shape]);
+  assert.equal(quantized.rowwise, rowwise);
   const k = rowwise ? shape.at(-1)! : x.length;
   const codes = new Uint8Array(x.length);
   const expected = new Float32Array(rowwise ? x.length / k : 1);
@@ -218,7 +216,7 @@ function quantizeSuite(): void {
     const { tensor, values } = make();
     const quantized = rowwise ? quantizeRows(tensor) : quantizeTensor(tensor);
     await assertQuantized(quantized, values, tensor.shape, rowwise);
-    for (const { memory } of [tensor, quantized.values, quantized.scales]) device.free(memory);
+    for (const { memory } of [tensor, quantized]) device.free(memory);
     assert.equal(device.memoryUse().current, before, "memory was not given back");
   };
   // Values of every size that E4M3 has, its subnormal numbers and zero too.
@@ -299,7 +297,7 @@ function quantizeSuite(): void {
     test("a recorded run finds the largest of new values", async (device) => {
       const x = Tensor.fromFloat32(device, new Float32Array(3000).fill(1), [3, 1000]);
       quantizeTensor(x); // compiles its kernels
-      let out: Quantized | undefined;
+      let out: Float8Tensor | undefined;
       using graph = device.record(() => {
         out = quantizeTensor(x);
       });
@@ -329,15 +327,11 @@ function linearSuite(): void {
         const x = sample(device, [...lead, k], "bf16", noise(seed));
         const w = sample(device, [n, k], "bf16", (i) => noise(seed + 1)(i) / (1 + i % 5));
         const shift = bias ? sample(device, [n], "bf16", noise(seed + 2)) : undefined;
-        const weight = { ...(rowwise ? quantizeRows : quantizeTensor)(w.tensor), rowwise };
+        const weight = (rowwise ? quantizeRows : quantizeTensor)(w.tensor);
         const once = linearFloat8(x.tensor, weight, shift?.tensor, activation);
-        const again = linearQuantized(
-          quantizeAs(weight, x.tensor),
-          "bf16",
-          weight,
-          shift?.tensor,
-          activation,
-        );
+        const quantized = quantizeAs(weight, x.tensor);
+        assert.equal(quantizeAs(weight, quantized), quantized);
+        const again = linearQuantized(quantized, weight, shift?.tensor, activation);
         const restored = ({ values }: Sample) => {
           const size = rowwise ? k : values.length;
           const codes = new Uint8Array(values.length);
@@ -368,15 +362,14 @@ function linearSuite(): void {
     test("refuses what does not fit together", (device) =>
       device.scope(() => {
         const [x, w] = [[3, 32], [16, 32]].map((shape) => sample(device, shape, "bf16", noise(1)).tensor);
-        const weight = { ...quantizeRows(w), rowwise: true };
+        const weight = quantizeRows(w);
         const narrow = sample(device, [3, 16], "bf16", noise(1)).tensor;
         assert.throws(() => linearFloat8(narrow, weight), ShapeError);
         assert.throws(
           () => linearFloat8(x, weight, sample(device, [32], "bf16", noise(1)).tensor),
           ShapeError,
         );
-        const other = { ...quantizeTensor(w), rowwise: false };
-        assert.throws(() => linearQuantized(quantizeAs(other, x), "bf16", weight), ShapeError);
+        assert.throws(() => linearQuantized(quantizeTensor(x), weight), ShapeError);
       }));
   });
 }

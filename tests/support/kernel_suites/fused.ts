@@ -44,10 +44,10 @@ import {
 } from "./samples.ts";
 
 /** How `[batch, tokens, hidden]` lies in memory; only the last one has no dense rows. */
-const layouts = fc.constantFrom("dense", "odd", "columns", "tokens", "transposed");
-type Layout = typeof layouts extends fc.Arbitrary<infer L> ? L : never;
+export const layouts = fc.constantFrom("dense", "odd", "columns", "tokens", "transposed");
+export type Layout = typeof layouts extends fc.Arbitrary<infer L> ? L : never;
 
-function laidOut(
+export function laidOut(
   device: GpuDevice,
   shape: readonly number[],
   dtype: Float,
@@ -73,12 +73,18 @@ function laidOut(
 }
 
 /** A part of each sample's modulation, `[batch, hidden]` inside of a wider tensor. */
-function modulation(device: GpuDevice, batch: number, hidden: number, dtype: Float, seed: number): Sample {
+export function modulation(
+  device: GpuDevice,
+  batch: number,
+  hidden: number,
+  dtype: Float,
+  seed: number,
+): Sample {
   return columns(device, [batch, hidden], dtype, noise(seed), hidden);
 }
 
 /** How many kernels `body` launches. */
-function launchesOf(device: GpuDevice, body: () => void): number {
+export function launchesOf(device: GpuDevice, body: () => void): number {
   let launches = 0;
   const { launch } = device;
   device.launch = (...args) => (launches++, launch.apply(device, args));
@@ -90,7 +96,7 @@ function launchesOf(device: GpuDevice, body: () => void): number {
   return launches;
 }
 
-function adaLayerNormReference(
+export function adaLayerNormReference(
   x: Float32Array,
   scale: Float32Array,
   shift: Float32Array,
@@ -104,9 +110,9 @@ function adaLayerNormReference(
 }
 
 /** Few rows and such that share a block with the next sample's, one sample and two. */
-const rows = { batch: fc.integer({ min: 1, max: 2 }), tokens: fc.integer({ min: 1, max: 9 }) };
+export const rows = { batch: fc.integer({ min: 1, max: 2 }), tokens: fc.integer({ min: 1, max: 9 }) };
 /** Two tensors that are added, and what is made of the sum. */
-const sums = fc.record({
+export const sums = fc.record({
   ...rows,
   hidden: hiddens,
   layouts: fc.tuple(layouts, layouts),
@@ -115,7 +121,7 @@ const sums = fc.record({
   seed: seeds,
 });
 /** Row lengths of which several share a block, and one that takes a block. */
-const ROW_LENGTHS = [24, 128, 3072];
+export const ROW_LENGTHS = [24, 128, 3072];
 
 function adaLayerNormSuite(): void {
   forEachGpu("adaLayerNormFused", (test) => {
