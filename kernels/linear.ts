@@ -1,11 +1,12 @@
 import type { MatmulPlan } from "../ffi/device.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
+import { asMatrix } from "./contiguous.ts";
 
 /**
  * Affine map of the last dimension, `activation(x @ weight^T + bias)`, accumulated in f32 and rounded once.
  *
- * @param x `[..., in]`, dense rows (the dimensions before the last may be merged).
+ * @param x `[..., in]`; copied first where its rows do not lie at one distance from each other.
  * @param weight `[out, in]` as PyTorch's `nn.Linear` keeps it, same dtype as `x`.
  * @param bias `[out]`.
  * @param place where the result is stored, dense rows at any distance; allocated when left out.
@@ -19,21 +20,23 @@ export function linear(
   activation?: MatmulPlan["activation"],
   place?: Tensor,
 ): Tensor {
-  const [outFeatures, inFeatures] = weight.shape;
+  const [outFeatures] = weight.shape;
   expectShape("linear", "weight", weight, [null, x.shape.at(-1) ?? null]);
   if (bias !== undefined) expectShape("linear", "bias", bias, [outFeatures]);
   expect(x.dtype === weight.dtype, "linear", () => `x is ${x.dtype}, weight is ${weight.dtype}`);
   const shape = [...x.shape.slice(0, -1), outFeatures];
   if (place !== undefined) expectShape("linear", "place", place, shape);
   const out = place ?? Tensor.empty(x.device, shape, x.dtype);
-  x.device.matmul({
-    a: x.reshape([-1, inFeatures]),
-    b: weight,
-    bias,
-    out: out.reshape([-1, outFeatures]),
-    activation,
-    constant: true,
-  });
+  x.device.scope(() =>
+    x.device.matmul({
+      a: asMatrix(x),
+      b: weight,
+      bias,
+      out: out.reshape([-1, outFeatures]),
+      activation,
+      constant: true,
+    })
+  );
   return out;
 }
 

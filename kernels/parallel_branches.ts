@@ -2,6 +2,8 @@ import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import type { concat } from "./concat.ts";
 import { expectShape } from "./check.ts";
+import { sourceOf } from "./float8_tensor.ts";
+import { geluTanhFloat8 } from "./gelu_float8.ts";
 import type { geluTanh } from "./gelu_tanh.ts";
 import { gpuOf } from "./gpu.ts";
 import type { jointAttention } from "./joint_attention.ts";
@@ -81,7 +83,7 @@ export function parallelBranchesFused(
   const mlpHidden = mlp.weight.shape[0];
   expectShape("parallelBranches", "out", out.weight, [null, hidden + mlpHidden]);
   return gpu.scope(() => {
-    const both = Tensor.empty(gpu, [batch, tokens, hidden + mlpHidden], x.dtype);
+    const both = Tensor.empty(gpu, [batch, tokens, hidden + mlpHidden], sourceOf(x));
     const up = both.narrow(2, hidden, mlpHidden);
     const project = [
       () => {
@@ -98,6 +100,28 @@ export function parallelBranchesFused(
     const attended = both.narrow(2, 0, hidden).reshape([batch, tokens, layers.heads, hidden / layers.heads]);
     ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps, { out: attended });
     return ops.linear(both, out.weight, out.bias);
+  });
+}
+
+/**
+ * {@link parallelBranches} with an output projection that reads E4M3: attention's output and GELU of the MLP's up projection
+ * are quantized side by side, by the kernel that applies GELU, so that nothing joins them before.
+ *
+ * @param ops whose `linear` takes quantized tensors for `out`.
+ */
+export function parallelBranchesFloat8(
+  x: Tensor,
+  layers: ParallelLayers,
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  ops: ParallelOps,
+): Tensor {
+  const { q, k, v, mlp, out } = layers;
+  return x.device.scope(() => {
+    const [qkv, up] = split(ops.linears(x, [q, k, v, mlp]));
+    const attended = ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps);
+    return ops.linear(geluTanhFloat8(up, merged(attended)), out.weight, out.bias);
   });
 }
 

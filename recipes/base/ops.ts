@@ -8,6 +8,7 @@ import { contiguous } from "../../kernels/contiguous.ts";
 import { conv2d } from "../../kernels/conv2d.ts";
 import { embedding } from "../../kernels/embedding.ts";
 import { eulerStep } from "../../kernels/euler_step.ts";
+import { feedForward } from "../../kernels/feed_forward.ts";
 import { gatedAdaLayerNorm } from "../../kernels/gated_ada_layer_norm.ts";
 import { gatedResidual } from "../../kernels/gated_residual.ts";
 import { geluTanh } from "../../kernels/gelu_tanh.ts";
@@ -56,6 +57,7 @@ export interface Ops {
 
   readonly adaLayerNorm: typeof adaLayerNorm;
   readonly addRmsNorm: typeof addRmsNorm;
+  readonly feedForward: typeof feedForward;
   readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
   readonly gatedResidual: typeof gatedResidual;
   readonly groupNormSilu: typeof groupNormSilu;
@@ -90,6 +92,7 @@ export const eagerOps: Ops = {
 
   adaLayerNorm,
   addRmsNorm,
+  feedForward,
   gatedAdaLayerNorm,
   gatedResidual,
   groupNormSilu,

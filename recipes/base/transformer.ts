@@ -1,11 +1,12 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
 import type { QkvStream } from "../../kernels/joint_qk_norm_rope.ts";
+import type { ParallelLayers } from "../../kernels/parallel_branches.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
 import { type DoubleModulation, modulationsOf, TIME_CHANNELS } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
-import { dense, denseAll, layerOf, under, type Weights, WeightShapes } from "./weights.ts";
+import { dense, layerOf, under, type Weights, WeightShapes } from "./weights.ts";
 
 /** What `transformer/config.json` says (diffusers' FluxTransformer2DModel), with its defaults. */
 export const transformerConfigSchema = z.looseObject({
@@ -81,20 +82,23 @@ export function fluxTransformer(
     // A block's residual connection and the norm of the next one stand side by side. After the last block that is
     // norm_out, which keeps scale before shift, unlike the blocks.
     const norms = [...singles, out];
-    let normed = ops.adaLayerNorm(joint, norms[0].scale, norms[0].shift, NORM_EPS);
+    const blocks = singles.map((_, layer) =>
+      singleLayers(config, under(weights, `single_transformer_blocks.${layer}`))
+    );
+    const readers = [...blocks.map(({ q, k, v, mlp }) => [q, k, v, mlp]), [layerOf(weights, "proj_out")]];
+    const { cos, sin } = inputs.rotary;
+    let normed = ops.adaLayerNorm(joint, norms[0].scale, norms[0].shift, NORM_EPS, readers[0]);
     singles.forEach(({ gate }, layer) => {
-      const block = under(weights, `single_transformer_blocks.${layer}`);
       const { scale, shift } = norms[layer + 1];
       const next = device.scope(() => {
-        const branch = singleBlock(config, block, ops, normed, inputs.rotary);
-        return ops.gatedAdaLayerNorm(joint, branch, gate, scale, shift, NORM_EPS);
+        const branch = ops.parallelBranches(normed, blocks[layer], cos, sin, NORM_EPS, ops);
+        return ops.gatedAdaLayerNorm(joint, branch, gate, scale, shift, NORM_EPS, readers[layer + 1]);
       });
       joint.dispose();
       normed.dispose();
       ({ sum: joint, normed } = next);
     });
-    const image = ops.contiguous(normed.narrow(1, textTokens, normed.shape[1] - textTokens));
-    return dense(ops, weights, "proj_out", image);
+    return dense(ops, weights, "proj_out", normed.narrow(1, textTokens, normed.shape[1] - textTokens));
   });
 }
 
@@ -126,8 +130,9 @@ export function doubleBlock(
   return hiddenStates.device.scope(() => {
     const attended = hiddenStates.device.scope(() => {
       const stream = (x: Tensor, m: DoubleModulation, names: readonly string[], norms: readonly string[]) => {
-        const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS);
-        return qkvStream(denseAll(ops, attn, names, normed), attn, norms, heads);
+        const layers = names.map((name) => layerOf(attn, name));
+        const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS, layers);
+        return qkvStream(ops.linears(normed, layers), attn, norms, heads);
       };
       // Text first, as the rotary tables have it.
       return ops.jointAttention(
@@ -146,14 +151,21 @@ export function doubleBlock(
 
     const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: DoubleModulation) =>
       hiddenStates.device.scope(() => {
-        const branch = dense(ops, attn, projection, ops.contiguous(attended));
-        const { sum, normed } = ops.gatedAdaLayerNorm(x, branch, m.gateMsa, m.scaleMlp, m.shiftMlp, NORM_EPS);
-        const up = ops.linearGelu(
-          normed,
-          weights.get(`${module}.net.0.proj.weight`),
-          weights.get(`${module}.net.0.proj.bias`),
+        const branch = dense(ops, attn, projection, attended);
+        const mlp = {
+          up: layerOf(weights, `${module}.net.0.proj`),
+          down: layerOf(weights, `${module}.net.2`),
+        };
+        const { sum, normed } = ops.gatedAdaLayerNorm(
+          x,
+          branch,
+          m.gateMsa,
+          m.scaleMlp,
+          m.shiftMlp,
+          NORM_EPS,
+          [mlp.up],
         );
-        return ops.gatedResidual(sum, dense(ops, weights, `${module}.net.2`, up), m.gateMlp);
+        return ops.gatedResidual(sum, ops.feedForward(normed, mlp, ops), m.gateMlp);
       });
     const imageAttended = attended.narrow(1, textTokens, imageTokens);
     const textAttended = attended.narrow(1, 0, textTokens);
@@ -165,19 +177,11 @@ export function doubleBlock(
 }
 
 /**
- * One block over the joint sequence, attention and MLP in parallel with one output projection
- * (diffusers' FluxSingleTransformerBlock), without its residual connection.
- *
- * @param normed the modulated norm of the sequence, `[batch, tokens, hidden]`. @returns the branch, in the same shape.
+ * The layers of one block over the joint sequence, attention and MLP in parallel with one output projection
+ * (diffusers' FluxSingleTransformerBlock).
  */
-export function singleBlock(
-  config: TransformerConfig,
-  weights: Weights,
-  ops: Ops,
-  normed: Tensor,
-  rotary: Rotary,
-): Tensor {
-  const layers = {
+function singleLayers(config: TransformerConfig, weights: Weights): ParallelLayers {
+  return {
     q: layerOf(weights, "attn.to_q"),
     k: layerOf(weights, "attn.to_k"),
     v: layerOf(weights, "attn.to_v"),
@@ -187,7 +191,6 @@ export function singleBlock(
     normK: weights.get("attn.norm_k.weight"),
     heads: config.num_attention_heads,
   };
-  return ops.parallelBranches(normed, layers, rotary.cos, rotary.sin, NORM_EPS, ops);
 }
 
 /** Projections `[batch, tokens, hidden]` of q, k and v, by heads, with the weights of their norms. */

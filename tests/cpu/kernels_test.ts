@@ -6,6 +6,7 @@ import { Tensor } from "../../ffi/tensor.ts";
 import { attention, attentionReference, softmaxRows } from "../../kernels/attention.ts";
 import { bfloat16ToFloat32, float32ToBfloat16, roundToBfloat16 } from "../../ffi/bfloat16.ts";
 import { cast } from "../../kernels/cast.ts";
+import { asMatrix } from "../../kernels/contiguous.ts";
 import { embedding } from "../../kernels/embedding.ts";
 import { float32ToFloat8, float8ToFloat32 } from "../../ffi/float8.ts";
 import { geluTanhReference } from "../../kernels/gelu_tanh.ts";
@@ -310,6 +311,23 @@ Deno.test("embedding refuses indexes outside the table", () => {
   assert.deepEqual([...pick([2, 0])], [5, 6, 1, 2]);
   assert.throws(() => pick([3]), ShapeError);
   assert.throws(() => pick([-1]), ShapeError);
+});
+
+Deno.test("linear reads rows where they lie, and copies those that no single stride reaches", () => {
+  using device = openReference();
+  const values = Float32Array.from({ length: 2 * 4 * 6 }, (_, i) => i + 1);
+  const wide = Tensor.fromFloat32(device, values, [2, 4, 6]);
+  const ones = Tensor.fromFloat32(device, [1, 1, 1], [1, 3]);
+  const sums = (rows: readonly number[]) => rows.map((first) => 3 * first + 3);
+  const columns = wide.narrow(2, 2, 3);
+  assert.equal(asMatrix(columns).memory, wide.memory);
+  assert.deepEqual(asMatrix(columns).strides, [6, 1]);
+  assert.deepEqual([...readFloat32(linear(columns, ones))], sums([3, 9, 15, 21, 27, 33, 39, 45]));
+  const some = columns.narrow(1, 1, 2);
+  assert.notEqual(asMatrix(some).memory, wide.memory);
+  assert.deepEqual(linear(some, ones).shape, [2, 2, 1]);
+  assert.deepEqual([...readFloat32(linear(some, ones))], sums([9, 15, 33, 39]));
+  assert.equal(asMatrix(some.narrow(0, 1, 1)).memory, wide.memory);
 });
 
 Deno.test("operators refuse shapes and dtypes that do not fit, by name", () => {

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import type { Device } from "../../ffi/device.ts";
-import { isGpu } from "../../ffi/gpu.ts";
+import { type GpuDevice, isGpu } from "../../ffi/gpu.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { compile } from "../../recipes/02_compile.ts";
@@ -8,6 +8,7 @@ import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
+import type { Ops } from "../../recipes/base/ops.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
 import { psnr } from "../../recipes/base/psnr.ts";
@@ -40,6 +41,16 @@ const KEPT = [
   "norm_out.linear",
   "proj_out",
 ];
+
+/** Calls `seen` for each launch of a kernel, until the returned function is called. */
+function countLaunches(device: GpuDevice, entry: string, seen: () => void): () => void {
+  const { launch } = device;
+  device.launch = (kernel, ...args) => {
+    if (kernel.name.endsWith(`:${entry}`)) seen();
+    launch.call(device, kernel, ...args);
+  };
+  return () => device.launch = launch;
+}
 
 /** The transformer's output for a golden file's inputs. */
 function run(model: Model, { weights, ops, device }: Plan, golden: Golden): Promise<Float32Array> {
@@ -92,6 +103,33 @@ export function float8RecipeSuite(target: TestDevice, rest: readonly Recipe[] = 
       });
     }
   }
+
+  test(`06_float8 by rows has operators quantize what they give${rest.length > 0 ? " (joined)" : ""}`, async (device) => {
+    using golden = new Golden("components/schnell-like/transformer.safetensors", device);
+    using model = await Model.load(goldenPath("schnell-like"), device);
+    const before = compose(eagerPlan(device, model.weights), bfloat16, ...rest);
+    const plan = compose(before, float8());
+    const { adaLayerNorm, feedForward, gatedAdaLayerNorm, parallelBranches } = before.ops;
+    const apart = { adaLayerNorm, feedForward, gatedAdaLayerNorm, parallelBranches };
+    const passes = async (ops: Partial<Ops>) => {
+      let count = 0;
+      const done = isGpu(device) ? countLaunches(device, "quantizeRows", () => count++) : () => {};
+      const output = await run(model, { ...plan, ops: { ...plan.ops, ...ops } }, golden);
+      done();
+      return { output, count };
+    };
+    const [fused, separate] = [await passes({}), await passes(apart)];
+    // Next to the middle between two codes a last digit decides, so that they differ about as much as both do from float32.
+    const expected = golden.values("out.sample");
+    const [error, allowed] = [fused, separate].map(({ output }) => relativeError(output, expected));
+    assert.ok(error <= 1.2 * allowed, `relative error ${error}, with separate passes ${allowed}`);
+    if (!isGpu(device)) return;
+    const { num_layers: doubles, num_single_layers: singles } = model.configs.transformer;
+    // In a double block attention's output of each stream. Apart also both norms of each stream and the hidden layer of
+    // the image's MLP, in a single block the norm and what the output projection reads.
+    assert.equal(fused.count, 2 * doubles);
+    assert.equal(separate.count, (2 + 4 + 1) * doubles + 2 * singles);
+  });
 
   if (rest.length > 0) return;
   test("06_float8 has no effect on weights that it does not hold", async (device) => {

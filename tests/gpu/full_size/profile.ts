@@ -56,6 +56,8 @@ interface Timed {
   readonly what: string;
   readonly start: GpuEvent;
   readonly end: GpuEvent;
+  /** The operators that it called. */
+  readonly inner: readonly Timed[];
 }
 
 const cacheDir = defaultCacheDir();
@@ -72,6 +74,8 @@ const rungs = cumulativeRungs(device.kind).slice(1);
 const plain = compose(eager, ...rungs[Math.min(flags.rungs, rungs.length - 1)]);
 console.log(plain.recipes.join(", "));
 const timed: Timed[] = [];
+/** What the operator that runs has called so far. */
+let inner: Timed[] = [];
 const watched = { ...plain, ops: watch(plain.ops), execute: eager.execute };
 
 const [rows, columns] = [flags.side / 16, flags.side / 16];
@@ -134,32 +138,35 @@ for (const [part, run] of Object.entries(parts)) {
 }
 if (flags.json !== undefined) Deno.writeTextFileSync(flags.json, `${JSON.stringify(report, null, 1)}\n`);
 
-/** The table with an event before and after each call; what calls others of the table is not timed itself. */
+/** The table with an event before and after each call. */
 function watch(ops: Ops): Ops {
   return Object.fromEntries(
-    Object.entries(ops).map(([name, run]) =>
-      name === "parallelBranches" ? [name, run] : [name, (...args: unknown[]) => {
-        const shapes = args.flat().filter((arg) => arg instanceof Tensor).map(({ shape }) => `[${shape}]`);
-        const start = device.event();
-        const result = (run as (...args: unknown[]) => unknown)(...args);
-        timed.push({ what: `${name} ${shapes.join(" ")}`, start, end: device.event() });
-        return result;
-      }]
-    ),
+    Object.entries(ops).map(([name, run]) => [name, (...args: unknown[]) => {
+      const shapes = args.flat().filter((arg) => arg instanceof Tensor).map(({ shape }) => `[${shape}]`);
+      const around = inner;
+      const own: Timed[] = inner = [];
+      const start = device.event();
+      const result = (run as (...args: unknown[]) => unknown)(...args);
+      const one = { what: `${name} ${shapes.join(" ")}`, start, end: device.event(), inner: own };
+      inner = around;
+      for (const list of [inner, timed]) list.push(one);
+      return result;
+    }]),
   ) as unknown as Ops;
 }
 
-/** The timed operators by name and shape; their events go. */
+/** The timed operators by name and shape, without what they called of the table; their events go. */
 function collect(): Line[] {
   const lines = new Map<string, Line>();
-  for (const { what, start, end } of timed.splice(0)) {
+  const all = timed.splice(0);
+  inner = [];
+  for (const { what, start, end, inner } of all) {
     let line = lines.get(what);
     if (line === undefined) lines.set(what, line = { what, calls: 0, milliseconds: 0 });
     line.calls++;
-    line.milliseconds += end.since(start);
-    start[Symbol.dispose]();
-    end[Symbol.dispose]();
+    line.milliseconds += end.since(start) - inner.reduce((sum, one) => sum + one.end.since(one.start), 0);
   }
+  for (const { start, end } of all) for (const event of [start, end]) event[Symbol.dispose]();
   return [...lines.values()];
 }
 
