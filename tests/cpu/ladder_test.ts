@@ -180,7 +180,7 @@ Deno.test("ladder measures all rungs, and prints and draws them", () =>
       assert.match(result.stdout, line);
       assert.match(result.stderr, new RegExp(`${recipes.at(-1)}: \\d+(\\.\\d+)? ms a picture`));
     }
-    assert.match(result.stdout, /01_bfloat16.* 1\.00 .*equal +exact/);
+    assert.match(result.stdout, /01_bfloat16.* 1\.00 .*equal +0\/255 +exact/);
     const svg = parseXml(await Deno.readTextFile(chart));
     const labels = svg.children.map(({ text }) => text.replace("+ ", ""));
     for (const recipes of NAMES) assert.ok(labels.includes(recipes.at(-1)!));
