@@ -1,5 +1,5 @@
 import { openCpu, type OpenCpuOptions } from "./cpu/open.ts";
-import { openCuda } from "./cuda/open.ts";
+import { openCuda, type OpenCudaOptions } from "./cuda/open.ts";
 import type { Device } from "./device.ts";
 import { FfiError } from "./errors.ts";
 
@@ -15,7 +15,7 @@ export const DEVICE_NAMES: readonly string[] = ["cpu", "cuda", "cuda:N", "hip", 
  */
 export async function openDevice(
   name: string,
-  options: Pick<OpenCpuOptions, "cacheDir" | "onWarning"> = {},
+  options: Pick<OpenCpuOptions, "cacheDir" | "onWarning"> & OpenCudaOptions = {},
 ): Promise<Device> {
   if (name === "cpu") return await openCpu(options);
   const gpu = /^(cuda|hip)(?::(\d+))?$/.exec(name);

@@ -2,8 +2,22 @@ import type { DType } from "../ffi/dtype.ts";
 import type { GpuDevice, KernelArgument, KernelSource } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
+import { coordinateDescent } from "./coordinate_descent.ts";
 import { blockSize, launch, vectorWidth } from "./gpu.ts";
 import { inFlight } from "./launch_shapes.ts";
+
+/** How a launch shares out its work. */
+interface Shape extends Record<string, number> {
+  /** Pieces that a thread loads before it uses the first. */
+  readonly VECTORS: number;
+  /** Threads. */
+  readonly block: number;
+}
+
+/** What 07_tuning tries. */
+const SHAPES = { VECTORS: [1, 2, 4, 8], block: [128, 256, 512] };
+/** Results that are smaller are not tuned. */
+const LEAST_BYTES = 4e6;
 
 /** A kernel `entry(out, ...inputs, long long count, ...args)` that walks dense tensors of one size side by side. */
 export interface Elementwise {
@@ -27,15 +41,20 @@ export function launchElementwise(gpu: GpuDevice, source: KernelSource, options:
     const flat = [out, ...inputs.map(contiguous)].map((tensor) => tensor.reshape([tensor.size]));
     const width = vectorWidth(out.size, flat);
     const count = out.size / width;
+    const issue = ({ VECTORS, block }: Shape) =>
+      launch(gpu, source, {
+        entry,
+        types,
+        constants: { N: width, VECTORS },
+        grid: Math.ceil(count / (block * VECTORS)),
+        block,
+        args: [...flat, BigInt(count), ...args],
+      });
     const VECTORS = inFlight(gpu, count);
-    const block = blockSize(gpu, Math.ceil(count / VECTORS));
-    launch(gpu, source, {
-      entry,
-      types,
-      constants: { N: width, VECTORS },
-      grid: Math.ceil(count / (block * VECTORS)),
-      block,
-      args: [...flat, BigInt(count), ...args],
-    });
+    const shape = { VECTORS, block: blockSize(gpu, Math.ceil(count / VECTORS)) };
+    // What is read and written in one place cannot be tried several times, and a few bytes are a launch's latency.
+    const tunable = out.byteLength >= LEAST_BYTES && inputs.every(({ memory }) => memory !== out.memory);
+    const key = `${source.name}:${entry} ${Object.values(types)} [${out.size}] by ${width}`;
+    issue(tunable ? coordinateDescent<Shape>(gpu, key, shape, SHAPES, issue) : shape);
   });
 }

@@ -93,9 +93,14 @@ export function flashAttention(
   });
 }
 
+/** Parts that a tile is split into, at most. */
+const MOST_PARTS = 8;
+/** What each part costs beside its keys, of a tile's time: it starts without keys, and leaves sums to be merged. */
+const PART_COST = 0.02;
+
 /**
  * How tiles of queries are given to blocks, of which each multiprocessor has one at a time: `whole` of them to a block each,
- * the other `split` ones, which would leave most multiprocessors idle at the end, to `parts` blocks each, by their keys.
+ * the other `split` ones, which would leave some multiprocessors idle at the end, to `parts` blocks each, by their keys.
  */
 export function partition(
   tiles: number,
@@ -103,6 +108,10 @@ export function partition(
   multiprocessors: number,
 ): { readonly whole: number; readonly split: number; readonly parts: number } {
   const left = tiles % multiprocessors;
-  const parts = left === 0 ? 1 : Math.min(Math.floor(multiprocessors / left), keyTiles);
-  return parts < 2 ? { whole: tiles, split: 0, parts: 1 } : { whole: tiles - left, split: left, parts };
+  let [parts, least] = [1, 1];
+  for (let p = 2; left > 0 && p <= Math.min(MOST_PARTS, keyTiles); p++) {
+    const time = Math.ceil(left * p / multiprocessors) / p + PART_COST * p;
+    if (time < least) [parts, least] = [p, time];
+  }
+  return parts === 1 ? { whole: tiles, split: 0, parts } : { whole: tiles - left, split: left, parts };
 }

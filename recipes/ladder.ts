@@ -24,7 +24,7 @@ import { loadModel, openChosen } from "./base/loading.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
-import { psnr } from "./base/psnr.ts";
+import { largestError, psnr } from "./base/psnr.ts";
 import { markdownLines, numberLines } from "./base/table.ts";
 import { cumulativeRungs, kindOf } from "./switches.ts";
 
@@ -37,7 +37,7 @@ Examples:
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-schnell --warmups 2 --runs 5
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-schnell-configs --random-weights --json > ladder.json
 
-Times are medians. Speed-up and PSNR are against 01_bfloat16. "deno task benchmark" measures one choice of recipes.
+Times are medians. Speed-up, PSNR and the largest error of a pixel are against 01_bfloat16. "deno task benchmark" measures one choice of recipes.
 `;
 
 /** What everything is compared with: the rung that changes nothing but the dtype that checkpoints have anyway. */
@@ -70,7 +70,11 @@ export interface Comparison {
   readonly speedup: number | undefined;
   /** Of the picture, in dB; infinite for an equal one. */
   readonly psnr: number | undefined;
+  /** Largest difference of a pixel's 8 bits, 0 to 255. */
+  readonly largestError: number | undefined;
 }
+
+const NOT_COMPARED: Comparison = { speedup: undefined, psnr: undefined, largestError: undefined };
 
 /** Compares each rung with {@link REFERENCE}, by medians and by pictures. */
 export function compare(rungs: readonly RungResult[]): Comparison[] {
@@ -78,10 +82,11 @@ export function compare(rungs: readonly RungResult[]): Comparison[] {
     isMeasured(rung) && rung.recipes.at(-1) === REFERENCE
   );
   return rungs.map((rung) => {
-    if (reference === undefined || !isMeasured(rung)) return { speedup: undefined, psnr: undefined };
+    if (reference === undefined || !isMeasured(rung)) return NOT_COMPARED;
     return {
       speedup: reference.milliseconds.whole.median / rung.milliseconds.whole.median,
       psnr: psnr(rung.picture.rgb, reference.picture.rgb),
+      largestError: largestError(rung.picture.rgb, reference.picture.rgb),
     };
   });
 }
@@ -101,6 +106,7 @@ const HEADING = [
   "weights, GB",
   "peak, GB",
   "PSNR, dB",
+  "max error",
   "quality",
 ];
 
@@ -111,7 +117,7 @@ export function tableOf(rungs: readonly RungResult[]): [heading: string[], rows:
     const quality = rung.exact ? "exact" : "lossy";
     if (!isMeasured(rung)) return [labelOf(rung), ...HEADING.slice(2).map(() => "-"), "failed"];
     const { milliseconds: { text, step, decode, postprocess, whole }, memory } = rung;
-    const { speedup, psnr } = comparisons[i];
+    const { speedup, psnr, largestError } = comparisons[i];
     return [
       labelOf(rung),
       ...[text, step, decode, postprocess, whole].map(({ median }) => significant(median)),
@@ -119,6 +125,7 @@ export function tableOf(rungs: readonly RungResult[]): [heading: string[], rows:
       gigabytes(memory.weights),
       gigabytes(memory.peak),
       psnr === undefined ? "-" : psnr === Infinity ? "equal" : psnr.toFixed(1),
+      largestError === undefined ? "-" : `${largestError}/255`,
       quality,
     ];
   });
@@ -204,8 +211,8 @@ async function runLadder(args: string[]): Promise<number> {
 }
 
 /** JSON has no infinity: an equal picture is `equal`, and has no PSNR. */
-function comparedInJson({ speedup, psnr }: Comparison) {
-  return { speedup, equal: psnr === Infinity, psnr: psnr === Infinity ? undefined : psnr };
+function comparedInJson({ speedup, psnr, largestError }: Comparison) {
+  return { speedup, equal: psnr === Infinity, psnr: psnr === Infinity ? undefined : psnr, largestError };
 }
 
 function withoutPicture(rung: RungResult): Omit<Measured, "picture"> | Failed {

@@ -3,6 +3,8 @@
  * `--runs` and those of gen_image.
  */
 import { checkWritable } from "../ffi/files.ts";
+import { isGpu } from "../ffi/gpu.ts";
+import { jointAttentionByLibrary } from "../kernels/joint_attention.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -14,6 +16,7 @@ import {
   wholeNumber,
   writeInterruptibly,
 } from "./base/command_line.ts";
+import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
 import { loadModel, openChosen } from "./base/loading.ts";
 import {
@@ -26,7 +29,7 @@ import {
 } from "./base/measure.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
-import { compose, eagerPlan } from "./base/plan.ts";
+import { compose, eagerPlan, type Plan } from "./base/plan.ts";
 import { numberLines } from "./base/table.ts";
 import { encodeTrace, tracePicture } from "./base/trace.ts";
 import { createPictureParser, kindOf, recipesFor, refuseImage } from "./switches.ts";
@@ -96,6 +99,7 @@ async function runBenchmark(args: string[]): Promise<void> {
 
   const parts = partStatistics(times);
   const flops = stepFlops(model.configs.transformer, stepSize(model.configs, settings));
+  const floor = await measureFloor(device, flops, productDTypes(plan));
   const report: Report = {
     path: output,
     ...(traceFile === undefined ? {} : { trace: traceFile }),
@@ -109,7 +113,11 @@ async function runBenchmark(args: string[]): Promise<void> {
     warmups,
     runs,
     milliseconds: { load, pictures: times.map(({ whole }) => whole), ...parts },
-    step: { ...flops, teraflopsPerSecond: rate(flops, parts.step.median) },
+    step: {
+      ...flops,
+      teraflopsPerSecond: rate(flops, parts.step.median),
+      ...(floor && { floor: { ...floor, share: floor.milliseconds / parts.step.median } }),
+    },
     memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
   };
   printLine(flags.json ? JSON.stringify(report) : describe(report));
@@ -129,8 +137,14 @@ interface Report extends Omit<GenerateResult["settings"], "seed"> {
   readonly runs: number;
   /** `pictures` has each timed one. */
   readonly milliseconds: PartStatistics & { readonly load: number; readonly pictures: readonly number[] };
-  /** Operations of a step, and how many 10^12 of them it did in a second. */
-  readonly step: Flops & { readonly teraflopsPerSecond: number };
+  /**
+   * Operations of a step, how many 10^12 of them it did in a second, and what share of its time it would take at the rate
+   * of large products.
+   */
+  readonly step: Flops & {
+    readonly teraflopsPerSecond: number;
+    readonly floor?: Floor & { readonly share: number };
+  };
   /** In bytes. */
   readonly memory: { readonly weights: number; readonly peak: number; readonly reserved: number };
 }
@@ -161,10 +175,31 @@ function describe(report: Report): string {
       tera(report.step.attention)
     } in attention: ` +
     `${report.step.teraflopsPerSecond.toPrecision(4)} TFLOP/s`,
+    ...describeFloor(report.step.floor),
     `loading: ${load.toFixed(0)} ms; memory: weights ${gigabytes(memory.weights)} GB, ` +
     `activations ${gigabytes(memory.peak)} GB at most`,
     ...[report.path, report.trace].filter((path) => path !== undefined),
   ].join("\n");
+}
+
+function describeFloor(floor: Report["step"]["floor"]): string[] {
+  if (floor === undefined) return [];
+  const rates = Object.entries(floor.rates).map(([dtype, rate]) => `${rate.toPrecision(3)} in ${dtype}`);
+  return [
+    `at the rate of large products here (TFLOP/s: ${rates.join(", ")}) it would take ` +
+    `${floor.milliseconds.toPrecision(3)} ms, ${(100 * floor.share).toFixed(0)} % of its time`,
+  ];
+}
+
+/** What a plan multiplies in: a GPU's float8 units only where recipes use them; elsewhere float8 is emulated. */
+function productDTypes({ device, recipes, weights, ops }: Plan): Parameters<typeof measureFloor>[2] {
+  const dtype = weights.transformer.get("x_embedder.weight").dtype === "bf16" ? "bf16" : "f32";
+  const inFloat8 = (recipe: string, used: boolean) =>
+    isGpu(device) && recipes.includes(recipe) && used ? "f8e4m3" : dtype;
+  return {
+    linear: inFloat8("06_float8", true),
+    attention: inFloat8("05_flash_attention", ops.jointAttention !== jointAttentionByLibrary),
+  };
 }
 
 /** TFLOP/s. */

@@ -113,6 +113,7 @@ export class CudaDevice implements GpuDevice {
   #peak = 0;
   #recording = false;
   #measuring = false;
+  #measured = 0;
   /** What {@link fastest} and the libraries' measurements have found, by key. */
   readonly #choices = new Map<string, number>();
   /** The recorded graphs that are in use. */
@@ -139,7 +140,12 @@ export class CudaDevice implements GpuDevice {
    * @param cache keeps compiled kernels from run to run.
    * @throws {FfiError} for a GPU that cannot be used
    */
-  constructor(driver: Driver, index: number, cache?: DiskCache) {
+  constructor(
+    driver: Driver,
+    index: number,
+    cache?: DiskCache,
+    private readonly onMeasured: (count: number) => void = () => {},
+  ) {
     this.name = `cuda:${index}`;
     this.#driver = driver;
     this.#cache = cache;
@@ -533,7 +539,11 @@ export class CudaDevice implements GpuDevice {
     let index = this.#choices.get(key);
     if (index !== undefined) return index;
     if (this.#recording) return 0;
-    const measure = () => Uint8Array.of(fastest(this.context, ways()));
+    const measure = () => {
+      const found = Uint8Array.of(fastest(this.context, ways()));
+      this.onMeasured(++this.#measured);
+      return found;
+    };
     const driver = this.#driver.driverGetVersion().join(".");
     [index] = this.#cache?.get(["choice", this.#gpuName, driver, key], measure) ?? measure();
     this.#choices.set(key, index);

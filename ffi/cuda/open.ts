@@ -8,6 +8,8 @@ export interface OpenCudaOptions {
   readonly cacheDir?: string;
   /** Gets a line about a cache that cannot be used. */
   readonly onWarning?: (message: string) => void;
+  /** Called when ways to do some work were measured, with how many times that was so far. */
+  readonly onMeasured?: (count: number) => void;
 }
 
 /**
@@ -33,7 +35,7 @@ export function openCuda(index: number, options: OpenCudaOptions = {}): CudaDevi
     const cache = options.cacheDir === undefined
       ? undefined
       : new DiskCache(options.cacheDir, options.onWarning);
-    return new CudaDevice(driver, index, cache);
+    return new CudaDevice(driver, index, cache, options.onMeasured);
   } catch (error) {
     driver[Symbol.dispose]();
     throw error;

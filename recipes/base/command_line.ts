@@ -216,39 +216,70 @@ export function printLine(text: string): void {
   }
 }
 
+/** How bars look. A killed program must leave the terminal as it was: the cursor shown, long lines wrapped. */
+const BAR_STYLE = {
+  stream: process.stderr,
+  barCompleteChar: "█",
+  barIncompleteChar: "░",
+  hideCursor: false,
+  linewrap: true,
+  barsize: 30,
+};
+
 /**
  * A progress bar on stderr, or nothing where stderr is no terminal. `unit` stands behind the numbers; those of "bytes"
- * show as GB, with GB/s since the bar was made.
+ * show as GB, with GB/s since the bar was made. There is one at a time.
  */
 export class Progress {
+  static #current: Progress | undefined;
+  /** Counts what is measured while there is no bar. */
+  static #tuning: SingleBar | undefined;
   readonly #bar: SingleBar | undefined;
   readonly #started = performance.now();
+  #done = 0;
+  #note = "";
 
   constructor(label: string, total: number, unit: string) {
     if (!Deno.stderr.isTerminal()) return;
+    Progress.#tuning?.stop();
+    Progress.#tuning = undefined;
+    Progress.#current = this;
     const bytes = unit === "bytes";
     this.#bar = new SingleBar({
-      stream: process.stderr,
-      format: `${label} {bar} {value}/{total} ${bytes ? "GB  {rate} GB/s" : unit} {duration_formatted}`,
+      ...BAR_STYLE,
+      format: `${label} {bar} {value}/{total} ${bytes ? "GB  {rate} GB/s" : unit} {duration_formatted}{note}`,
       formatValue: (value: number, _options: unknown, type: string) =>
         bytes && (type === "value" || type === "total") ? gigabytes(value) : String(value),
-      barCompleteChar: "█",
-      barIncompleteChar: "░",
-      // A killed program must leave the terminal as it was: the cursor shown, long lines wrapped.
-      hideCursor: false,
-      linewrap: true,
-      barsize: 30,
     });
-    this.#bar.start(total, 0, { rate: gigabytes(0) });
+    this.#bar.start(total, 0, { rate: gigabytes(0), note: "" });
+  }
+
+  /** Tells that algorithms are being measured, and how many were: behind the bar, or on a line where there is none. */
+  static tuning(count: number): void {
+    if (!Deno.stderr.isTerminal()) return;
+    const current = Progress.#current;
+    if (current !== undefined) {
+      current.#note = `  tuning: ${count} measured`;
+      current.update(current.#done);
+      return;
+    }
+    if (Progress.#tuning === undefined) {
+      const format = "tuning: {value} products, convolutions and kernels measured {duration_formatted}";
+      Progress.#tuning = new SingleBar({ ...BAR_STYLE, format });
+      Progress.#tuning.start(0, 0);
+    }
+    Progress.#tuning.update(count);
   }
 
   update(done: number): void {
+    this.#done = done;
     const seconds = (performance.now() - this.#started) / 1000;
-    this.#bar?.update(done, { rate: gigabytes(done / seconds) });
+    this.#bar?.update(done, { rate: gigabytes(done / seconds), note: this.#note });
   }
 
   stop(): void {
     this.#bar?.stop();
+    if (Progress.#current === this) Progress.#current = undefined;
   }
 }
 

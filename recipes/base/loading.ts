@@ -15,7 +15,11 @@ export function openChosen(
   { device, cacheDir }: DeviceChoice,
   note: (message: string) => void,
 ): ReturnType<typeof openDevice> {
-  return openDevice(device, { ...definedOnly({ cacheDir }), onWarning: note });
+  return openDevice(device, {
+    ...definedOnly({ cacheDir }),
+    onWarning: note,
+    onMeasured: (count) => Progress.tuning(count),
+  });
 }
 
 /** Which model a program's user wants. */

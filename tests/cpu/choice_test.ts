@@ -52,12 +52,18 @@ testFakeCuda("cuda: a choice is measured once, where it is asked for, and kept",
       return true;
     });
   for (const expected of [true, false]) {
-    using device = openCuda(0, { cacheDir });
+    const counts: number[] = [];
+    using device = openCuda(0, { cacheDir, onMeasured: (count) => counts.push(count) });
     const { context } = device;
     assert.equal(context.choose("library 1 work", ways), 0);
     assert.equal(runs, 0, "not outside of measuring");
     device.measuring(() => context.choose("library 1 work", ways));
     assert.equal(runs > 0, expected);
+    assert.deepEqual(counts, expected ? [1] : []);
+    const measured = runs;
+    device.measuring(() => device.record(() => void context.choose("library 1 work", ways)))
+      [Symbol.dispose]();
+    assert.equal(runs, measured, "known from then on");
     runs = 0;
     assert.throws(() =>
       device.measuring(() => {

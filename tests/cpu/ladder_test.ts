@@ -30,6 +30,7 @@ function rung(recipes: string[], whole: number, grey: number, exact = true): Mea
 const BASELINE = rung(["00_baseline_fp32"], 400, 101);
 const REFERENCE = rung(["01_bfloat16"], 200, 100);
 const LOSSY = rung(["01_bfloat16", "06_float8"], 50, 110, false);
+const NOT_COMPARED = { speedup: undefined, psnr: undefined, largestError: undefined };
 const FAILED: RungResult = {
   recipes: ["01_bfloat16", "05_flash_attention"],
   exact: true,
@@ -40,22 +41,35 @@ Deno.test("speed-up and PSNR are against 01_bfloat16, wherever it stands", () =>
   const rungs = [BASELINE, REFERENCE, FAILED, LOSSY];
   const closeness = (difference: number) => 10 * Math.log10(255 ** 2 / difference ** 2);
   assert.deepEqual(compare(rungs), [
-    { speedup: 0.5, psnr: closeness(1) },
-    { speedup: 1, psnr: Infinity },
-    { speedup: undefined, psnr: undefined },
-    { speedup: 4, psnr: closeness(10) },
+    { speedup: 0.5, psnr: closeness(1), largestError: 1 },
+    { speedup: 1, psnr: Infinity, largestError: 0 },
+    NOT_COMPARED,
+    { speedup: 4, psnr: closeness(10), largestError: 10 },
   ]);
-  assert.deepEqual(compare([LOSSY, BASELINE])[0], { speedup: undefined, psnr: undefined });
+  assert.deepEqual(compare([LOSSY, BASELINE])[0], NOT_COMPARED);
 });
 
 Deno.test("the table shows each rung by what it adds", () => {
   const [heading, rows] = tableOf([BASELINE, REFERENCE, FAILED, LOSSY]);
-  assert.equal(heading.length, 11);
+  assert.equal(heading.length, 12);
   assert.deepEqual(rows, [
-    ["00_baseline_fp32", "1.00", "150.0", "2.00", "0.50", "400.0", "0.50", "2.0", "1.0", "48.1", "exact"],
-    ["01_bfloat16", "1.00", "75.0", "2.00", "0.50", "200.0", "1.00", "2.0", "1.0", "equal", "exact"],
-    ["+ 05_flash_attention", ...Array(9).fill("-"), "failed"],
-    ["+ 06_float8", "1.00", "18.8", "2.00", "0.50", "50.0", "4.00", "2.0", "1.0", "28.1", "lossy"],
+    [
+      "00_baseline_fp32",
+      "1.00",
+      "150.0",
+      "2.00",
+      "0.50",
+      "400.0",
+      "0.50",
+      "2.0",
+      "1.0",
+      "48.1",
+      "1/255",
+      "exact",
+    ],
+    ["01_bfloat16", "1.00", "75.0", "2.00", "0.50", "200.0", "1.00", "2.0", "1.0", "equal", "0/255", "exact"],
+    ["+ 05_flash_attention", ...Array(10).fill("-"), "failed"],
+    ["+ 06_float8", "1.00", "18.8", "2.00", "0.50", "50.0", "4.00", "2.0", "1.0", "28.1", "10/255", "lossy"],
   ]);
 });
 
@@ -160,13 +174,13 @@ Deno.test("ladder measures all rungs, and prints and draws them", () =>
     assert.match(result.stdout, /^tiny on cpu \(.*\), 32 x 32, steps: 2, medians of 2\n/);
     for (const recipes of NAMES) {
       const line = new RegExp(
-        `^  (\\+ )?${recipes.at(-1)}( +\\d+(\\.\\d+)?){8} +(equal|\\d+\\.\\d) +(exact|lossy)$`,
+        `^  (\\+ )?${recipes.at(-1)}( +\\d+(\\.\\d+)?){8} +(equal|\\d+\\.\\d) +\\d+/255 +(exact|lossy)$`,
         "m",
       );
       assert.match(result.stdout, line);
       assert.match(result.stderr, new RegExp(`${recipes.at(-1)}: \\d+(\\.\\d+)? ms a picture`));
     }
-    assert.match(result.stdout, /01_bfloat16.* 1\.00 .*equal +exact/);
+    assert.match(result.stdout, /01_bfloat16.* 1\.00 .*equal +0\/255 +exact/);
     const svg = parseXml(await Deno.readTextFile(chart));
     const labels = svg.children.map(({ text }) => text.replace("+ ", ""));
     for (const recipes of NAMES) assert.ok(labels.includes(recipes.at(-1)!));
@@ -202,7 +216,7 @@ Deno.test("ladder --markdown prints a table, of random weights too", () =>
     assert.match(stdout, /^schnell-like with random weights on cpu/);
     const rows = stdout.split("\n").filter((line) => line.startsWith("|"));
     assert.equal(rows.length, NAMES.length + 2);
-    for (const row of rows) assert.equal(row.split("|").length, 13, row);
+    for (const row of rows) assert.equal(row.split("|").length, 14, row);
     assert.equal(stderr, "ladder: height 40 is no multiple of 16: using 32\n", "once, not for each picture");
   }));
 

@@ -56,6 +56,10 @@ Deno.test("benchmark --json prints one object of finite numbers, and draws what 
     }
     const expected = (step.linear + step.attention) / milliseconds.step.median / 1e9;
     assert.ok(Math.abs(step.teraflopsPerSecond / expected - 1) < 1e-9);
+    const { milliseconds: floor, rates, share } = step.floor;
+    assert.ok(Math.abs(floor * rates.f32 * 1e9 / (step.linear + step.attention) - 1) < 1e-9);
+    assert.ok(Math.abs(share * milliseconds.step.median / floor - 1) < 1e-9);
+    assert.deepEqual(Object.keys(rates), ["f32"]);
     assert.ok(memory.peak > 0 && memory.reserved >= memory.peak);
 
     const other = join(folder, "b.png");

@@ -49,6 +49,7 @@ export function openNullGpu(): NullGpu {
     conv: (plan: ConvPlan) => void convs.push(plan),
     matmul: () => {},
     attention: () => true,
+    fastest: () => 0,
   } as unknown as GpuDevice;
   return { gpu, launches, convs };
 }

@@ -21,7 +21,7 @@ import { adaLayerNormFloat8, adaLayerNormFused } from "../../../kernels/ada_laye
 import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
 import { gatedAdaLayerNormFloat8, gatedAdaLayerNormFused } from "../../../kernels/gated_ada_layer_norm.ts";
 import { geluTanhFloat8 } from "../../../kernels/gelu_float8.ts";
-import { jointQkNormRopeFused } from "../../../kernels/joint_qk_norm_rope.ts";
+import { jointQkNormRopeFused, jointQkNormRopeTiles } from "../../../kernels/joint_qk_norm_rope.ts";
 import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
 import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
@@ -121,6 +121,14 @@ const CASES: readonly Case[] = [
       return Object.values(jointQkNormRopeFused(streams, inputs[10], inputs[11], 1e-6));
     },
   },
+  ...(["f8e4m3", "bf16"] as const).map((dtype): Case => ({
+    name: `jointQkNormRopeTiles, ${dtype}`,
+    inputs: () => [...qkvOf(TOKENS, MLP), f32(TOKENS, HEAD_DIM), f32(TOKENS, HEAD_DIM)],
+    run: (q, k, v, normQ, normK, cos, sin) => {
+      const tiles = jointQkNormRopeTiles(device, [{ q, k, v, normQ, normK }], cos, sin, 1e-6, dtype);
+      return [tiles.q, tiles.k, tiles.v];
+    },
+  })),
   {
     name: "geluTanh between wider tensors",
     inputs: () => [

@@ -1,0 +1,36 @@
+import type { GpuDevice } from "../ffi/gpu.ts";
+
+/** Rounds over all parameters: in a second one hardly anything changes any more. */
+const MOST_ROUNDS = 2;
+
+/**
+ * Launch parameters by coordinate descent: inside of {@link GpuDevice.measuring} one parameter after another is tried with
+ * all its values while the others keep theirs, until none changes; elsewhere they are what they start with.
+ *
+ * @param key what the launch depends on beside them. @param start the values without measuring.
+ * @param values of each parameter. @param issue does the work with some values.
+ */
+export function coordinateDescent<P extends Readonly<Record<string, number>>>(
+  gpu: GpuDevice,
+  key: string,
+  start: P,
+  values: { readonly [K in keyof P]: readonly number[] },
+  issue: (parameters: P) => void,
+): P {
+  let best = start;
+  for (let round = 0; round < MOST_ROUNDS; round++) {
+    const before = best;
+    for (const name of Object.keys(values)) {
+      // The value that it has comes first: it stays where others are no faster.
+      const tried = [best[name], ...values[name].filter((value) => value !== best[name])];
+      const candidates = tried.map((value) => ({ ...best, [name]: value }));
+      const index = gpu.fastest(
+        `${key} ${JSON.stringify(best)} ${name} of ${tried}`,
+        candidates.map((candidate) => () => issue(candidate)),
+      );
+      best = candidates[index];
+    }
+    if (Object.keys(values).every((name) => best[name] === before[name])) break;
+  }
+  return best;
+}
