@@ -3,6 +3,7 @@ import { Tensor } from "../ffi/tensor.ts";
 import ACTIVATION_CU from "./activation.cu" with { type: "text" };
 import ACTIVATION_WAT from "./activation.wat" with { type: "text" };
 import { expect, expectShape } from "./check.ts";
+import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
 import { onCpu } from "./cpu.ts";
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { inFlight, MOST_BLOCKS_Y } from "./launch_shapes.ts";
@@ -10,8 +11,17 @@ import { rowsOf } from "./rows.ts";
 import { address, elementSize, share, wasmKernels } from "./wasm.ts";
 
 const SOURCE = { name: "activation.cu", text: ACTIVATION_CU };
-/** Threads of a block, at most. */
+/** Threads of a block, at most, where nothing is measured. */
 const MOST_THREADS = 256;
+
+/** How a launch shares out its work: pieces that a thread loads before it uses the first, and a block's most threads. */
+interface Shape extends Record<string, number> {
+  readonly VECTORS: number;
+  readonly most: number;
+}
+
+/** What 07_tuning tries. */
+const SHAPES = { VECTORS: [1, 2, 4, 8], most: [128, 256, 512] };
 
 /**
  * `x * sigmoid(c1 x + c3 x^3)` element by element, which SiLU and both GELUs are; `reference` computes the same.
@@ -59,22 +69,26 @@ function activateOnGpu(gpu: GpuDevice, out: Tensor, x: Tensor, c1: number, c3: n
     const columns = out.size / to.count;
     const width = vectorWidth(columns, [to.source, from.source]);
     const count = columns / width;
-    const VECTORS = inFlight(gpu, count * to.count);
-    // As many threads in each of a row's blocks, so that the last one is not mostly idle.
-    const threads = Math.ceil(count / VECTORS);
-    const block = blockSize(gpu, Math.ceil(threads / Math.ceil(threads / MOST_THREADS)));
     const rows = [to, from].flatMap(({ inner, outerStride, innerStride }) => [
       inner,
       BigInt(outerStride),
       BigInt(innerStride),
     ]);
-    launch(gpu, SOURCE, {
-      entry: "activate",
-      types: { T: x.dtype },
-      constants: { N: width, VECTORS },
-      grid: [Math.ceil(count / (block * VECTORS)), Math.min(to.count, MOST_BLOCKS_Y)],
-      block,
-      args: [out, source, BigInt(count), to.count, ...rows, new Float(c1), new Float(c3)],
-    });
+    const issue = ({ VECTORS, most }: Shape) => {
+      // As many threads in each of a row's blocks, so that the last one is not mostly idle.
+      const threads = Math.ceil(count / VECTORS);
+      const block = blockSize(gpu, Math.ceil(threads / Math.ceil(threads / most)));
+      launch(gpu, SOURCE, {
+        entry: "activate",
+        types: { T: x.dtype },
+        constants: { N: width, VECTORS },
+        grid: [Math.ceil(count / (block * VECTORS)), Math.min(to.count, MOST_BLOCKS_Y)],
+        block,
+        args: [out, source, BigInt(count), to.count, ...rows, new Float(c1), new Float(c3)],
+      });
+    };
+    const shape = { VECTORS: inFlight(gpu, count * to.count), most: MOST_THREADS };
+    const key = `activate ${x} [${x.strides}] to [${out.strides}] by ${width}`;
+    issue(mayTry(out, [source]) ? coordinateDescent<Shape>(gpu, key, shape, SHAPES, issue) : shape);
   });
 }

@@ -1,4 +1,5 @@
 import type { GpuDevice } from "../ffi/gpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
 
 /** Rounds over all parameters: in a second one hardly anything changes any more. */
 const MOST_ROUNDS = 2;
@@ -33,4 +34,12 @@ export function coordinateDescent<P extends Readonly<Record<string, number>>>(
     if (Object.keys(values).every((name) => best[name] === before[name])) break;
   }
   return best;
+}
+
+/** Results that are smaller are a launch's latency, however they are shared out. */
+const LEAST_BYTES = 4e6;
+
+/** Whether a launch can be tried several times, and is worth it: not where it reads what it writes. */
+export function mayTry(out: Tensor, inputs: readonly Tensor[]): boolean {
+  return out.byteLength >= LEAST_BYTES && inputs.every(({ memory }) => memory !== out.memory);
 }

@@ -2,7 +2,7 @@ import type { DType } from "../ffi/dtype.ts";
 import type { GpuDevice, KernelArgument, KernelSource } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
-import { coordinateDescent } from "./coordinate_descent.ts";
+import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
 import { blockSize, launch, vectorWidth } from "./gpu.ts";
 import { inFlight } from "./launch_shapes.ts";
 
@@ -16,8 +16,6 @@ interface Shape extends Record<string, number> {
 
 /** What 07_tuning tries. */
 const SHAPES = { VECTORS: [1, 2, 4, 8], block: [128, 256, 512] };
-/** Results that are smaller are not tuned. */
-const LEAST_BYTES = 4e6;
 
 /** A kernel `entry(out, ...inputs, long long count, ...args)` that walks dense tensors of one size side by side. */
 export interface Elementwise {
@@ -52,9 +50,7 @@ export function launchElementwise(gpu: GpuDevice, source: KernelSource, options:
       });
     const VECTORS = inFlight(gpu, count);
     const shape = { VECTORS, block: blockSize(gpu, Math.ceil(count / VECTORS)) };
-    // What is read and written in one place cannot be tried several times, and a few bytes are a launch's latency.
-    const tunable = out.byteLength >= LEAST_BYTES && inputs.every(({ memory }) => memory !== out.memory);
     const key = `${source.name}:${entry} ${Object.values(types)} [${out.size}] by ${width}`;
-    issue(tunable ? coordinateDescent<Shape>(gpu, key, shape, SHAPES, issue) : shape);
+    issue(mayTry(out, inputs) ? coordinateDescent<Shape>(gpu, key, shape, SHAPES, issue) : shape);
   });
 }
