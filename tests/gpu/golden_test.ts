@@ -15,5 +15,5 @@ for (const recipes of [[], [compile], [compile, fuseQkv], [compile, fuseQkv, cha
   tinySuite(TEST_GPU, recipes);
 }
 float8RecipeSuite(TEST_GPU);
-float8RecipeSuite(TEST_GPU, [fuseQkv]);
+float8RecipeSuite(TEST_GPU, [compile, fuseQkv]);
 float8TinySuite(TEST_GPU);
