@@ -1,5 +1,5 @@
 /** What a step would take if all of it ran at the rate of large matrix products, measured on the device at hand. */
-import type { Device } from "../../ffi/device.ts";
+import type { Device, MatmulPlan } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { OutOfMemoryError } from "../../ffi/errors.ts";
 import { isGpu } from "../../ffi/gpu.ts";
@@ -49,9 +49,16 @@ export async function measureFloor(
   return { milliseconds: 1000 * seconds, rates };
 }
 
-/** 10^12 operations a second of a large product of random numbers: the median of {@link RUNS}. */
-async function productRate(device: Device, dtype: ProductDType): Promise<number> {
-  const size = isGpu(device) ? GPU_SIZE : CPU_SIZE;
+/**
+ * 10^12 operations a second of a large product of random numbers: the median of {@link RUNS}.
+ *
+ * @param size rows, columns and summed numbers.
+ */
+export async function productRate(
+  device: Device,
+  dtype: ProductDType,
+  size = isGpu(device) ? GPU_SIZE : CPU_SIZE,
+): Promise<number> {
   const repeats = isGpu(device) ? GPU_REPEATS : 1;
   const owned: Tensor[] = [];
   const own = (tensor: Tensor) => (owned.push(tensor), tensor);
@@ -64,17 +71,11 @@ async function productRate(device: Device, dtype: ProductDType): Promise<number>
     };
     const [a, b] = [random(0), random(1)];
     const out = own(Tensor.empty(device, [size, size], wide));
-    let plan = {
-      a,
-      b,
-      out,
-      scaleA: undefined as Tensor | undefined,
-      scaleB: undefined as Tensor | undefined,
-    };
+    let plan: MatmulPlan = { a, b, out };
     if (dtype === "f8e4m3") {
-      const [qa, qb] = [a, b].map((x) => quantizeTensor(x));
-      for (const { values, scales } of [qa, qb]) owned.push(values, scales);
-      plan = { a: qa.values, b: qb.values, out, scaleA: qa.scales, scaleB: qb.scales };
+      const [x, y] = [a, b].map((wide) => quantizeTensor(wide));
+      owned.push(x, y);
+      plan = { a: x.values, b: y.values, out, scaleA: x.scales, scaleB: y.scales };
     }
     const times: number[] = [];
     for (let run = 0; run <= RUNS; run++) { // the first warms up
