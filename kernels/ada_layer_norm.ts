@@ -4,12 +4,12 @@ import ADA_LAYER_NORM_CU from "./ada_layer_norm.cu" with { type: "text" };
 import { expectShape } from "./check.ts";
 import { denseRows } from "./contiguous.ts";
 import { Float8Tensor, rowScalesOf } from "./float8_tensor.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, vectorWidth } from "./gpu.ts";
 import { layerNorm } from "./layer_norm.ts";
 import type { Readers } from "./linears.ts";
 import { modulate } from "./modulate.ts";
 import { quantizeRows } from "./quantize_float8.ts";
-import { rowLaunch } from "./rows.ts";
+import { launchRows } from "./rows.ts";
 
 const SOURCE = { name: "ada_layer_norm.cu", text: ADA_LAYER_NORM_CU };
 
@@ -62,14 +62,16 @@ function launchInto<O extends Tensor>(
   gpu.scope(() => {
     const [xs, a, b] = [x, scale, shift].map(denseRows);
     const width = vectorWidth(hidden, [out, xs, a, b]);
-    const { constants, grid, block } = rowLaunch(gpu.limits, tokens, hidden / width);
     const strides = [xs.strides[0], xs.strides[1], a.strides[0], b.strides[0]].map(BigInt);
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "adaLayerNorm",
       types: { T: x.dtype, O: out.dtype, S: scale.dtype, B: shift.dtype },
-      constants: { ...constants, N: width },
-      grid: [grid, batch],
-      block,
+      rows: tokens,
+      length: hidden,
+      width,
+      batch,
+      out,
+      inputs: [xs],
       args: [out, rowScalesOf(out), xs, a, b, tokens, hidden, ...strides, new Float(eps)],
     });
   });

@@ -5,9 +5,9 @@ import ADD_RMS_NORM_CU from "./add_rms_norm.cu" with { type: "text" };
 import { expectShape } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import type { Normed } from "./gated_ada_layer_norm.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, vectorWidth } from "./gpu.ts";
 import { rmsNorm } from "./rms_norm.ts";
-import { rowLaunch } from "./rows.ts";
+import { launchRows } from "./rows.ts";
 
 const SOURCE = { name: "add_rms_norm.cu", text: ADD_RMS_NORM_CU };
 
@@ -36,13 +36,14 @@ export function addRmsNormFused(residual: Tensor, x: Tensor, weight: Tensor, eps
     const inputs = [residual, x, weight].map(contiguous);
     const width = vectorWidth(hidden, [sum, normed, ...inputs]);
     const rows = residual.size / hidden;
-    const { constants, grid, block } = rowLaunch(gpu.limits, rows, hidden / width);
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "addRmsNorm",
       types: { T: residual.dtype, X: x.dtype, W: weight.dtype },
-      constants: { ...constants, N: width },
-      grid,
-      block,
+      rows,
+      length: hidden,
+      width,
+      out: sum,
+      inputs: [...inputs],
       args: [sum, normed, ...inputs, rows, hidden, new Float(eps)],
     });
   });

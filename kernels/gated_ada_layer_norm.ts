@@ -6,10 +6,10 @@ import { denseRows } from "./contiguous.ts";
 import { Float8Tensor, rowScalesOf } from "./float8_tensor.ts";
 import GATED_ADA_LAYER_NORM_CU from "./gated_ada_layer_norm.cu" with { type: "text" };
 import { gatedResidual } from "./gated_residual.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, vectorWidth } from "./gpu.ts";
 import type { Readers } from "./linears.ts";
 import { quantizeRows } from "./quantize_float8.ts";
-import { rowLaunch } from "./rows.ts";
+import { launchRows } from "./rows.ts";
 
 const SOURCE = { name: "gated_ada_layer_norm.cu", text: GATED_ADA_LAYER_NORM_CU };
 
@@ -98,12 +98,11 @@ function launchInto<O extends Tensor>(
     const rows = [residual, x].map(denseRows);
     const vectors = [gate, scale, shift].map(denseRows);
     const width = vectorWidth(hidden, [sum, normed, ...rows, ...vectors]);
-    const { constants, grid, block } = rowLaunch(gpu.limits, tokens, hidden / width);
     const strides = [
       ...rows.flatMap((tensor) => tensor.strides.slice(0, 2)),
       ...vectors.map((tensor) => tensor.strides[0]),
     ];
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "gatedAdaLayerNorm",
       types: {
         T: residual.dtype,
@@ -113,9 +112,12 @@ function launchInto<O extends Tensor>(
         S: scale.dtype,
         B: shift.dtype,
       },
-      constants: { ...constants, N: width },
-      grid: [grid, batch],
-      block,
+      rows: tokens,
+      length: hidden,
+      width,
+      batch,
+      out: sum,
+      inputs: [...rows],
       args: [
         sum,
         normed,

@@ -4,9 +4,9 @@ import { concat } from "./concat.ts";
 import { Float8Tensor } from "./float8_tensor.ts";
 import GELU_FLOAT8_CU from "./gelu_float8.cu" with { type: "text" };
 import { geluTanh } from "./gelu_tanh.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, vectorWidth } from "./gpu.ts";
 import { quantizeRows } from "./quantize_float8.ts";
-import { rowLaunch, rowsOf } from "./rows.ts";
+import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "gelu_float8.cu", text: GELU_FLOAT8_CU };
 
@@ -41,18 +41,19 @@ export function geluTanhFloat8(x: Tensor, before?: Tensor): Float8Tensor {
     const parts = [before ?? nothing, x].map(rowsOf);
     const [{ source: left }, { source: right, count: rows }] = parts;
     const width = Math.min(vectorWidth(beforeCount, [out, left]), vectorWidth(count, [out, right]));
-    const { constants, grid, block } = rowLaunch(gpu.limits, rows, (beforeCount + count) / width);
     const places = parts.flatMap(({ inner, outerStride, innerStride }) => [
       inner,
       BigInt(outerStride),
       BigInt(innerStride),
     ]);
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "geluFloat8",
       types: { T: x.dtype },
-      constants: { ...constants, N: width },
-      grid,
-      block,
+      rows,
+      length: beforeCount + count,
+      width,
+      out,
+      inputs: [left, right],
       args: [out, out.scales, left, right, rows, beforeCount, count, ...places],
     });
   });

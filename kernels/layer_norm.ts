@@ -2,9 +2,9 @@ import { Float } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect, expectShape } from "./check.ts";
 import { onCpu } from "./cpu.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, vectorWidth } from "./gpu.ts";
 import LAYER_NORM_CU from "./layer_norm.cu" with { type: "text" };
-import { rowLaunch, rowsOf } from "./rows.ts";
+import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "layer_norm.cu", text: LAYER_NORM_CU };
 
@@ -35,13 +35,14 @@ export function layerNorm(x: Tensor, eps: number, weight?: Tensor, bias?: Tensor
   gpu.scope(() => {
     const { source, count, inner, outerStride, innerStride } = rowsOf(x);
     const width = vectorWidth(hidden, [out, source, weight, bias]);
-    const { constants, grid, block } = rowLaunch(gpu.limits, count, hidden / width);
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "layerNorm",
       types: { T: x.dtype, W: affine?.dtype ?? x.dtype },
-      constants: { ...constants, N: width },
-      grid,
-      block,
+      rows: count,
+      length: hidden,
+      width,
+      out,
+      inputs: [source],
       args: [
         out,
         source,

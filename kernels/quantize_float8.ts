@@ -11,7 +11,7 @@ import { Float8Tensor } from "./float8_tensor.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { inFlight, RESIDENT_THREADS } from "./launch_shapes.ts";
 import QUANTIZE_FLOAT8_CU from "./quantize_float8.cu" with { type: "text" };
-import { rowLaunch, rowsOf } from "./rows.ts";
+import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "quantize_float8.cu", text: QUANTIZE_FLOAT8_CU };
 /** E4M3's largest value. */
@@ -40,13 +40,14 @@ export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"):
   gpu.scope(() => {
     const { source, count, inner, outerStride, innerStride } = rowsOf(x);
     const width = vectorWidth(k, [values, source]);
-    const { constants, grid, block } = rowLaunch(gpu.limits, count, k / width);
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "quantizeRows",
       types: { T: x.dtype },
-      constants: { ...constants, N: width },
-      grid,
-      block,
+      rows: count,
+      length: k,
+      width,
+      out: values,
+      inputs: [source],
       args: [values, scales, source, count, k, inner, BigInt(outerStride), BigInt(innerStride)],
     });
   });

@@ -2,9 +2,9 @@ import { Float } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
 import { onCpu } from "./cpu.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf, vectorWidth } from "./gpu.ts";
 import RMS_NORM_CU from "./rms_norm.cu" with { type: "text" };
-import { rowLaunch, rowsOf } from "./rows.ts";
+import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "rms_norm.cu", text: RMS_NORM_CU };
 
@@ -25,13 +25,14 @@ export function rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
   gpu.scope(() => {
     const { source, count, inner, outerStride, innerStride } = rowsOf(x);
     const width = vectorWidth(hidden, [out, source, weight]);
-    const { constants, grid, block } = rowLaunch(gpu.limits, count, hidden / width);
-    launch(gpu, SOURCE, {
+    launchRows(gpu, SOURCE, {
       entry: "rmsNorm",
       types: { T: x.dtype, W: weight.dtype },
-      constants: { ...constants, N: width },
-      grid,
-      block,
+      rows: count,
+      length: hidden,
+      width,
+      out,
+      inputs: [source],
       args: [
         out,
         source,

@@ -1,6 +1,9 @@
-import type { GpuLimits } from "../ffi/gpu.ts";
+import type { DType } from "../ffi/dtype.ts";
+import type { GpuDevice, GpuLimits, KernelArgument, KernelSource } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
+import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
+import { launch } from "./gpu.ts";
 import { RESIDENT_THREADS } from "./launch_shapes.ts";
 
 /** Threads of a block whose rows take a warp or less each: some rows a block, so that blocks are not too many. */
@@ -24,10 +27,12 @@ export interface RowLaunch {
 
 /** Vectors of a long row that a thread holds: with more it has too few neighbours, with fewer too many to wait for. */
 const HELD = 3;
+/** What 07_tuning tries instead. */
+const HELD_VALUES = [1, 2, 3, 4, 6];
 
 /**
  * Shares rows of `vectors` vectors among threads. A row of up to a warp's width takes a part of the warp, with one
- * vector a thread; one of up to four times that takes a warp; a longer one takes a block, with three vectors a thread.
+ * vector a thread; one of up to four times that takes a warp; a longer one takes a block, with `held` vectors a thread.
  * Where there are so few rows that all their vectors are on their way at once, a thread has one of them. Only rows of
  * more than 3072 vectors take more than four. (Measured: docs/performance.md.)
  */
@@ -35,12 +40,13 @@ export function rowLaunch(
   { warpSize, multiprocessors }: GpuLimits,
   rows: number,
   vectors: number,
+  held = HELD,
 ): RowLaunch {
   let threads = 1;
   while (threads < warpSize && threads < vectors) threads *= 2;
   const few = rows * vectors <= multiprocessors * RESIDENT_THREADS;
   if (vectors > (few ? 1 : 4) * warpSize) {
-    const wanted = Math.ceil(vectors / ((few ? 1 : HELD) * warpSize)) * warpSize;
+    const wanted = Math.ceil(vectors / ((few ? 1 : held) * warpSize)) * warpSize;
     threads = Math.min(LARGEST_BLOCK, wanted);
   }
   const block = threads <= warpSize ? SMALL_BLOCK : threads;
@@ -49,6 +55,41 @@ export function rowLaunch(
     grid: Math.ceil(rows * threads / block),
     block,
   };
+}
+
+/** A kernel that works on rows, shared out by {@link rowLaunch}. */
+export interface RowKernel {
+  readonly entry: string;
+  readonly types: Readonly<Record<string, DType>>;
+  readonly rows: number;
+  /** Elements of a row, and how many of them move at a time: the constant `N`. */
+  readonly length: number;
+  readonly width: number;
+  /** Samples of so many rows each, for kernels whose grid has them along y. */
+  readonly batch?: number;
+  readonly out: Tensor;
+  readonly inputs: readonly Tensor[];
+  readonly args: readonly KernelArgument[];
+}
+
+/** Launches a kernel that works on rows, shared out as {@link rowLaunch} says or as 07_tuning finds fastest. */
+export function launchRows(gpu: GpuDevice, source: KernelSource, kernel: RowKernel): void {
+  const { entry, types, rows, length, width, batch, out, inputs, args } = kernel;
+  const issue = ({ held }: { readonly held: number }) => {
+    const { constants, grid, block } = rowLaunch(gpu.limits, rows, length / width, held);
+    launch(gpu, source, {
+      entry,
+      types,
+      constants: { ...constants, N: width },
+      grid: batch === undefined ? grid : [grid, batch],
+      block,
+      args,
+    });
+  };
+  const start = { held: HELD };
+  if (!mayTry(out, inputs)) return issue(start);
+  const key = `${source.name}:${entry} ${Object.values(types)} ${batch} x ${rows} x ${length} by ${width}`;
+  issue(coordinateDescent(gpu, key, start, { held: HELD_VALUES }, issue));
 }
 
 /**

@@ -8,6 +8,7 @@ import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
 import { randomSuite } from "../support/kernel_suites/random.ts";
+import { tuningSuite } from "../support/kernel_suites/tuning.ts";
 
 convolutionSuite();
 elementwiseSuite();
@@ -18,3 +19,4 @@ float8FusedSuite();
 fusedSuite();
 parallelBranchesSuite();
 flashAttentionSuite();
+tuningSuite();
