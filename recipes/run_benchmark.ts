@@ -85,7 +85,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   const pipeline = new FluxPipeline(model, plan);
   const drawing = { ...drawingOptions(flags), onWarning: onlyOnce(note) };
   const bar = new Progress("drawing", warmups + runs, "pictures");
-  const { times, picture, settings } = await measure(pipeline, drawing, {
+  const { times, first, picture, settings } = await measure(pipeline, drawing, {
     warmups,
     runs,
     onPicture: (done) => bar.update(done),
@@ -112,7 +112,7 @@ async function runBenchmark(args: string[]): Promise<void> {
     seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
     warmups,
     runs,
-    milliseconds: { load, pictures: times.map(({ whole }) => whole), ...parts },
+    milliseconds: { load, first, pictures: times.map(({ whole }) => whole), ...parts },
     step: {
       ...flops,
       teraflopsPerSecond: rate(flops, parts.step.median),
@@ -135,8 +135,12 @@ interface Report extends Omit<GenerateResult["settings"], "seed"> {
   readonly seed: string;
   readonly warmups: number;
   readonly runs: number;
-  /** `pictures` has each timed one. */
-  readonly milliseconds: PartStatistics & { readonly load: number; readonly pictures: readonly number[] };
+  /** `first` is the first picture's, a warm-up's or not; `pictures` has each timed one. */
+  readonly milliseconds: PartStatistics & {
+    readonly load: number;
+    readonly first: number;
+    readonly pictures: readonly number[];
+  };
   /**
    * Operations of a step, how many 10^12 of them it did in a second, and what share of its time it would take at the rate
    * of large products.
@@ -150,7 +154,7 @@ interface Report extends Omit<GenerateResult["settings"], "seed"> {
 }
 
 function describe(report: Report): string {
-  const { milliseconds: { whole, text, step, steps, decode, postprocess, load }, memory } = report;
+  const { milliseconds: { whole, text, step, steps, decode, postprocess, load, first }, memory } = report;
   const row = (what: string, { mean, variance, median, min, max }: Statistics) => [
     what,
     ...[mean, variance, median, min, max].map((value) => value.toFixed(2)),
@@ -176,7 +180,9 @@ function describe(report: Report): string {
     } in attention: ` +
     `${report.step.teraflopsPerSecond.toPrecision(4)} TFLOP/s`,
     ...describeFloor(report.step.floor),
-    `loading: ${load.toFixed(0)} ms; memory: weights ${gigabytes(memory.weights)} GB, ` +
+    `loading: ${load.toFixed(0)} ms; first picture: ${first.toFixed(0)} ms; memory: weights ${
+      gigabytes(memory.weights)
+    } GB, ` +
     `activations ${gigabytes(memory.peak)} GB at most`,
     ...[report.path, report.trace].filter((path) => path !== undefined),
   ].join("\n");

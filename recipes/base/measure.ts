@@ -56,6 +56,8 @@ export interface MeasureOptions {
 /** What {@link measure} gives. */
 export interface Measurement {
   readonly times: readonly PictureTimes[];
+  /** Milliseconds of the first picture, timed or not: kernels are compiled, algorithms measured and graphs recorded in it. */
+  readonly first: number;
   readonly picture: Picture;
   readonly settings: GenerateResult["settings"];
 }
@@ -85,6 +87,7 @@ export async function measure(
   });
   const times: PictureTimes[] = [];
   let last: GenerateResult | undefined;
+  let first = NaN;
   onPicture?.(0);
   for (let run = 0; run < warmups + runs; run++) {
     await plan.device.synchronize();
@@ -94,13 +97,14 @@ export async function measure(
     const end = performance.now();
     const { text, steps, decode } = last.milliseconds;
     const postprocess = end - pixelsStart;
+    if (run === 0) first = end - start;
     if (run >= warmups) {
       times.push({ whole: end - start, text, steps, decode: decode - postprocess, postprocess });
     }
     onPicture?.(run + 1);
   }
   if (last === undefined || times.length === 0) throw new UsageError("measure: give one run or more");
-  return { times, picture: last.images[0], settings: last.settings };
+  return { times, first, picture: last.images[0], settings: last.settings };
 }
 
 /** {@link Statistics} of each part of a picture, in milliseconds. */

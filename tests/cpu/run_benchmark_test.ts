@@ -48,6 +48,7 @@ Deno.test("benchmark --json prints one object of finite numbers, and draws what 
     assert.deepEqual([report.seed, report.runs, report.warmups], ["18446744073709551615", 3, 0]);
     const { milliseconds, step, memory } = report;
     assert.equal(milliseconds.pictures.length, 3);
+    assert.equal(milliseconds.first, milliseconds.pictures[0], "without warm-ups it is timed");
     assert.equal(milliseconds.whole.min, Math.min(...milliseconds.pictures));
     assert.equal(milliseconds.steps.length, 2);
     for (const part of ["whole", "text", "step", "decode", "postprocess"]) {
