@@ -22,7 +22,7 @@ export { bfloat16 } from "./recipes/01_bfloat16.ts";
 export { compile } from "./recipes/02_compile.ts";
 export { fuseQkv } from "./recipes/03_fuse_qkv.ts";
 export { channelsLast } from "./recipes/04_channels_last.ts";
-export { type AttentionProvider, flashAttention } from "./recipes/05_flash_attention.ts";
+export { type AttentionDType, type AttentionProvider, flashAttention } from "./recipes/05_flash_attention.ts";
 export { float8, type Float8Options } from "./recipes/06_float8.ts";
 export { tuning } from "./recipes/07_tuning.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";

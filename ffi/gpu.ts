@@ -38,11 +38,16 @@ export interface Launch {
   readonly shared?: number;
 }
 
+/** A library with attention beside the vendor's own: FlashAttention-3, which takes f8e4m3, too, and gives bf16. */
+export type AttentionLibrary = "fa3";
+
 /**
- * Attention by a vendor library: `softmax(scale * q k^T) v` per head. `q` and `out` are `[batch, queries, heads,
+ * Attention by a library: `softmax(scale * q k^T) v` per head. `q` and `out` are `[batch, queries, heads,
  * headDim]`, `k` and `v` `[batch, keys, heads, headDim]`; the last dimension is dense, the others may be strided.
  */
 export interface AttentionPlan {
+  /** Which one; the vendor's own when left out. */
+  readonly library?: AttentionLibrary;
   readonly q: Tensor;
   readonly k: Tensor;
   readonly v: Tensor;
@@ -120,7 +125,10 @@ export interface GpuDevice extends Device {
   /** Whether the library has an algorithm for this product of float8 matrices; what is not float8 it takes always. */
   takesMatmul(plan: MatmulPlan): boolean;
 
-  /** Runs the plan in a library and returns true, or returns false where none takes these dtypes and sizes. */
+  /**
+   * Runs the plan in a library and returns true, or returns false where none takes these dtypes and sizes. Throws
+   * {@link FfiError} where the library that the plan names is not installed.
+   */
   attention(plan: AttentionPlan): boolean;
 
   /**

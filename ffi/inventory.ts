@@ -1,5 +1,6 @@
 /** What of the native libraries and GPUs that this project can use is on this machine. Computes nothing. */
 import { HEADER, openDriver } from "./cuda/driver.ts";
+import { findFlashAttention3, INSTALL_FLASH_ATTENTION3 } from "./cuda/flash_attn3.ts";
 import { cudaSonames, cuptiVersion, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";
 import { briefly, FfiError } from "./errors.ts";
 import { LibraryNotFoundError, type OpenedLibrary, openLibrary, pinLibrary } from "./library.ts";
@@ -11,6 +12,7 @@ export type LibraryName =
   | "cuBLASLt"
   | "cuDNN"
   | "CUPTI"
+  | "FlashAttention-3"
   | "NCCL"
   | "oneDNN";
 
@@ -46,7 +48,7 @@ export interface Inventory {
   readonly cudaVersion: string | undefined;
 }
 
-/** A library that is opened only to ask for its version. */
+/** A library that is opened only to ask for its version, or only looked for. */
 interface Probe {
   readonly name: LibraryName;
   readonly purpose: string;
@@ -143,6 +145,12 @@ const PROBES: readonly Probe[] = [
       return cupti.cuptiGetVersion(version) === 0 ? cuptiVersion(version[0]) : undefined;
     },
   ),
+  {
+    name: "FlashAttention-3",
+    purpose: "attention by --attention fa3",
+    install: `${INSTALL_FLASH_ATTENTION3}  # brings PyTorch; only for --attention fa3`,
+    open: findFlashAttention3,
+  },
   probe(
     {
       name: "NCCL",
@@ -190,7 +198,8 @@ export function takeInventory(): Inventory {
   const { driver, gpus, cudaVersion } = findGpus();
   const libraries = PROBES.map(({ name, purpose, install, open }): FoundLibrary => {
     try {
-      return { name, purpose, install, ...open(), problem: undefined };
+      const { path, version } = open();
+      return { name, purpose, install, path, version, problem: undefined };
     } catch (error) {
       if (!(error instanceof LibraryNotFoundError)) throw error;
       return { name, purpose, install, path: undefined, version: undefined, problem: briefly(error) };

@@ -144,6 +144,23 @@ export function candidatePaths(
   return places;
 }
 
+/**
+ * Where Python packages have files at `paths` within site-packages (`"torch/lib/libtorch.so"`), in search order: folders of
+ * `FLUX_LIB_PATH` that are laid out alike, then every Python in sight. Places without any are in it, with no paths. Pure.
+ */
+export function packagePlaces(paths: readonly string[], env: ReadEnv, listFolder: ListFolder): Place[] {
+  const named = splitPath(env("FLUX_LIB_PATH")).map((folder) => ({ from: "FLUX_LIB_PATH", folder }));
+  const found = sitePackages(env, listFolder).filter((folder) => listFolder(folder) !== undefined)
+    .map((folder) => ({ from: "python package", folder }));
+  return [...named, ...found].map(({ from, folder }) => {
+    const there = paths.map((path) => `${folder}/${path}`).filter((path) => {
+      const end = path.lastIndexOf("/");
+      return listFolder(path.slice(0, end))?.includes(path.slice(end + 1));
+    });
+    return { from, folder, paths: there };
+  });
+}
+
 /** The `site-packages` and `dist-packages` folders of the Pythons that `env` points at, in the order of use. */
 function sitePackages(env: ReadEnv, listFolder: ListFolder): string[] {
   const home = env("HOME");
@@ -201,9 +218,7 @@ export function openLibrary<const S extends Deno.ForeignLibraryInterface>(
   for (const place of places) {
     for (const path of place.paths) {
       try {
-        const library = Deno.dlopen(path, symbols);
-        const close = () => library.close();
-        return { name, path, symbols: library.symbols, close, [Symbol.dispose]: close };
+        return opened(name, path, symbols);
       } catch (error) {
         const attempt = { path, reason: loaderReason(error) };
         attempts.push(attempt);
@@ -216,6 +231,50 @@ export function openLibrary<const S extends Deno.ForeignLibraryInterface>(
     }
   }
   throw new LibraryNotFoundError(name, places, attempts, options.sonames, options.hint);
+}
+
+/** Opens the library at a path that is known. @throws {FfiError} with the loader's reason where it does not open */
+export function openLibraryAt<const S extends Deno.ForeignLibraryInterface>(
+  name: string,
+  path: string,
+  symbols: S,
+  hint: string,
+): OpenedLibrary<S> {
+  requireFfi(name);
+  try {
+    return opened(name, path, symbols);
+  } catch (error) {
+    const reason = describe({ path, reason: loaderReason(error) });
+    throw new FfiError(`${name} could not be opened: ${reason}`, { hint });
+  }
+}
+
+function opened<const S extends Deno.ForeignLibraryInterface>(
+  name: string,
+  path: string,
+  symbols: S,
+): OpenedLibrary<S> {
+  const library = Deno.dlopen(path, symbols);
+  const close = () => library.close();
+  return { name, path, symbols: library.symbols, close, [Symbol.dispose]: close };
+}
+
+/**
+ * The places that have some of the files at `paths` within Python's site-packages, of which there is at least one. Opens
+ * nothing. @throws {LibraryNotFoundError} where there is none
+ */
+export function findInPackages(name: string, paths: readonly string[], hint: string): Place[] {
+  const places = packagePlaces(paths, readEnv, listFolder);
+  const having = places.filter((place) => place.paths.length > 0);
+  if (having.length === 0) throw new LibraryNotFoundError(name, places, [], paths, hint);
+  return having;
+}
+
+/** The version of a Python package in a folder of packages, as pip has noted it; undefined where nothing says it. */
+export function packageVersion(folder: string, name: string): string | undefined {
+  const infos = listFolder(folder)?.filter((entry) => /^[^-]+-.+\.dist-info$/.test(entry)) ?? [];
+  return infos.map((entry) => entry.slice(0, -".dist-info".length).split("-"))
+    .find(([named]) => named === name)?.[1];
 }
 
 /** Whether this process may call native code. Path-limited --allow-ffi=... is not enough: pointers need all of it. */

@@ -9,13 +9,14 @@ import { gpuOf } from "./gpu.ts";
 
 const SOURCE = { name: "cast.cu", text: CAST_CU };
 /** What the kernel rounds to. */
-const TARGETS: readonly DType[] = ["f32", "bf16", "f16"];
+const TARGETS: readonly DType[] = ["f32", "bf16", "f16", "f8e4m3"];
 
 /**
- * The same values in another dtype, rounded to nearest, ties to even. The tensor itself where it has the dtype.
+ * The same values in another dtype, rounded to nearest, ties to even; in E4M3, which has no infinities, what is larger
+ * than 448 becomes 448. The tensor itself where it has the dtype.
  *
  * @param memory where the result is stored; allocated as an activation when left out.
- * @returns a dense tensor. @throws ShapeError for a target that nothing computes in (float8 comes with its recipe).
+ * @returns a dense tensor. @throws ShapeError for a target that no kernel writes.
  */
 export function cast(x: Tensor, dtype: DType, memory?: Memory): Tensor {
   if (x.dtype === dtype) return x;

@@ -4,7 +4,7 @@ import { dtypeBytes } from "../ffi/dtype.ts";
 import { ShapeError } from "../ffi/errors.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { bfloat16ToFloat32, float32ToBfloat16 } from "../ffi/bfloat16.ts";
-import { float8ToFloat32 } from "../ffi/float8.ts";
+import { float32ToFloat8, float8ToFloat32 } from "../ffi/float8.ts";
 
 /**
  * The CPU's way to run an operator: every input as a dense Float32Array, the reference on them, and the result
@@ -121,6 +121,8 @@ export function writeFloat32(tensor: Tensor, values: Float32Array): void {
       return float32ToBfloat16(values, viewOf(tensor, "bf16", size));
     case "f16":
       return halfView(viewOf(tensor, "f16", size)).set(values);
+    case "f8e4m3":
+      return float32ToFloat8(values, viewOf(tensor, "u8", size));
     case "u8":
       return viewOf(tensor, "u8", size).set(values);
     default:

@@ -4,6 +4,7 @@ import { attention } from "./attention.ts";
 import type { TileDType } from "./attention_tiles.ts";
 import { expectShape } from "./check.ts";
 import { flashAttention, hasFlashAttention } from "./flash_attention.ts";
+import { type AttentionDType, flashAttention3 } from "./flash_attention3.ts";
 import { gpuOf } from "./gpu.ts";
 import {
   jointQkNormRope,
@@ -105,4 +106,21 @@ export function jointAttentionTiled(
     flashAttention(gpu, tiles, headDim ** -0.5, place);
     return place;
   });
+}
+
+/**
+ * {@link jointAttentionByLibrary} with {@link flashAttention3} as the library.
+ *
+ * @param streams of heads that it takes. @param dtype what q, k and v are cast to behind norm and rotation.
+ */
+export function jointAttentionByFlashAttention3(
+  gpu: GpuDevice,
+  streams: readonly QkvStream[],
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  dtype: AttentionDType,
+  options: JointAttentionOptions = {},
+): Tensor {
+  return gpu.scope(() => flashAttention3(gpu, jointQkNormRopeFused(streams, cos, sin, eps), dtype, options));
 }

@@ -5,61 +5,93 @@
  * bfloat16's rate. QK-norm keeps q and k near one, so they are cast as they are, without scales, as flux-fast does.
  * Changes: q, k and v of the transformer are rounded to E4M3 (3 bits of mantissa), and so are the weights of the softmax;
  * sums stay in float32. Text encoders and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
- * Providers: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu); "cudnn" keeps cuDNN's attention in
- * bfloat16, which is exact; "auto" is "own" where the GPU has its instructions, else "cudnn".
+ * Providers, by `--attention`: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu). "fa3" is
+ * FlashAttention-3 as it is installed for PyTorch (`pip install fa3-fwd`), for the same GPUs. "cudnn" keeps cuDNN's
+ * attention in bfloat16. "auto" is "own" where the GPU has its instructions, else what is there without this recipe; it is
+ * never "fa3", which loads over a gigabyte of PyTorch's libraries.
+ * With `--disable_fa3` attention is in bfloat16, which is exact: by the provider that `--attention` names, else by what is
+ * there without this recipe.
  * Measured on an H100: a step 117.7 to 114.6 ms; the kernel alone 729 TFLOP/s at 4352 tokens, cuDNN in bfloat16 608.
  *
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
-import { isGpu } from "../ffi/gpu.ts";
+import { type GpuDevice, isGpu } from "../ffi/gpu.ts";
 import { hasFlashAttention } from "../kernels/flash_attention.ts";
 import {
+  type AttentionDType,
+  flashAttention3Takes,
+  hasFlashAttention3,
+} from "../kernels/flash_attention3.ts";
+import {
+  jointAttentionByFlashAttention3,
   jointAttentionByLibrary,
   jointAttentionTiled,
   jointAttentionTiledTakes,
 } from "../kernels/joint_attention.ts";
 import { UsageError } from "./base/errors.ts";
+import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
-export const ATTENTION_PROVIDERS = ["auto", "own", "cudnn"] as const;
+export type { AttentionDType };
+export const ATTENTION_PROVIDERS = ["auto", "own", "fa3", "cudnn"] as const;
 export type AttentionProvider = (typeof ATTENTION_PROVIDERS)[number];
+type JointAttention = Ops["jointAttention"];
+/** Those that multiply in float8. */
+const inFloat8 = new WeakSet<JointAttention>();
 
-export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
+/** @param dtype what q, k and v are multiplied in; "cudnn" has bf16 only. */
+export function flashAttention(
+  provider: AttentionProvider = "auto",
+  dtype: AttentionDType = "f8e4m3",
+): Recipe {
   return {
     name: "05_flash_attention",
-    exact: false,
+    exact: dtype === "bf16" || provider === "cudnn",
     devices: ["cuda"],
     apply: (plan: Plan) => {
-      const { device } = plan;
-      const own = isGpu(device) && hasFlashAttention(device);
-      if (provider === "own" && !own) {
-        throw new UsageError(`05_flash_attention: ${device.name} is no Hopper GPU, which our kernel is for`, {
-          hint: "--attention cudnn keeps cuDNN's attention in bfloat16",
+      const { device, ops, weights } = plan;
+      if (!isGpu(device)) throw new UsageError(`05_flash_attention: ${device.name} is no GPU`);
+      if (weights.transformer.get("x_embedder.weight").dtype !== "bf16") {
+        throw new UsageError("05_flash_attention needs 01_bfloat16 before it: its attention gives bfloat16", {
+          hint: "leave out --disable_bf16, or --attention, or add --disable_fa3",
         });
       }
-      if (plan.weights.transformer.get("x_embedder.weight").dtype !== "bf16") {
-        throw new UsageError(
-          "05_flash_attention needs 01_bfloat16 before it: float8 attention gives bfloat16",
-          {
-            hint: "leave out --disable_bf16, or add --disable_fa3",
-          },
-        );
-      }
-      const { ops } = plan;
       if (provider === "cudnn") return { ...plan, ops: { ...ops, jointAttention: jointAttentionByLibrary } };
-      if (!own) return plan;
-      return {
-        ...plan,
-        ops: {
-          ...ops,
-          jointAttention: (streams, cos, sin, eps, options = {}) =>
-            jointAttentionTiledTakes(device, streams)
-              ? jointAttentionTiled(device, streams, cos, sin, eps, "f8e4m3", options)
-              : ops.jointAttention(streams, cos, sin, eps, options),
-        },
-      };
+      if (provider === "auto" && !hasFlashAttention(device)) return plan;
+      const attend = provider === "fa3"
+        ? byFlashAttention3(device, dtype, ops.jointAttention)
+        : byOurKernel(device, dtype, ops.jointAttention);
+      if (dtype === "f8e4m3") inFloat8.add(attend);
+      return { ...plan, ops: { ...ops, jointAttention: attend } };
     },
   };
+}
+
+/** Whether a plan's attention multiplies in float8. */
+export function attendsInFloat8({ ops }: Plan): boolean {
+  return inFloat8.has(ops.jointAttention);
+}
+
+function byOurKernel(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAttention): JointAttention {
+  if (!hasFlashAttention(gpu)) throw noHopper(gpu, "our kernel is for");
+  return (streams, cos, sin, eps, options = {}) =>
+    jointAttentionTiledTakes(gpu, streams)
+      ? jointAttentionTiled(gpu, streams, cos, sin, eps, dtype, options)
+      : otherwise(streams, cos, sin, eps, options);
+}
+
+function byFlashAttention3(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAttention): JointAttention {
+  if (!hasFlashAttention3(gpu, dtype)) throw noHopper(gpu, "FlashAttention-3 is for");
+  return (streams, cos, sin, eps, options = {}) =>
+    flashAttention3Takes(streams[0].q)
+      ? jointAttentionByFlashAttention3(gpu, streams, cos, sin, eps, dtype, options)
+      : otherwise(streams, cos, sin, eps, options);
+}
+
+function noHopper({ name }: GpuDevice, what: string): UsageError {
+  return new UsageError(`05_flash_attention: ${name} is no Hopper GPU, which ${what}`, {
+    hint: "--attention cudnn keeps cuDNN's attention in bfloat16",
+  });
 }
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(flashAttention().name));

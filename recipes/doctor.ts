@@ -22,8 +22,8 @@ const NEEDS = {
   cuda: { required: ["NVIDIA driver", "NVRTC", "cuBLASLt", "cuDNN"], faster: [] },
 } as const satisfies Record<string, Record<"required" | "faster", readonly LibraryName[]>>;
 
-/** What no recipe needs, but a program with a GPU: kernels in the traces of `--trace-file`. */
-const FOR_GPUS = ["CUPTI"] as const satisfies readonly LibraryName[];
+/** What no recipe needs, but flags that are for GPUs: kernels in the traces of `--trace-file`, `--attention fa3`. */
+const FOR_GPUS = ["CUPTI", "FlashAttention-3"] as const satisfies readonly LibraryName[];
 
 type Kind = keyof typeof NEEDS;
 const KINDS = Object.keys(NEEDS) as Kind[];

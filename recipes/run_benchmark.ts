@@ -4,7 +4,7 @@
  */
 import { checkWritable } from "../ffi/files.ts";
 import { isGpu } from "../ffi/gpu.ts";
-import { jointAttentionByLibrary } from "../kernels/joint_attention.ts";
+import { attendsInFloat8 } from "./05_flash_attention.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -198,14 +198,11 @@ function describeFloor(floor: Report["step"]["floor"]): string[] {
 }
 
 /** What a plan multiplies in: a GPU's float8 units only where recipes use them; elsewhere float8 is emulated. */
-function productDTypes({ device, recipes, weights, ops }: Plan): Parameters<typeof measureFloor>[2] {
+function productDTypes(plan: Plan): Parameters<typeof measureFloor>[2] {
+  const { device, recipes, weights } = plan;
   const dtype = weights.transformer.get("x_embedder.weight").dtype === "bf16" ? "bf16" : "f32";
-  const inFloat8 = (recipe: string, used: boolean) =>
-    isGpu(device) && recipes.includes(recipe) && used ? "f8e4m3" : dtype;
-  return {
-    linear: inFloat8("06_float8", true),
-    attention: inFloat8("05_flash_attention", ops.jointAttention !== jointAttentionByLibrary),
-  };
+  const inFloat8 = isGpu(device) && recipes.includes("06_float8");
+  return { linear: inFloat8 ? "f8e4m3" : dtype, attention: attendsInFloat8(plan) ? "f8e4m3" : dtype };
 }
 
 /** TFLOP/s. */

@@ -73,7 +73,7 @@ export const LADDER: readonly Rung[] = [
   { name: "04_channels_last", recipe: () => channelsLast, devices: GPUS, ...unless("disable_channels_last") },
   {
     name: "05_flash_attention",
-    recipe: ({ attention }) => flashAttention(attention),
+    recipe: ({ attention, disable_fa3 }) => flashAttention(attention, disable_fa3 ? "bf16" : "f8e4m3"),
     devices: ["cuda"],
     needs: ["01_bfloat16"],
     ...attentionProvider(),
@@ -114,18 +114,16 @@ function askedBy(name: keyof Switches): Behaviour {
   };
 }
 
-/** 05_flash_attention: on unless it is switched off, and asked for by naming a provider. */
+/** 05_flash_attention: asked for by naming a provider, in bfloat16 where float8 is disabled; else on unless that is so. */
 function attentionProvider(): Behaviour {
   const { flag, off, wishes } = unless("disable_fa3");
   return {
     flag,
     off,
-    wishes: (given) => [
-      ...wishes(given),
-      ...(given.attention === undefined || given.attention === "auto"
-        ? []
-        : [{ on: true, flag: `--attention ${given.attention}` }]),
-    ],
+    wishes: (given) =>
+      given.attention === undefined || given.attention === "auto"
+        ? wishes(given)
+        : [{ on: true, flag: `--attention ${given.attention}` }],
   };
 }
 
@@ -267,11 +265,11 @@ export function createPictureParser(name: string, description: string) {
     .addOption(mode.hideHelp(!written("--compile_export_mode")))
     .addOption(toggle("--disable_fused_projections", "one projection each for query, key and value"))
     .addOption(toggle("--disable_channels_last", "the autoencoder in NCHW instead of channels-last"))
-    .addOption(toggle("--disable_fa3", "attention in bfloat16 instead of Flash Attention 3 in float8"))
+    .addOption(toggle("--disable_fa3", "attention in bfloat16 instead of float8, whoever attends"))
     .addOption(
       new Option(
         "--attention <provider>",
-        "own: our float8 kernel for Hopper; cudnn: bfloat16; auto: own where it runs",
+        "who attends: own, our kernel for Hopper; fa3, FlashAttention-3 as installed; cudnn, in bfloat16; auto, own where it runs",
       )
         .choices(ATTENTION_PROVIDERS),
     )

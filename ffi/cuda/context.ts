@@ -3,10 +3,14 @@ import type { Driver } from "./driver.ts";
 /** What libraries that work on a CUDA device (cuBLASLt, cuDNN, ...) need to know of it. */
 export interface CudaContext {
   readonly driver: Driver;
+  /** Which GPU it is, as the CUDA runtime counts them, too. */
+  readonly index: number;
   /** All work of the device is issued to this one stream, so its order is the order of the calls. */
   readonly stream: bigint;
   /** Compute capability, e.g. `[9, 0]`. */
   readonly capability: readonly [major: number, minor: number];
+  /** Whether work is recorded now: what it uses must stay until no graph is in use. */
+  isRecording(): boolean;
   /**
    * Address of at least `bytes` of scratch, aligned to 256. There is one piece for all calls on the stream: whoever
    * asks next gets the same bytes, so they are good for one call only.

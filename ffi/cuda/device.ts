@@ -24,6 +24,7 @@ import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
 import { Cupti } from "./cupti.ts";
 import { type Driver, HEADER } from "./driver.ts";
+import { FlashAttention3 } from "./flash_attn3.ts";
 import { fastest } from "./measure.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
 import { ALIGNMENT, Segment } from "./segment.ts";
@@ -122,6 +123,7 @@ export class CudaDevice implements GpuDevice {
   #nvrtc: Nvrtc | undefined;
   #cublasLt: CublasLt | undefined;
   #cudnn: Cudnn | undefined;
+  readonly #flashAttention3: FlashAttention3;
   #cupti: Cupti | undefined;
   /** By the text that was compiled. */
   readonly #modules = new Map<string, LoadedModule>();
@@ -187,11 +189,14 @@ export class CudaDevice implements GpuDevice {
     this.#staging = new Staging(driver, this.#stream);
     this.context = {
       driver,
+      index,
       stream: this.#stream,
       capability: this.#capability,
+      isRecording: () => this.#recording,
       workspace: (bytes) => this.#workspace(bytes),
       choose: (key, ways) => this.#choose(key, ways),
     };
+    this.#flashAttention3 = new FlashAttention3(this.context);
     this.#extra.set([
       BigInt(HEADER.CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT),
       this.#arguments.address,
@@ -201,18 +206,20 @@ export class CudaDevice implements GpuDevice {
     ]);
   }
 
-  /** Opens the libraries that it names, to ask for their versions. */
+  /** Opens the libraries that it names, to ask for their versions; FlashAttention-3 is in it where it was opened before. */
   properties(): DeviceProperties {
     this.#checkOpen();
     const [major, minor] = this.#capability;
     const compiler = versionOr(() =>
       `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`
     );
+    const { version: fa3 } = this.#flashAttention3;
     return {
       description: `${this.#gpuName}, ${gibibytes(this.#totalBytes)}, compute capability ${major}.${minor}`,
       providers: {
         matmul: versionOr(() => `cuBLASLt ${this.#matmuls.version}`),
         "convolution, attention": versionOr(() => `cuDNN ${this.#convolutions.version}`),
+        ...(fa3 === undefined ? {} : { "FlashAttention-3": fa3 }),
         other: `CUDA kernels, compiled by ${compiler}`,
         driver: `for CUDA ${this.#driver.driverGetVersion().join(".")}, ${this.#driver.path}`,
       },
@@ -316,6 +323,7 @@ export class CudaDevice implements GpuDevice {
 
   attention(plan: AttentionPlan): boolean {
     this.#checkOpen();
+    if (plan.library === "fa3") return this.#flashAttention3.attention(plan);
     // cuDNN has none in float32: who computes in it needs no cuDNN for attention.
     if (plan.q.dtype === "f32") return false;
     return this.#convolutions.attention(plan);
@@ -405,6 +413,7 @@ export class CudaDevice implements GpuDevice {
       } catch {
         // A call that failed has made the recording invalid; the end says so once more.
       }
+      this.#freeWhatGraphsUsed();
       throw error;
     } finally {
       this.#recording = false;
@@ -414,12 +423,13 @@ export class CudaDevice implements GpuDevice {
       const executable = driver.graphInstantiate(captured);
       const graph: CudaGraph = new CudaGraph(driver, stream, executable, () => {
         this.#graphs.delete(graph);
-        if (this.#graphs.size === 0 && !this.#closed) this.#freeOldWorkspaces();
+        this.#freeWhatGraphsUsed();
       });
       this.#graphs.add(graph);
       return graph;
     } finally {
       driver.graphDestroy(captured);
+      this.#freeWhatGraphsUsed(); // where it did not become one
     }
   }
 
@@ -460,6 +470,7 @@ export class CudaDevice implements GpuDevice {
     attempt(() => this.#driver.streamSynchronize(this.#stream));
     for (const graph of this.#graphs) attempt(() => graph[Symbol.dispose]());
     attempt(() => this.#cupti?.[Symbol.dispose]());
+    attempt(() => this.#flashAttention3[Symbol.dispose]());
     attempt(() => this.#cudnn?.[Symbol.dispose]());
     attempt(() => this.#cublasLt?.[Symbol.dispose]());
     for (const { handle } of this.#modules.values()) attempt(() => this.#driver.moduleUnload(handle));
@@ -559,6 +570,13 @@ export class CudaDevice implements GpuDevice {
     this.#workspaces.push(memory);
     this.#countWorkspaces();
     return memory.pointer;
+  }
+
+  /** Where no graph is in use, gives back what libraries have kept for graphs. */
+  #freeWhatGraphsUsed(): void {
+    if (this.#graphs.size > 0 || this.#closed) return;
+    this.#freeOldWorkspaces();
+    this.#flashAttention3.freeRecorded();
   }
 
   /** Frees all but the last `keep` pieces. */

@@ -1,6 +1,6 @@
 /** `deno task doctor`: what is found, what is missing, and what to type. */
 import assert from "node:assert/strict";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { type FoundLibrary, type Inventory, takeInventory } from "../../ffi/inventory.ts";
 import { describe, readiness } from "../../recipes/doctor.ts";
@@ -24,7 +24,17 @@ async function run(env: Record<string, string>, ...args: string[]) {
   return { code, stdout: text(stdout), stderr: text(stderr) };
 }
 
-const NAMES = ["NVIDIA driver", "NVML", "NVRTC", "cuBLASLt", "cuDNN", "CUPTI", "NCCL", "oneDNN"] as const;
+const NAMES = [
+  "NVIDIA driver",
+  "NVML",
+  "NVRTC",
+  "cuBLASLt",
+  "cuDNN",
+  "CUPTI",
+  "FlashAttention-3",
+  "NCCL",
+  "oneDNN",
+] as const;
 
 /** A machine with the named libraries and as many GPUs. */
 function machine(present: readonly string[], gpus: number): Inventory {
@@ -71,12 +81,13 @@ Deno.test("doctor names what each recipe lacks, and how to get it, once", () => 
   assert.equal(text.match(/get cuDNN/g)?.length, 1);
   assert.match(text, /get oneDNN/);
   assert.match(text, /CUPTI +get CUPTI$/m, "for traces");
+  assert.match(text, /FlashAttention-3 +get FlashAttention-3$/m, "for --attention fa3");
   assert.doesNotMatch(text, /get NCCL/, "nothing needs it yet");
 });
 
-Deno.test("doctor asks for CUPTI only where there is a GPU", () => {
+Deno.test("doctor asks for CUPTI and FlashAttention-3 only where there is a GPU", () => {
   const inventory = machine(["NVIDIA driver", "NVML", "NVRTC", "cuBLASLt", "cuDNN", "oneDNN"], 0);
-  assert.doesNotMatch(describe(inventory, readiness(inventory)), /get CUPTI/);
+  assert.doesNotMatch(describe(inventory, readiness(inventory)), /get (CUPTI|Flash)/);
 });
 
 Deno.test("doctor works with nothing installed: exit code 0, a table and JSON that agree", async () => {
@@ -102,6 +113,24 @@ Deno.test("doctor says why a library that is there does not open", () =>
     assert.equal(code, 0);
     assert.match(stdout, /cuDNN +- +.*cuDNN was found but could not be opened: .*libcudnn\.so\.9/);
     assert.match(stdout, /01_bfloat16 +cuda +needs .*cuDNN/);
+  }));
+
+Deno.test("doctor finds FlashAttention-3 among Python packages, and opens nothing for it", () =>
+  inFolder(async (folder) => {
+    for (const path of ["fa3_fwd/_C.abi3.so", "torch/lib/libtorch_cuda.so"]) {
+      Deno.mkdirSync(dirname(join(folder, path)), { recursive: true });
+      Deno.writeTextFileSync(join(folder, path), "only looked for");
+    }
+    for (const info of ["fa3_fwd-0.0.3", "torch-2.11.0+cu130"]) {
+      Deno.mkdirSync(join(folder, `${info}.dist-info`));
+    }
+    const { code, stdout } = await run({ FLUX_LIB_PATH: folder });
+    assert.equal(code, 0);
+    const row = /^ +FlashAttention-3 +(\S.*?) {2,}attention by --attention fa3 +(\S+)$/m.exec(stdout);
+    assert.deepEqual(row?.slice(1), [
+      "fa3_fwd 0.0.3, PyTorch 2.11.0+cu130",
+      join(folder, "fa3_fwd/_C.abi3.so"),
+    ]);
   }));
 
 Deno.test("doctor refuses flags that it does not have", async () => {

@@ -1,7 +1,17 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { FfiError } from "../../ffi/errors.ts";
-import { candidatePaths, LibraryNotFoundError, openLibrary, pinLibrary } from "../../ffi/library.ts";
+import {
+  candidatePaths,
+  findInPackages,
+  LibraryNotFoundError,
+  openLibrary,
+  openLibraryAt,
+  packagePlaces,
+  packageVersion,
+  pinLibrary,
+} from "../../ffi/library.ts";
+import { inFolder } from "../support/folders.ts";
 
 /** A made-up file system: folder -> names in it. */
 function lister(folders: Record<string, string[]>): (folder: string) => string[] | undefined {
@@ -92,6 +102,76 @@ Deno.test("candidatePaths: a system search ignores overrides, toolkits and wheel
     "system",
   );
   assert.deepEqual(places.map((place) => place.folder), [undefined, "/usr/lib"]);
+});
+
+Deno.test("packagePlaces: FLUX_LIB_PATH's folders, then every Python's packages, with the files that are there", () => {
+  const places = packagePlaces(
+    ["torch/lib/libtorch.so", "other/_C.abi3.so"],
+    env({ FLUX_LIB_PATH: "/override:/missing", VIRTUAL_ENV: "/venv", PATH: "/opt/py/bin" }),
+    lister({
+      "/override": ["torch"],
+      "/override/torch/lib": ["libtorch.so", "libc10.so"],
+      "/venv/lib": ["python3.12"],
+      "/venv/lib/python3.12/site-packages": ["other", "torch"],
+      "/venv/lib/python3.12/site-packages/other": ["_C.abi3.so"],
+      "/venv/lib/python3.12/site-packages/torch/lib": ["libtorch.so"],
+      "/opt/py/bin": ["python3"],
+      "/opt/py/lib": ["python3.11"],
+      "/opt/py/lib/python3.11/site-packages": ["torch"], // which has no lib
+    }),
+  );
+  const venv = "/venv/lib/python3.12/site-packages";
+  assert.deepEqual(places, [
+    { from: "FLUX_LIB_PATH", folder: "/override", paths: ["/override/torch/lib/libtorch.so"] },
+    { from: "FLUX_LIB_PATH", folder: "/missing", paths: [] },
+    {
+      from: "python package",
+      folder: venv,
+      paths: [`${venv}/torch/lib/libtorch.so`, `${venv}/other/_C.abi3.so`],
+    },
+    { from: "python package", folder: "/opt/py/lib/python3.11/site-packages", paths: [] },
+  ]);
+});
+
+Deno.test("findInPackages and packageVersion: what is there, and an error with all places", () =>
+  inFolder((folder) => {
+    const before = Deno.env.get("FLUX_LIB_PATH");
+    try {
+      Deno.env.set("FLUX_LIB_PATH", folder);
+      assert.throws(
+        () => findInPackages("Something", ["something_rare/lib.so"], "pip install something"),
+        (error: unknown) =>
+          error instanceof LibraryNotFoundError && error.hint === "pip install something" &&
+          error.message.startsWith(
+            "Something was not found (looked for something_rare/lib.so). Searched: ",
+          ) &&
+          error.message.includes(`${folder} (FLUX_LIB_PATH)`),
+      );
+      Deno.mkdirSync(join(folder, "something_rare"));
+      Deno.writeTextFileSync(join(folder, "something_rare/lib.so"), "");
+      const [place] = findInPackages("Something", ["something_rare/lib.so"], "");
+      assert.deepEqual(place.paths, [join(folder, "something_rare/lib.so")]);
+      assert.equal(packageVersion(folder, "something_rare"), undefined);
+      for (const info of ["something_rare_too-9.9", "something_rare-1.2.3+cu130"]) {
+        Deno.mkdirSync(join(folder, `${info}.dist-info`));
+      }
+      assert.equal(packageVersion(folder, "something_rare"), "1.2.3+cu130");
+    } finally {
+      if (before === undefined) Deno.env.delete("FLUX_LIB_PATH");
+      else Deno.env.set("FLUX_LIB_PATH", before);
+    }
+  }));
+
+Deno.test("openLibraryAt opens one path, or says why it does not", () => {
+  using first = openLibrary("libc", GETPID, { sonames: [LIBC] });
+  using libc = openLibraryAt("libc", first.path, GETPID, "");
+  assert.equal(libc.symbols.getpid(), Deno.pid);
+  assert.throws(
+    () => openLibraryAt("Nothing", "/no/such/lib.so", GETPID, "install it"),
+    (error: unknown) =>
+      error instanceof FfiError && error.hint === "install it" &&
+      /^Nothing could not be opened: \/no\/such\/lib\.so: cannot open/.test(error.message),
+  );
 });
 
 Deno.test("openLibrary opens a library with typed symbols", () => {

@@ -1,6 +1,7 @@
 /** Which recipes the flags give: every combination of flux-fast's switches, with stand-ins for rungs not written yet. */
 import assert from "node:assert/strict";
 import type { DeviceKind } from "../../ffi/device.ts";
+import { ATTENTION_PROVIDERS } from "../../recipes/05_flash_attention.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import {
   createPictureParser,
@@ -44,13 +45,21 @@ const TOGGLES = [
   "useCachedModel",
 ] as const;
 const MODES = [undefined, "compile", "export_aoti", "disabled"] as const;
+const ATTENTIONS = [undefined, ...ATTENTION_PROVIDERS] as const;
+const COMBINATIONS = 2 ** TOGGLES.length * MODES.length * ATTENTIONS.length;
 
 /** All settings of all switches: every pair, and all else. */
 function* combinations(): Generator<Switches> {
   for (let bits = 0; bits < 2 ** TOGGLES.length; bits++) {
     const toggles = Object.fromEntries(TOGGLES.filter((_, i) => bits >> i & 1).map((name) => [name, true]));
     for (const mode of MODES) {
-      yield { ...toggles, ...(mode === undefined ? {} : { compile_export_mode: mode }) };
+      for (const attention of ATTENTIONS) {
+        yield {
+          ...toggles,
+          ...(mode === undefined ? {} : { compile_export_mode: mode }),
+          ...(attention === undefined ? {} : { attention }),
+        };
+      }
     }
   }
 }
@@ -58,7 +67,8 @@ function* combinations(): Generator<Switches> {
 /** What must come out, written rung by rung: names, or the flags that the error must show. */
 function expected(given: Switches, kind: DeviceKind): { names: string[] } | { flags: string[] } {
   const gpu = kind !== "cpu";
-  const { compile_export_mode: mode } = given;
+  const { compile_export_mode: mode, attention = "auto" } = given;
+  const attends = attention !== "auto";
   const exporting = mode === "export_aoti" || given.useCachedModel === true;
   const flags: string[] = [];
   if (given.useCachedModel && (mode === "compile" || mode === "disabled")) {
@@ -66,6 +76,8 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
   } else if (exporting && !gpu) {
     flags.push(mode === "export_aoti" ? "--compile_export_mode export_aoti" : "--use-cached-model");
   }
+  if (attends && !gpu) flags.push(`--attention ${attention}`);
+  else if (attends && given.disable_bf16) flags.push(`--attention ${attention}`, "--disable_bf16");
   if (flags.length > 0) return { flags };
   return {
     names: [
@@ -73,7 +85,10 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
       ...(mode === "disabled" ? [] : ["02_compile"]),
       ...(given.disable_fused_projections ? [] : ["03_fuse_qkv"]),
       ...(given.disable_channels_last || !gpu ? [] : ["04_channels_last"]),
-      ...(given.disable_fa3 || given.disable_bf16 || kind !== "cuda" ? [] : ["05_flash_attention"]),
+      // In bfloat16 where float8 is disabled and somebody is named.
+      ...(attends || !given.disable_fa3 && !given.disable_bf16 && kind === "cuda"
+        ? ["05_flash_attention"]
+        : []),
       ...(given.disable_quant || given.disable_bf16 || !gpu ? [] : ["06_float8"]),
       ...(given.disable_inductor_tuning_flags || mode === "disabled" ? [] : ["07_tuning"]),
       ...(mode === "compile" || mode === "disabled" || !gpu ? [] : ["08_export"]),
@@ -82,7 +97,7 @@ function expected(given: Switches, kind: DeviceKind): { names: string[] } | { fl
 }
 
 for (const kind of ["cpu", "cuda", "hip"] as const) {
-  Deno.test(`all 512 combinations of the switches give their recipes or name what clashes (${kind})`, () => {
+  Deno.test(`all ${COMBINATIONS} combinations of the switches give their recipes or name what clashes (${kind})`, () => {
     let clashes = 0;
     for (const given of combinations()) {
       const wanted = expected(given, kind);
@@ -102,7 +117,7 @@ for (const kind of ["cpu", "cuda", "hip"] as const) {
         return true;
       });
     }
-    assert.ok(clashes > 50 && clashes < 512, String(clashes));
+    assert.ok(clashes > 50 && clashes < COMBINATIONS, String(clashes));
   });
 }
 
@@ -131,10 +146,6 @@ Deno.test("an error names both flags and says what to type", () => {
     "--disable_bf16 clashes with --attention own | leave one of them out",
   );
   assert.equal(
-    message({ disable_fa3: true, attention: "cudnn" }),
-    "--disable_fa3 clashes with --attention cudnn | leave --attention cudnn out",
-  );
-  assert.equal(
     message({ compile_export_mode: "compile", useCachedModel: true }),
     "--compile_export_mode compile clashes with --use-cached-model | leave --use-cached-model out",
   );
@@ -147,6 +158,19 @@ Deno.test("an error names both flags and says what to type", () => {
     message({ attention: "own" }, "cpu"),
     /^--attention own asks for recipe 05_flash_attention, which/,
   );
+});
+
+Deno.test("--attention says who attends, --disable_fa3 that it is in bfloat16", () => {
+  const found = (given: Switches) =>
+    recipesFor(given, "cuda").find(({ name }) => name === "05_flash_attention");
+  for (const provider of ATTENTION_PROVIDERS) {
+    const given: Switches = { attention: provider };
+    assert.equal(found(given)?.exact, provider === "cudnn", provider); // which has no float8
+    const inBfloat16 = found({ ...given, disable_fa3: true });
+    assert.equal(inBfloat16?.exact, provider === "auto" ? undefined : true, provider);
+  }
+  assert.equal(found({})?.exact, false);
+  assert.equal(found({ disable_fa3: true }), undefined);
 });
 
 Deno.test("what builds on a rung that is switched off goes with it", () => {

@@ -1,5 +1,6 @@
 /** Every kernel against its TypeScript reference, on the CUDA device. */
 import { flashAttentionSuite } from "../support/kernel_suites/flash_attention.ts";
+import { flashAttention3Suite } from "../support/kernel_suites/flash_attention3.ts";
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
@@ -19,4 +20,5 @@ float8FusedSuite();
 fusedSuite();
 parallelBranchesSuite();
 flashAttentionSuite();
+flashAttention3Suite();
 tuningSuite();

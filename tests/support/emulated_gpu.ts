@@ -39,6 +39,7 @@ import type {
   MemoryUse,
 } from "../../ffi/device.ts";
 import { columnMajorGemm } from "../../ffi/cuda/cublaslt.ts";
+import { flashAttention3TakesPlan } from "../../ffi/cuda/flash_attn3.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { checkDownload } from "../../ffi/download.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
@@ -63,7 +64,10 @@ import { Tensor } from "../../ffi/tensor.ts";
 
 /** What tests choose. */
 export interface EmulatedGpuOptions {
-  /** Whether {@link GpuDevice.attention} computes; by default it returns false, as without a library that can. */
+  /**
+   * Whether {@link GpuDevice.attention} computes by the vendor's library; by default it returns false, as without one that
+   * can. FlashAttention-3 is always there.
+   */
   readonly attention?: boolean;
   /** False: {@link GpuDevice.openProfiler} throws, as without the library. */
   readonly profiler?: boolean;
@@ -289,8 +293,9 @@ class EmulatedGpu implements GpuDevice {
     );
   }
 
-  attention({ q, k, v, out, scale }: AttentionPlan): boolean {
-    if (!this.options.attention) return false;
+  attention(plan: AttentionPlan): boolean {
+    const { library, q, k, v, out, scale } = plan;
+    if (library === "fa3" ? !flashAttention3TakesPlan(plan) : !this.options.attention) return false;
     const [batch, , heads, dim] = q.shape;
     requireShape("attention", "k", k, [batch, k.shape[1], heads, dim]);
     requireShape("attention", "v", v, k.shape);

@@ -94,9 +94,12 @@ export function missingCompiler(): string | undefined {
   }
 }
 
-/** Runs the compiler, as one for C. */
-export function compile(args: readonly string[]): { success: boolean; text: string } {
-  const { success, stderr } = new Deno.Command("g++", { args: ["-x", "c", ...args], stdout: "null" })
+/** Runs the compiler, as one for C where nothing else is said. */
+export function compile(
+  args: readonly string[],
+  language: "c" | "c++" = "c",
+): { success: boolean; text: string } {
+  const { success, stderr } = new Deno.Command("g++", { args: ["-x", language, ...args], stdout: "null" })
     .outputSync();
   return { success, text: new TextDecoder().decode(stderr) };
 }
