@@ -1,3 +1,4 @@
+import { createHash } from "node:crypto";
 import { setImmediate } from "node:timers";
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "../device.ts";
@@ -14,6 +15,7 @@ import type {
   KernelSource,
   Launch,
 } from "../gpu.ts";
+import { LibraryNotFoundError } from "../library.ts";
 import { MemoryScopes } from "../scope.ts";
 import { ArgumentBuffer } from "../struct.ts";
 import type { Tensor } from "../tensor.ts";
@@ -22,6 +24,7 @@ import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
 import { type Driver, HEADER } from "./driver.ts";
 import { fastest } from "./measure.ts";
+import { askNvml } from "./nvml.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
 import { ALIGNMENT, Segment } from "./segment.ts";
 import { Staging } from "./staging.ts";
@@ -60,6 +63,10 @@ class CudaKernel implements GpuKernel {
     public dynamicShared: number,
   ) {}
 }
+
+/** How many bytes the segments held: the {@link GpuDevice.prepared} entry of this name, as JSON. */
+const MEMORY_PLAN = "memory plan";
+type MemoryPlan = Record<"activations" | "recorded" | "weights", number>;
 
 /** A loaded cubin and those of its kernels that were asked for. */
 interface LoadedModule {
@@ -118,6 +125,8 @@ export class CudaDevice implements GpuDevice {
   #cudnn: Cudnn | undefined;
   /** By the text that was compiled. */
   readonly #modules = new Map<string, LoadedModule>();
+  /** Cubins and choices of this process and what was adopted from an earlier one, by what they were made of. */
+  readonly #prepared = new Map<string, Uint8Array<ArrayBuffer>>();
 
   // One launch's sizes and arguments. They are written again by the next, so that launching allocates next to nothing.
   readonly #grid: [number, number, number] = [1, 1, 1];
@@ -179,6 +188,7 @@ export class CudaDevice implements GpuDevice {
       capability: this.#capability,
       workspace: (bytes) => this.#workspace(bytes),
       choose: (key, ways) => this.#choose(key, ways),
+      prepared: (key) => this.#prepared.get(key),
     };
     this.#extra.set([
       BigInt(HEADER.CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT),
@@ -193,9 +203,10 @@ export class CudaDevice implements GpuDevice {
   properties(): DeviceProperties {
     this.#checkOpen();
     const [major, minor] = this.#capability;
-    const compiler = versionOr(() =>
-      `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`
-    );
+    // What was adopted needs no compiler, which is not opened just to be named.
+    const compiler = this.#nvrtc === undefined && this.#prepared.size > 0
+      ? "an earlier process"
+      : versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
     return {
       description: `${this.#gpuName}, ${gibibytes(this.#totalBytes)}, compute capability ${major}.${minor}`,
       providers: {
@@ -313,7 +324,7 @@ export class CudaDevice implements GpuDevice {
     this.#checkOpen();
     let module = this.#modules.get(source.text);
     if (module === undefined) {
-      const cubin = this.#compiler.compile(source, this.limits.architecture, this.#cache);
+      const cubin = this.#cubin(source);
       module = { handle: this.#driver.moduleLoadData(cubin, source.name), kernels: new Map() };
       this.#modules.set(source.text, module);
     }
@@ -361,6 +372,44 @@ export class CudaDevice implements GpuDevice {
     } finally {
       this.#measuring = before;
     }
+  }
+
+  /** Opens the libraries that it names. Without NVML the driver counts as the newest version of CUDA that it takes. */
+  environment(): Readonly<Record<string, string>> {
+    this.#checkOpen();
+    return {
+      GPU: this.#gpuName,
+      architecture: this.limits.architecture,
+      multiprocessors: String(this.limits.multiprocessors),
+      driver: driverVersion() ?? `for CUDA ${this.#driver.driverGetVersion().join(".")}`,
+      cuBLASLt: versionOr(() => this.#matmuls.version),
+      cuDNN: versionOr(() => this.#convolutions.version),
+    };
+  }
+
+  prepared(): ReadonlyMap<string, Uint8Array<ArrayBuffer>> {
+    this.#checkOpen();
+    const memory: MemoryPlan = {
+      activations: this.#activations.mapped,
+      recorded: this.#recorded.mapped,
+      weights: this.#weights.used, // of a model that was larger before it was quantized, less than is mapped
+    };
+    return new Map([
+      ...this.#prepared,
+      ...this.#cudnn?.serialized() ?? [],
+      [MEMORY_PLAN, new TextEncoder().encode(JSON.stringify(memory))],
+    ]);
+  }
+
+  adopt(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffer>>): void {
+    this.#checkOpen();
+    for (const [key, bytes] of prepared) this.#prepared.set(key, bytes);
+    const memory = prepared.get(MEMORY_PLAN);
+    if (memory === undefined) return;
+    const { activations, recorded, weights }: MemoryPlan = JSON.parse(new TextDecoder().decode(memory));
+    this.#weights.reserve(weights);
+    this.#activations.reserve(activations);
+    this.#recorded.reserve(recorded);
   }
 
   event(): GpuEvent {
@@ -502,13 +551,30 @@ export class CudaDevice implements GpuDevice {
     );
   }
 
+  #cubin(source: KernelSource): Uint8Array<ArrayBuffer> {
+    const { architecture } = this.limits;
+    const hash = createHash("sha256").update(`${architecture}\n${source.text}`).digest("hex");
+    const key = `cubin of ${source.name} ${hash}`;
+    let cubin = this.#prepared.get(key);
+    if (cubin === undefined) {
+      cubin = this.#compiler.compile(source, architecture, this.#cache);
+      this.#prepared.set(key, cubin);
+    }
+    return cubin;
+  }
+
   /** See {@link CudaContext.choose}. */
-  #choose(key: string, ways: () => readonly (() => boolean)[]): number {
+  #choose(work: string, ways: () => readonly (() => boolean)[]): number {
     if (!this.#measuring || this.#recording) return 0;
-    const measure = () => Uint8Array.of(fastest(this.context, ways()));
-    const driver = this.#driver.driverGetVersion().join(".");
-    const [index] = this.#cache?.get(["choice", this.#gpuName, driver, key], measure) ?? measure();
-    return index;
+    const key = `choice for ${work}`;
+    let choice = this.#prepared.get(key);
+    if (choice === undefined) {
+      const measure = () => Uint8Array.of(fastest(this.context, ways()));
+      const driver = this.#driver.driverGetVersion().join(".");
+      choice = this.#cache?.get(["choice", this.#gpuName, driver, work], measure) ?? measure();
+      this.#prepared.set(key, choice);
+    }
+    return choice[0];
   }
 
   /** See {@link CudaContext.workspace}. Recorded work keeps the piece that it was recorded with. */
@@ -628,6 +694,16 @@ function writeDim3(
     if (!(Number.isInteger(out[i]) && out[i] >= 1 && out[i] <= most[i])) {
       throw new FfiError(`${kernel}: ${what} [${out.join(", ")}], sizes are from 1 to [${most.join(", ")}]`);
     }
+  }
+}
+
+/** The driver's version, e.g. `"580.159.04"`; undefined without NVML. */
+function driverVersion(): string | undefined {
+  try {
+    return askNvml().driverVersion;
+  } catch (error) {
+    if (!(error instanceof LibraryNotFoundError)) throw error;
+    return undefined;
   }
 }
 
