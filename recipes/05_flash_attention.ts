@@ -29,6 +29,7 @@ export function flashAttention(provider: AttentionProvider = "auto"): Recipe {
     name: "05_flash_attention",
     exact: false,
     devices: ["cuda"],
+    options: { provider },
     apply: (plan: Plan) => {
       const { device } = plan;
       const own = isGpu(device) && hasFlashAttentionFloat8(device);

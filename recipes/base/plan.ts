@@ -36,6 +36,8 @@ export interface Recipe {
   /** Whether the model computes the same function (up to rounding of its dtype); false: quality is traded for speed. */
   readonly exact: boolean;
   readonly devices: readonly DeviceKind[];
+  /** What was chosen for it, by name; it then differs from the recipe with other options. */
+  readonly options?: Readonly<Record<string, string>>;
   /** Returns the changed plan; throws {@link UsageError} when it clashes with a recipe that is there already. */
   apply(plan: Plan): Plan;
 }
