@@ -5,7 +5,8 @@ import { eagerOps, type Ops } from "./ops.ts";
 import type { Weights } from "./weights.ts";
 
 /** The parts of the pipeline that have weights, by their folder in diffusers' layout. */
-export type Component = "text_encoder" | "text_encoder_2" | "transformer" | "vae";
+export const COMPONENTS = ["text_encoder", "text_encoder_2", "transformer", "vae"] as const;
+export type Component = (typeof COMPONENTS)[number];
 
 /**
  * How a part of the pipeline is run. `plan` is the one that runs, `part` names the part, `inputs` are all tensors that

@@ -53,6 +53,11 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
   };
 }
 
+/** Gives the memory of all weights back. */
+export function freeAll(weights: Weights): void {
+  for (const name of weights.names) weights.free(name);
+}
+
 /** Weights to make available: those named, of one component's files. */
 export interface Placement {
   readonly checkpoint: ComponentWeights;
