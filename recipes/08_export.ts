@@ -44,8 +44,8 @@ export interface ExportFlags extends ModelChoice {
 }
 
 /**
- * What a program loads and writes ahead of time; undefined where {@link exporting} is not among the recipes. By default
- * nothing is written that nobody asked for twice: no weights that are made up, and no second package of a model.
+ * What a program loads and writes ahead of time; undefined where {@link exporting} is not among the recipes. What no flag
+ * asks for is written with restraint: no weights that are made up, and no second package of a model.
  *
  * @param note is told what is worth knowing.
  * @throws UsageError where it was asked for and there is no folder for it; ModelError for a folder that is no model.
