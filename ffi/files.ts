@@ -61,7 +61,7 @@ export async function writeFileAtomic(
     await replaceFile(path, (file) => writeAll(file, bytes, signal), signal);
   } catch (error) {
     if (error instanceof FileError || (signal?.aborted && error === signal.reason)) throw error;
-    throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
+    throw writeError(path, error);
   }
 }
 
@@ -77,7 +77,7 @@ export function writeFileAtomicSync(path: string, bytes: Uint8Array): void {
     Deno.renameSync(temporary, path);
   } catch (error) {
     if (file !== undefined) discard(file, temporary);
-    throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
+    throw writeError(path, error);
   }
 }
 
@@ -93,8 +93,16 @@ export async function checkWritable(path: string): Promise<void> {
     await Deno.remove(probe);
   } catch (error) {
     if (error instanceof FileError) throw error;
-    throw new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, { cause: error });
+    throw writeError(path, error);
   }
+}
+
+/** What the disk has against writing `path`, in words. */
+export function writeError(path: string, error: unknown, hint?: string): FileError {
+  return new FileError(`cannot write ${path}: ${reasonOf(error, path)}`, {
+    cause: error,
+    ...(hint === undefined ? {} : { hint }),
+  });
 }
 
 function temporaryBeside(path: string): string {

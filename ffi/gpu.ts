@@ -145,6 +145,18 @@ export interface GpuDevice extends Device {
    */
   fastest(key: string, ways: readonly (() => void)[]): number;
 
+  /** What {@link prepared} work is good for beside what its keys say: this GPU, its driver and libraries, by version. */
+  environment(): Readonly<Record<string, string>>;
+  /**
+   * What took this device time to find out, for {@link adopt} in another process: compiled kernels, chosen algorithms,
+   * planned operations, and how much memory all of it takes; by keys that say of what.
+   */
+  prepared(): ReadonlyMap<string, Uint8Array<ArrayBuffer>>;
+  /**
+   * Takes what was {@link prepared} in an equal {@link environment}: it is not found out again. Anything else still is.
+   */
+  adopt(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffer>>): void;
+
   /** Marks the end of the work issued so far. */
   event(): GpuEvent;
   /**

@@ -1,6 +1,7 @@
 /** What of the native libraries and GPUs that this project can use is on this machine. Computes nothing. */
 import { HEADER, openDriver } from "./cuda/driver.ts";
 import { findFlashAttention3, INSTALL_FLASH_ATTENTION3 } from "./cuda/flash_attn3.ts";
+import { askNvml } from "./cuda/nvml.ts";
 import { cudaSonames, cuptiVersion, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";
 import { briefly, FfiError } from "./errors.ts";
 import { LibraryNotFoundError, type OpenedLibrary, openLibrary, pinLibrary } from "./library.ts";
@@ -72,29 +73,15 @@ function probe<const S extends Deno.ForeignLibraryInterface>(
 }
 
 const PROBES: readonly Probe[] = [
-  probe(
-    {
-      name: "NVML",
-      purpose: "the driver's version",
-      sonames: ["libnvidia-ml.so.1"],
-      install: "it comes with the NVIDIA driver",
+  {
+    name: "NVML",
+    purpose: "the driver's version",
+    install: "it comes with the NVIDIA driver",
+    open: () => {
+      const { path, driverVersion } = askNvml();
+      return { path, version: driverVersion };
     },
-    {
-      // nvmlReturn_t nvmlInit_v2(void)
-      nvmlInit_v2: { parameters: [], result: "i32" },
-      // nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
-      nvmlSystemGetDriverVersion: { parameters: ["buffer", "u32"], result: "i32" },
-      // nvmlReturn_t nvmlShutdown(void)
-      nvmlShutdown: { parameters: [], result: "i32" },
-    },
-    (nvml) => {
-      if (nvml.nvmlInit_v2() !== 0) return undefined;
-      const text = new Uint8Array(80);
-      const status = nvml.nvmlSystemGetDriverVersion(text, text.length);
-      nvml.nvmlShutdown();
-      return status === 0 ? new TextDecoder().decode(text.subarray(0, text.indexOf(0))) : undefined;
-    },
-  ),
+  },
   probe(
     {
       name: "NVRTC",

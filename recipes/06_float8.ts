@@ -15,9 +15,11 @@
  *
  *     deno run -A recipes/06_float8.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
+import type { Device } from "../ffi/device.ts";
 import { isGpu } from "../ffi/gpu.ts";
-import type { Tensor } from "../ffi/tensor.ts";
+import { Tensor } from "../ffi/tensor.ts";
 import { adaLayerNormFloat8 } from "../kernels/ada_layer_norm.ts";
+import { copyInto } from "../kernels/copy_into.ts";
 import { feedForwardFloat8 } from "../kernels/feed_forward.ts";
 import type { Float8Matrix } from "../kernels/float8_tensor.ts";
 import { gatedAdaLayerNormFloat8 } from "../kernels/gated_ada_layer_norm.ts";
@@ -30,7 +32,7 @@ import { quantizeRows, quantizeTensor } from "../kernels/quantize_float8.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 import type { Ops } from "./base/ops.ts";
-import { replaced } from "./base/weights.ts";
+import { replaced, scaleName, type Weights } from "./base/weights.ts";
 
 export interface Float8Options {
   /**
@@ -62,18 +64,21 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
     name: "06_float8",
     exact: false,
     devices: ["cpu", "cuda", "hip"],
+    options: { granularity },
     apply: (plan) => quantizePlan(plan, granularity === "row"),
   };
 }
 
 /**
- * On a GPU the bfloat16 weights of `plan` are consumed, as by castPlan.
+ * The weights with those quantized that gain from it, and their scales beside them; quantized ones stay as they are. On a
+ * GPU the bfloat16 weights are consumed, as by castPlan.
  *
  * @throws UsageError where they are of another dtype.
  */
-function quantizePlan(plan: Plan, rowwise: boolean): Plan {
-  const { device, ops, weights: { transformer } } = plan;
-  const names = transformer.names.filter((name) => isQuantized(name, transformer.get(name)));
+function quantizeWeights(device: Device, transformer: Weights, rowwise: boolean): Weights {
+  const names = transformer.names.filter((name) =>
+    isQuantized(name, transformer.get(name)) && !transformer.has(scaleName(name))
+  );
   for (const name of names) {
     const { dtype } = transformer.get(name);
     if (dtype !== "bf16") {
@@ -82,27 +87,50 @@ function quantizePlan(plan: Plan, rowwise: boolean): Plan {
       });
     }
   }
-  const matrices = new WeakMap<Tensor, Float8Matrix>();
   const own = new Map<string, Tensor>();
   const quantize = rowwise ? quantizeRows : quantizeTensor;
   // Weights that 03_fuse_qkv has joined stay joined: they are quantized as one.
   for (const group of Map.groupBy(names, (name) => transformer.get(name).memory).values()) {
     const parts = group.map((name) => transformer.get(name));
-    const { values, scales } = quantize(joinedView(parts)!, "weights");
+    const quantized = quantize(joinedView(parts)!);
+    const [values, scales] = [quantized.values, quantized.scales].map(weightOf);
+    quantized.dispose();
     let start = 0;
     parts.forEach(({ shape: [rows] }, i) => {
-      const part = values.narrow(0, start, rows);
-      matrices.set(part, { values: part, scales: rowwise ? scales.narrow(0, start, rows) : scales, rowwise });
-      own.set(group[i], part);
+      own.set(group[i], values.narrow(0, start, rows));
+      own.set(scaleName(group[i]), rowwise ? scales.narrow(0, start, rows) : scales);
       start += rows;
       // One group at a time, since both do not fit. Nothing overwrites a weight before it was read: see castWeights.
       if (isGpu(device)) transformer.free(group[i]);
     });
   }
+  return replaced(transformer, own);
+}
+
+/** A copy in a memory of its own. */
+function weightOf(tensor: Tensor): Tensor {
+  const copy = new Tensor(tensor.device.alloc(tensor.byteLength, "weights"), tensor.dtype, tensor.shape);
+  copyInto(copy, tensor);
+  return copy;
+}
+
+/** The float8 matrices of quantized weights, by what the model knows of them: the values. */
+function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Float8Matrix> {
+  const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)));
+  return new WeakMap(quantized.map((name) => {
+    const values = transformer.get(name);
+    return [values, { values, scales: transformer.get(scaleName(name)), rowwise }];
+  }));
+}
+
+function quantizePlan(plan: Plan, rowwise: boolean): Plan {
+  const { device, ops } = plan;
+  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise);
+  const matrices = matricesOf(transformer, rowwise);
   const products = float8Products(ops, matrices);
   return {
     ...plan,
-    weights: { ...plan.weights, transformer: replaced(transformer, own) },
+    weights: { ...plan.weights, transformer },
     ops: { ...ops, ...products, ...(rowwise && float8Producers(ops, matrices)) },
   };
 }

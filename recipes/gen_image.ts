@@ -3,6 +3,7 @@
  */
 import { Option } from "@commander-js/extra-typings";
 import { checkWritable } from "../ffi/files.ts";
+import { exportedModel } from "./08_export.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -49,7 +50,9 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
-  using model = await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+  const exported = exportedModel(flags, recipes, device, note);
+  using model = await exported?.load() ??
+    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   if (flags.verbose) {
@@ -98,6 +101,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   } else {
     printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
   }
+  await exported?.write(plan);
 }
 
 if (import.meta.main) Deno.exit(await runProgram(NAME, () => generateImage(Deno.args)));

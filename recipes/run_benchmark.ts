@@ -5,6 +5,7 @@
 import { checkWritable } from "../ffi/files.ts";
 import { isGpu } from "../ffi/gpu.ts";
 import { attendsInFloat8 } from "./05_flash_attention.ts";
+import { exportedModel } from "./08_export.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -74,7 +75,9 @@ async function runBenchmark(args: string[]): Promise<void> {
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
-  using model = await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+  const exported = exportedModel(flags, recipes, device, note);
+  using model = await exported?.load() ??
+    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const { description, providers } = device.properties();
@@ -121,6 +124,7 @@ async function runBenchmark(args: string[]): Promise<void> {
     memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
   };
   printLine(flags.json ? JSON.stringify(report) : describe(report));
+  await exported?.write(plan);
 }
 
 /** What `--json` prints. */

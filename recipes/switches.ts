@@ -16,6 +16,7 @@ import { channelsLast } from "./04_channels_last.ts";
 import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./05_flash_attention.ts";
 import { float8 } from "./06_float8.ts";
 import { tuning } from "./07_tuning.ts";
+import { exporting } from "./08_export.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Recipe } from "./base/plan.ts";
@@ -59,6 +60,8 @@ export interface Rung {
   /** What to type to be without it. */
   readonly off: string;
   readonly wishes: (switches: Switches) => readonly Wish[];
+  /** It changes nothing in the drawing of a picture, so that there is nothing to measure. */
+  readonly drawsTheSame?: true;
 }
 
 const ALL: readonly DeviceKind[] = ["cpu", "cuda", "hip"];
@@ -92,7 +95,14 @@ export const LADDER: readonly Rung[] = [
     needs: ["02_compile"],
     ...unless("disable_inductor_tuning_flags"),
   },
-  { name: "08_export", recipe: undefined, devices: GPUS, needs: ["02_compile"], ...exportMode() },
+  {
+    name: "08_export",
+    recipe: () => exporting,
+    devices: GPUS,
+    needs: ["02_compile"],
+    drawsTheSame: true,
+    ...exportMode(),
+  },
   { name: "09_first_block_cache", recipe: undefined, devices: [], ...askedBy("cache_dit_config") },
 ];
 
@@ -230,14 +240,14 @@ export function writtenRecipes(ladder: readonly Rung[] = LADDER): Recipe[] {
 
 /**
  * The recipes of each measured rung: the baseline, then one more recipe at a time, of those that are written and run on
- * the device. What has to be asked for is no part of it.
+ * the device. What has to be asked for is no part of it, nor what changes nothing in the drawing.
  */
 export function cumulativeRungs(kind: DeviceKind, ladder: readonly Rung[] = LADDER): Recipe[][] {
   const [baseline, ...others] = ladder;
   const rungs = [[baseline.recipe!({})]];
   let current: readonly Recipe[] = [];
-  for (const { recipe, devices, needs = [] } of others) {
-    if (recipe === undefined || devices.length === 0) continue;
+  for (const { recipe, devices, needs = [], drawsTheSame } of others) {
+    if (recipe === undefined || devices.length === 0 || drawsTheSame) continue;
     const next = recipe({});
     const standing = needs.every((name) => current.some((below) => below.name === name));
     if (!next.devices.includes(kind) || !standing) continue;
@@ -256,7 +266,8 @@ export function kindOf(device: string): DeviceKind {
 export function createPictureParser(name: string, description: string) {
   const mode = new Option(
     "--compile_export_mode <mode>",
-    "compile: fused kernels and graphs (the default until export_aoti, an ahead-of-time package, is written); disabled: neither",
+    "compile: fused kernels and graphs; export_aoti (default on GPUs): and the finished model is written into " +
+      "--cache-dir after the picture, by default the first time only; disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
     .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
@@ -275,7 +286,13 @@ export function createPictureParser(name: string, description: string) {
     )
     .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8"))
     .addOption(toggle("--disable_inductor_tuning_flags", "libraries' own choices instead of measured ones"))
-    .addOption(toggle("--use-cached-model", "an exported package that is there already, or none"))
+    .addOption(
+      toggle(
+        "--use-cached-model",
+        "start from what export_aoti has written with the same flags, without compiling, tuning or quantizing; " +
+          "where nothing there fits, say why, build the model and write it",
+      ),
+    )
     .addOption(
       toggle("--cache_dit_config <file>", "skip blocks whose input hardly changes, as this file says"),
     );

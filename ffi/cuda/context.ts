@@ -26,4 +26,6 @@ export interface CudaContext {
    *   where the library refuses it
    */
   choose(key: string, ways: () => readonly (() => boolean)[]): number;
+  /** What an earlier process has found out about some work; see {@link GpuDevice.adopt}. */
+  prepared(key: string): Uint8Array<ArrayBuffer> | undefined;
 }

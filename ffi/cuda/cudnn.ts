@@ -11,6 +11,7 @@ import {
   type AttentionLayouts,
   type ConvLayouts,
   CudnnPlanner,
+  type Executable,
   type ExecutionPlan,
   ID,
   type Layout,
@@ -43,7 +44,7 @@ export class Cudnn implements Disposable {
   readonly version: string;
   readonly #backend: CudnnBackend;
   #opened: Session | undefined;
-  readonly #plans = new Map<string, ExecutionPlan>();
+  readonly #plans = new Map<string, Executable>();
   /** Attention that no engine takes. */
   readonly #refused = new Set<string>();
   // An array on the heap of V8 could move; this one keeps its address.
@@ -92,7 +93,8 @@ export class Cudnn implements Disposable {
     let prepared = this.#plans.get(key);
     if (prepared === undefined) {
       const { planner } = this.#session;
-      prepared = named(key, () => planner.conv(layouts, (plans) => this.#fastest(key, plans, addresses)));
+      prepared = this.#restored(key) ??
+        named(key, () => planner.conv(layouts, (plans) => this.#fastest(key, plans, addresses)));
       this.#plans.set(key, prepared);
     }
     this.#execute(key, prepared, addresses);
@@ -120,13 +122,13 @@ export class Cudnn implements Disposable {
     if (out.size === 0) return true;
     const layouts: AttentionLayouts = { q: layoutOf(q), k: layoutOf(k), v: layoutOf(v), out: layoutOf(out) };
     const key = `attention ${text(layouts.q)} ${text(layouts.k)} ${text(layouts.v)} ${text(layouts.out)}`;
-    if (this.#refused.has(key)) return false;
+    if (this.#refused.has(key) || this.#prepared(key)?.length === 0) return false;
     this.context.driver.enter();
     let prepared = this.#plans.get(key);
     if (prepared === undefined) {
       const { planner } = this.#session;
       try {
-        prepared = named(key, () => planner.attention(layouts));
+        prepared = this.#restored(key) ?? named(key, () => planner.attention(layouts));
       } catch (error) {
         if (!(error instanceof CudnnError && error.unsupported)) throw error;
         this.#refused.add(key);
@@ -143,6 +145,19 @@ export class Cudnn implements Disposable {
       [ID.scale, this.#scalePointer],
     ]);
     return true;
+  }
+
+  /** The plans so far in cuDNN's JSON, none for what it refuses: for {@link CudaContext.prepared} of a later process. */
+  *serialized(): Generator<[key: string, json: Uint8Array<ArrayBuffer>]> {
+    this.context.driver.enter();
+    for (const key of this.#refused) yield [this.#keyOfPlan(key), new Uint8Array(0)];
+    for (const [key, plan] of this.#plans) {
+      try {
+        yield [this.#keyOfPlan(key), plan.json()];
+      } catch (error) {
+        if (!(error instanceof CudnnError)) throw error; // an engine that cannot be written down is planned anew
+      }
+    }
   }
 
   [Symbol.dispose](): void {
@@ -166,6 +181,34 @@ export class Cudnn implements Disposable {
       this.#opened = { handle, planner: new CudnnPlanner(this.#backend, { handle }) };
     }
     return this.#opened;
+  }
+
+  #keyOfPlan(key: string): string {
+    return `cuDNN ${this.version} plan of ${key}`;
+  }
+
+  /** What an earlier process has left for this work. */
+  #prepared(key: string): Uint8Array<ArrayBuffer> | undefined {
+    return this.context.prepared(this.#keyOfPlan(key));
+  }
+
+  /** The plan of an earlier process, or undefined: there is none, or cuDNN does not take it any more. */
+  #restored(key: string): Executable | undefined {
+    const json = this.#prepared(key);
+    if (json === undefined) return undefined;
+    const { planner } = this.#session;
+    const attempt = () => {
+      try {
+        return planner.restore(json);
+      } catch (error) {
+        if (!(error instanceof CudnnError)) throw error;
+        return undefined;
+      }
+    };
+    const restored = attempt();
+    if (restored !== undefined) return restored;
+    this.#backend.openCompiler(); // engines that have compiled a kernel take it only where they could compile it
+    return attempt();
   }
 
   /** The plan that the device chooses; only the first is built where it does not measure. */
@@ -203,7 +246,7 @@ export class Cudnn implements Disposable {
 
   #execute(
     key: string,
-    plan: ExecutionPlan,
+    plan: Executable,
     addresses: Addresses,
   ): void {
     const workspace = plan.workspaceBytes === 0 ? 0n : this.context.workspace(plan.workspaceBytes);

@@ -106,6 +106,7 @@ export const HEADER = {
   CUDNN_ATTR_EXECUTION_PLAN_HANDLE: 400,
   CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG: 401,
   CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE: 402,
+  CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION: 405,
   CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP: 407,
   CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA: 700,
   CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA: 701,
@@ -234,19 +235,21 @@ export class CudnnBackend implements Disposable {
   readonly versionNumber: number;
   readonly #library: OpenedLibrary<typeof CUDNN>;
   readonly #needed = new DisposableStack();
+  /** The major version of CUDA that it was built for. */
+  readonly #cuda: number;
+  #compiler: Nvrtc | undefined;
 
-  /** @throws {LibraryNotFoundError} where cuDNN, or cuBLASLt or NVRTC, which it calls, are not installed */
+  /** @throws {LibraryNotFoundError} where cuDNN, or cuBLASLt, which it calls, are not installed */
   constructor() {
     this.#library = openLibrary("cuDNN", CUDNN, { sonames: ["libcudnn.so.9"], hint: HINT });
     this.symbols = this.#library.symbols;
     // It registers kernels with the CUDA runtime, and is not made to be unmapped while the process lives.
     pinLibrary(this.#library.path);
     this.versionNumber = Number(this.symbols.cudnnGetVersion());
-    // cuDNN opens NVRTC and cuBLASLt by their bare names. Python's wheels put them in a folder where the loader does not
-    // look, but it finds what is open already.
-    const cuda = Math.floor(Number(this.symbols.cudnnGetCudartVersion()) / 1000);
+    // cuDNN opens cuBLASLt by its bare name. Python's wheels put it in a folder where the loader does not look, but it
+    // finds what is open already.
+    const cuda = this.#cuda = Math.floor(Number(this.symbols.cudnnGetCudartVersion()) / 1000);
     try {
-      this.#needed.use(new Nvrtc(cuda));
       this.#needed.use(openLibrary("cuBLASLt (for cuDNN)", {}, {
         sonames: [`libcublasLt.so.${cuda}`],
         hint: `pip install ${
@@ -262,6 +265,16 @@ export class CudnnBackend implements Disposable {
   /** E.g. `"9.14.0"`. */
   get version(): string {
     return dottedVersion(this.versionNumber);
+  }
+
+  /**
+   * Opens NVRTC, which cuDNN then finds as it finds cuBLASLt: some of its engines compile their kernels when a plan is
+   * made, and refuse to be without it.
+   *
+   * @throws {LibraryNotFoundError}
+   */
+  openCompiler(): void {
+    this.#compiler ??= this.#needed.use(new Nvrtc(this.#cuda));
   }
 
   /** An empty descriptor, which cuDNN fills in; who makes it destroys it. */
@@ -351,6 +364,14 @@ export class Descriptor implements Disposable {
     );
     this.backend.check(status, `cudnnBackendGetAttribute(${attribute})`);
     return Number(found[0]);
+  }
+
+  /** UTF-8 text. */
+  getText(attribute: Attribute): Uint8Array<ArrayBuffer> {
+    const length = this.get(attribute, "CUDNN_TYPE_CHAR", 0, new Uint8Array(0));
+    const text = new Uint8Array(length);
+    this.get(attribute, "CUDNN_TYPE_CHAR", length, text);
+    return text;
   }
 
   /** A whole number. */

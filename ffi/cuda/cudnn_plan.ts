@@ -56,10 +56,20 @@ export interface AttentionLayouts {
 /** The tensors of graphs; executions give their addresses under these numbers. */
 export const ID = { x: 1, weight: 2, bias: 3, out: 4, q: 5, k: 6, v: 7, scale: 8, product: 9 } as const;
 
-/** An engine with its configuration, ready to be executed with addresses and scratch. */
-export interface ExecutionPlan extends Disposable {
+/** Something ready to be executed with addresses and scratch. */
+export interface Executable extends Disposable {
   readonly handle: bigint;
   readonly workspaceBytes: number;
+  /**
+   * The plan in cuDNN's own JSON, with the kernels that it has compiled, for {@link CudnnPlanner.restore}.
+   *
+   * @throws {CudnnError} where cuDNN cannot write it down
+   */
+  json(): Uint8Array<ArrayBuffer>;
+}
+
+/** An engine with its configuration. */
+export interface ExecutionPlan extends Executable {
   /** cuDNN's number of the engine, e.g. for messages. */
   readonly engine: number;
   /** What cuDNN says of its arithmetic: values of cudnnBackendNumericalNote_t. */
@@ -190,8 +200,32 @@ export class CudnnPlanner implements Disposable {
     });
   }
 
+  /**
+   * A plan out of its JSON. Nothing is compiled; engines that compile want NVRTC to be open all the same.
+   *
+   * @throws {CudnnError} for JSON of another version of cuDNN or of another GPU, and where NVRTC is wanted
+   */
+  restore(json: Uint8Array<ArrayBuffer>): Executable {
+    return executable(this.backend.make("CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR", {
+      ...this.#targetOfPlan,
+      CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION: {
+        type: "CUDNN_TYPE_CHAR",
+        count: json.length,
+        bytes: json,
+      },
+    }));
+  }
+
   [Symbol.dispose](): void {
     this.#deviceProperties?.[Symbol.dispose]();
+  }
+
+  get #targetOfPlan(): Attributes {
+    return {
+      ...("handle" in this.target && { CUDNN_ATTR_EXECUTION_PLAN_HANDLE: handleValue(this.target.handle) }),
+      ...(this.#deviceProperties &&
+        { CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP: descriptors(this.#deviceProperties) }),
+    };
   }
 
   /**
@@ -204,6 +238,7 @@ export class CudnnPlanner implements Disposable {
     choose: Choose,
     describe: (make: Make) => readonly Descriptor[],
   ): ExecutionPlan {
+    this.backend.openCompiler();
     // cuDNN keeps what a plan refers to, so all but the plan can go.
     using made = new DisposableStack();
     const make: Make = (type, attributes) => made.use(this.backend.make(type, attributes));
@@ -251,18 +286,10 @@ export class CudnnPlanner implements Disposable {
 
   #build(config: Descriptor, numericalNotes: readonly number[]): ExecutionPlan {
     const plan = this.backend.make("CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR", {
-      ...("handle" in this.target && { CUDNN_ATTR_EXECUTION_PLAN_HANDLE: handleValue(this.target.handle) }),
-      ...(this.#deviceProperties &&
-        { CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP: descriptors(this.#deviceProperties) }),
+      ...this.#targetOfPlan,
       CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG: descriptors(config),
     });
-    return {
-      handle: plan.handle,
-      workspaceBytes: plan.getInt64("CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE"),
-      engine: engineNumber(this.backend, config),
-      numericalNotes,
-      [Symbol.dispose]: () => plan[Symbol.dispose](),
-    };
+    return { ...executable(plan), engine: engineNumber(this.backend, config), numericalNotes };
   }
 
   /** The configurations that cuDNN proposes, the best first; `made` gets them. */
@@ -290,6 +317,16 @@ export class CudnnPlanner implements Disposable {
       yield* configs.slice(0, found);
     }
   }
+}
+
+/** Takes the plan's descriptor over. */
+function executable(plan: Descriptor): Executable {
+  return {
+    handle: plan.handle,
+    workspaceBytes: plan.getInt64("CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE"),
+    json: () => plan.getText("CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION"),
+    [Symbol.dispose]: () => plan[Symbol.dispose](),
+  };
 }
 
 /** What an execution works on: the addresses of the graph's tensors, and of scratch. */

@@ -1,3 +1,4 @@
+import { createHash } from "node:crypto";
 import { setImmediate } from "node:timers";
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "../device.ts";
@@ -16,6 +17,7 @@ import type {
   KernelSource,
   Launch,
 } from "../gpu.ts";
+import { LibraryNotFoundError } from "../library.ts";
 import { MemoryScopes } from "../scope.ts";
 import { ArgumentBuffer } from "../struct.ts";
 import type { Tensor } from "../tensor.ts";
@@ -26,6 +28,7 @@ import { Cupti } from "./cupti.ts";
 import { type Driver, HEADER } from "./driver.ts";
 import { FlashAttention3 } from "./flash_attn3.ts";
 import { fastest } from "./measure.ts";
+import { askNvml } from "./nvml.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
 import { ALIGNMENT, Segment } from "./segment.ts";
 import { Staging } from "./staging.ts";
@@ -64,6 +67,10 @@ class CudaKernel implements GpuKernel {
     public dynamicShared: number,
   ) {}
 }
+
+/** How many bytes the segments held: the {@link GpuDevice.prepared} entry of this name, as JSON. */
+const MEMORY_PLAN = "memory plan";
+type MemoryPlan = Record<"activations" | "recorded" | "weights", number>;
 
 /** A loaded cubin and those of its kernels that were asked for. */
 interface LoadedModule {
@@ -115,8 +122,6 @@ export class CudaDevice implements GpuDevice {
   #recording = false;
   #measuring = false;
   #measured = 0;
-  /** What {@link fastest} and the libraries' measurements have found, by key. */
-  readonly #choices = new Map<string, number>();
   /** The recorded graphs that are in use. */
   readonly #graphs = new Set<CudaGraph>();
 
@@ -127,6 +132,8 @@ export class CudaDevice implements GpuDevice {
   #cupti: Cupti | undefined;
   /** By the text that was compiled. */
   readonly #modules = new Map<string, LoadedModule>();
+  /** Cubins and choices of this process and what was adopted from an earlier one, by what they were made of. */
+  readonly #prepared = new Map<string, Uint8Array<ArrayBuffer>>();
 
   // One launch's sizes and arguments. They are written again by the next, so that launching allocates next to nothing.
   readonly #grid: [number, number, number] = [1, 1, 1];
@@ -195,6 +202,7 @@ export class CudaDevice implements GpuDevice {
       isRecording: () => this.#recording,
       workspace: (bytes) => this.#workspace(bytes),
       choose: (key, ways) => this.#choose(key, ways),
+      prepared: (key) => this.#prepared.get(key),
     };
     this.#flashAttention3 = new FlashAttention3(this.context);
     this.#extra.set([
@@ -210,9 +218,10 @@ export class CudaDevice implements GpuDevice {
   properties(): DeviceProperties {
     this.#checkOpen();
     const [major, minor] = this.#capability;
-    const compiler = versionOr(() =>
-      `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`
-    );
+    // What was adopted needs no compiler, which is not opened just to be named.
+    const compiler = this.#nvrtc === undefined && this.#prepared.size > 0
+      ? "an earlier process"
+      : versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
     const { version: fa3 } = this.#flashAttention3;
     return {
       description: `${this.#gpuName}, ${gibibytes(this.#totalBytes)}, compute capability ${major}.${minor}`,
@@ -333,7 +342,7 @@ export class CudaDevice implements GpuDevice {
     this.#checkOpen();
     let module = this.#modules.get(source.text);
     if (module === undefined) {
-      const cubin = this.#compiler.compile(source, this.limits.architecture, this.#cache);
+      const cubin = this.#cubin(source);
       module = { handle: this.#driver.moduleLoadData(cubin, source.name), kernels: new Map() };
       this.#modules.set(source.text, module);
     }
@@ -385,6 +394,44 @@ export class CudaDevice implements GpuDevice {
 
   fastest(key: string, ways: readonly (() => void)[]): number {
     return this.#choose(key, () => ways.map((way) => () => (way(), true)));
+  }
+
+  /** Opens the libraries that it names. Without NVML the driver counts as the newest version of CUDA that it takes. */
+  environment(): Readonly<Record<string, string>> {
+    this.#checkOpen();
+    return {
+      GPU: this.#gpuName,
+      architecture: this.limits.architecture,
+      multiprocessors: String(this.limits.multiprocessors),
+      driver: driverVersion() ?? `for CUDA ${this.#driver.driverGetVersion().join(".")}`,
+      cuBLASLt: versionOr(() => this.#matmuls.version),
+      cuDNN: versionOr(() => this.#convolutions.version),
+    };
+  }
+
+  prepared(): ReadonlyMap<string, Uint8Array<ArrayBuffer>> {
+    this.#checkOpen();
+    const memory: MemoryPlan = {
+      activations: this.#activations.mapped,
+      recorded: this.#recorded.mapped,
+      weights: this.#weights.used, // of a model that was larger before it was quantized, less than is mapped
+    };
+    return new Map([
+      ...this.#prepared,
+      ...this.#cudnn?.serialized() ?? [],
+      [MEMORY_PLAN, new TextEncoder().encode(JSON.stringify(memory))],
+    ]);
+  }
+
+  adopt(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffer>>): void {
+    this.#checkOpen();
+    for (const [key, bytes] of prepared) this.#prepared.set(key, bytes);
+    const memory = prepared.get(MEMORY_PLAN);
+    if (memory === undefined) return;
+    const { activations, recorded, weights }: MemoryPlan = JSON.parse(new TextDecoder().decode(memory));
+    this.#weights.reserve(weights);
+    this.#activations.reserve(activations);
+    this.#recorded.reserve(recorded);
   }
 
   event(): GpuEvent {
@@ -544,21 +591,35 @@ export class CudaDevice implements GpuDevice {
     );
   }
 
+  #cubin(source: KernelSource): Uint8Array<ArrayBuffer> {
+    const { architecture } = this.limits;
+    const hash = createHash("sha256").update(`${architecture}\n${source.text}`).digest("hex");
+    const key = `cubin of ${source.name} ${hash}`;
+    let cubin = this.#prepared.get(key);
+    if (cubin === undefined) {
+      cubin = this.#compiler.compile(source, architecture, this.#cache);
+      this.#prepared.set(key, cubin);
+    }
+    return cubin;
+  }
+
   /** See {@link CudaContext.choose}. */
-  #choose(key: string, ways: () => readonly (() => boolean)[]): number {
+  #choose(work: string, ways: () => readonly (() => boolean)[]): number {
     if (!this.#measuring) return 0;
-    let index = this.#choices.get(key);
-    if (index !== undefined) return index;
-    if (this.#recording) return 0;
-    const measure = () => {
-      const found = Uint8Array.of(fastest(this.context, ways()));
-      this.onMeasured(++this.#measured);
-      return found;
-    };
-    const driver = this.#driver.driverGetVersion().join(".");
-    [index] = this.#cache?.get(["choice", this.#gpuName, driver, key], measure) ?? measure();
-    this.#choices.set(key, index);
-    return index;
+    const key = `choice for ${work}`;
+    let choice = this.#prepared.get(key);
+    if (choice === undefined) {
+      if (this.#recording) return 0;
+      const measure = () => {
+        const found = Uint8Array.of(fastest(this.context, ways()));
+        this.onMeasured(++this.#measured);
+        return found;
+      };
+      const driver = this.#driver.driverGetVersion().join(".");
+      choice = this.#cache?.get(["choice", this.#gpuName, driver, work], measure) ?? measure();
+      this.#prepared.set(key, choice);
+    }
+    return choice[0];
   }
 
   /** See {@link CudaContext.workspace}. Recorded work keeps the piece that it was recorded with. */
@@ -685,6 +746,16 @@ function writeDim3(
     if (!(Number.isInteger(out[i]) && out[i] >= 1 && out[i] <= most[i])) {
       throw new FfiError(`${kernel}: ${what} [${out.join(", ")}], sizes are from 1 to [${most.join(", ")}]`);
     }
+  }
+}
+
+/** The driver's version, e.g. `"580.159.04"`; undefined without NVML. */
+function driverVersion(): string | undefined {
+  try {
+    return askNvml().driverVersion;
+  } catch (error) {
+    if (!(error instanceof LibraryNotFoundError)) throw error;
+    return undefined;
   }
 }
 

@@ -42,6 +42,12 @@ export class Segment implements Disposable {
     return this.#mapped;
   }
 
+  /** Puts memory behind the first `bytes` addresses at once, if the GPU has it; else it grows as blocks need it. */
+  reserve(bytes: number): void {
+    const missing = this.#rounded(bytes) - this.#mapped;
+    if (missing > 0) this.#grow(missing);
+  }
+
   /** Address of a block. */
   pointer(offset: number): bigint {
     return this.#base + BigInt(offset);

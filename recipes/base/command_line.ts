@@ -177,11 +177,16 @@ export function onlyOnce(note: (message: string) => void): (message: string) => 
 
 /** Ctrl-C while the file is written leaves no part of it behind; before that it ends the program at once. */
 export async function writeInterruptibly(path: string, bytes: Uint8Array): Promise<void> {
+  await interruptibly((signal) => writeFileAtomic(path, bytes, { signal }));
+}
+
+/** Runs `write` with a signal that Ctrl-C aborts, so that it can leave nothing behind. */
+export async function interruptibly<T>(write: (signal: AbortSignal) => Promise<T>): Promise<T> {
   const controller = new AbortController();
   const stop = () => controller.abort(new UsageError("stopped; no file was written"));
   Deno.addSignalListener("SIGINT", stop);
   try {
-    await writeFileAtomic(path, bytes, { signal: controller.signal });
+    return await write(controller.signal);
   } finally {
     Deno.removeSignalListener("SIGINT", stop);
   }

@@ -12,14 +12,14 @@ import {
 } from "./checkpoint.ts";
 import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
-import type { Component } from "./plan.ts";
+import { type Component, COMPONENTS } from "./plan.ts";
 import { randomWeights } from "./random_weights.ts";
 import { fileDTypeBits, printable } from "./safetensors.ts";
 import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
 import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "./tokenizer.ts";
 import { type TransformerConfig, transformerConfigSchema, transformerWeightShapes } from "./transformer.ts";
-import { placeWeights, type Weights, type WeightShapes } from "./weights.ts";
+import { freeAll, placeWeights, type Weights, type WeightShapes } from "./weights.ts";
 
 /** The configs of the four parts that have weights. */
 export interface ModelConfigs {
@@ -95,7 +95,25 @@ export class Model implements Disposable {
     const parts = readParts(path);
     const weights = randomWeights(device, parts.configs, weightShapes(parts.configs), dtype, seed);
     await device.synchronize();
-    return new Model({ ...parts, name: `${parts.name} with random weights` }, weights, []);
+    return new Model({ ...parts, name: withRandom(parts.name) }, weights, []);
+  }
+
+  /**
+   * The model of a folder's configs and tokenizers with weights that lie on a device already; it takes them over.
+   *
+   * @param random whether they are made up, which the model's name then says.
+   * @throws ModelError that names the file and what is wrong with it, or a weight that is not of these configs; then
+   * the weights are freed.
+   */
+  static placed(path: string, weights: Readonly<Record<Component, Weights>>, random: boolean): Model {
+    try {
+      const parts = readParts(path);
+      for (const component of COMPONENTS) checkWeights(parts, component, weights[component]);
+      return new Model(random ? { ...parts, name: withRandom(parts.name) } : parts, weights, []);
+    } catch (error) {
+      for (const component of COMPONENTS) freeAll(weights[component]);
+      throw error;
+    }
   }
 
   /**
@@ -178,16 +196,29 @@ export class Model implements Disposable {
   }
 }
 
+function withRandom(name: string): string {
+  return `${name} with random weights`;
+}
+
+/** Throws {@link ModelError} for a weight that is missing or of another shape than the configs ask for. */
+function checkWeights({ folder, configs }: ModelParts, component: Component, weights: Weights): void {
+  for (const [name, shape] of weightShapes(configs, (name) => weights.has(name))[component]) {
+    const found = weights.has(name) ? weights.get(name) : undefined;
+    if (found?.shape.join() === shape.join()) continue;
+    throw new ModelError(
+      `${folder}: the ${component}'s ${name} is ${found ?? "missing"}, its config wants [${
+        shape.join(", ")
+      }]`,
+    );
+  }
+}
+
 /** Size of the weights that the model reads. */
 function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
   return [...shapes].reduce(
     (sum, [name, shape]) => sum + elementCount(shape) * fileDTypeBits(checkpoint.info(name).dtype) / 8,
     0,
   );
-}
-
-function freeAll(weights: Weights): void {
-  for (const name of weights.names) weights.free(name);
 }
 
 /** Configs, schedule and tokenizers of a model folder, checked against each other. */
@@ -206,10 +237,8 @@ function readParts(path: string): ModelParts {
   const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
   const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
   checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  return { name: basenameOf(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer };
+  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer };
 }
-
-const COMPONENTS: readonly Component[] = ["text_encoder", "text_encoder_2", "transformer", "vae"];
 
 /** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */
 function weightShapes(
@@ -228,7 +257,7 @@ function weightShapes(
 const EXPECTED_LEFTOVERS = /(^|\.)(position_ids|embed_tokens\.weight|shared\.weight)$/;
 
 /** The folder's own name; for a snapshot of the Hugging Face cache the repository's. */
-function basenameOf(folder: string): string {
+export function modelName(folder: string): string {
   const repository = folder.match(/models--([^/]+)--([^/]+)\/snapshots\//);
   return repository ? `${repository[1]}/${repository[2]}` : folder.split("/").at(-1) ?? folder;
 }

@@ -5,7 +5,8 @@ import { eagerOps, type Ops } from "./ops.ts";
 import type { Weights } from "./weights.ts";
 
 /** The parts of the pipeline that have weights, by their folder in diffusers' layout. */
-export type Component = "text_encoder" | "text_encoder_2" | "transformer" | "vae";
+export const COMPONENTS = ["text_encoder", "text_encoder_2", "transformer", "vae"] as const;
+export type Component = (typeof COMPONENTS)[number];
 
 /**
  * How a part of the pipeline is run. `plan` is the one that runs, `part` names the part, `inputs` are all tensors that
@@ -36,6 +37,8 @@ export interface Recipe {
   /** Whether the model computes the same function (up to rounding of its dtype); false: quality is traded for speed. */
   readonly exact: boolean;
   readonly devices: readonly DeviceKind[];
+  /** What was chosen for it, by name; it then differs from the recipe with other options. */
+  readonly options?: Readonly<Record<string, string>>;
   /** Returns the changed plan; throws {@link UsageError} when it clashes with a recipe that is there already. */
   apply(plan: Plan): Plan;
 }

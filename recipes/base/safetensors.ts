@@ -474,6 +474,13 @@ export interface TensorToWrite {
   readonly bytes: Uint8Array | (() => Uint8Array | Promise<Uint8Array>);
 }
 
+/** How {@link writeSafetensors} reports, and how it is stopped. */
+export interface WriteOptions {
+  readonly signal?: AbortSignal;
+  /** Called before the first byte and again and again: how many bytes are written, of how many. */
+  readonly onBytes?: (written: number, total: number) => void;
+}
+
 /**
  * Writes a file as the reference does: tensors sorted by alignment (largest first), then by name; the header padded
  * with spaces to a multiple of 8, so that every tensor is aligned. The bytes go to a temporary file beside `path`,
@@ -481,38 +488,48 @@ export interface TensorToWrite {
  * the old one mapped keep it.
  *
  * @param metadata the `__metadata__` entry; left out of the file when empty
+ * @returns the file's size in bytes
  * @throws {SafetensorsError} for tensors that make no valid file: a name twice, a size that does not fit
  * @throws Deno's own errors (PermissionDenied, no space) for a file that cannot be written
+ * @throws the signal's reason when it is aborted before the file is complete
  */
 export async function writeSafetensors(
   path: string,
   tensors: Iterable<TensorToWrite>,
   metadata: ReadonlyMap<string, string> | Readonly<Record<string, string>> = {},
-): Promise<void> {
+  { signal, onBytes }: WriteOptions = {},
+): Promise<number> {
   const sorted = [...tensors].sort((a, b) =>
     alignmentRank(b) - alignmentRank(a) || compareNames(a.name, b.name)
   );
-  const header = encodeHeader(
+  const { header, total } = encodeHeader(
     path,
     sorted,
     metadata instanceof Map ? metadata : new Map(Object.entries(metadata)),
   );
 
+  let written = 0;
+  onBytes?.(written, total);
   await replaceFile(path, async (file) => {
-    await writeAll(file, header);
+    const write = async (bytes: Uint8Array) => {
+      await writeAll(file, bytes, signal);
+      onBytes?.(written += bytes.length, total);
+    };
+    await write(header);
     for (const tensor of sorted) {
       const bytes = typeof tensor.bytes === "function" ? await tensor.bytes() : tensor.bytes;
       checkByteLength(path, tensor, bytes);
-      await writeAll(file, bytes);
+      await write(bytes);
     }
-  });
+  }, signal);
+  return total;
 }
 
 function encodeHeader(
   path: string,
   sorted: readonly TensorToWrite[],
   metadata: ReadonlyMap<string, string>,
-): Uint8Array<ArrayBuffer> {
+): { header: Uint8Array<ArrayBuffer>; total: number } {
   // The text is put together by hand: an object would lose a tensor named "__proto__" and reorder one named "7".
   const entries = metadata.size === 0 ? [] : [
     `"__metadata__":{${Array.from(metadata, (pair) => pair.map(encodeText).join(":")).join(",")}}`,
@@ -544,8 +561,9 @@ function encodeHeader(
   new DataView(header.buffer).setBigUint64(0, BigInt(padded), true);
   header.set(json, SIZE_BYTES);
   // What the reader refuses is not written: this finds names that come twice and a header that is too long.
-  parseHeader(header, header.byteLength + offset, path);
-  return header;
+  const total = header.byteLength + offset;
+  parseHeader(header, total, path);
+  return { header, total };
 }
 
 /** A JSON string. Half a surrogate pair stays an escape in it, which the reader then refuses. */

@@ -3,6 +3,7 @@ import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
+import { joinedView } from "../../kernels/joined_linears.ts";
 import type { LinearLayer } from "../../kernels/linears.ts";
 import type { ComponentWeights } from "./checkpoint.ts";
 import { ModelError, UsageError } from "./errors.ts";
@@ -53,6 +54,11 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
   };
 }
 
+/** Gives the memory of all weights back. */
+export function freeAll(weights: Weights): void {
+  for (const name of weights.names) weights.free(name);
+}
+
 /** Weights to make available: those named, of one component's files. */
 export interface Placement {
   readonly checkpoint: ComponentWeights;
@@ -87,8 +93,18 @@ export async function placeWeights(
   );
 }
 
+/** The name of a quantized weight's scales, as in published checkpoints: `m.weight_scale` beside `m.weight`. */
+export function scaleName(weight: string): string {
+  return `${weight}_scale`;
+}
+
+/** Whether a weight is quantized, or is the scales of one that is. */
+function isQuantized(weights: Weights, name: string): boolean {
+  return weights.has(scaleName(name)) || name.endsWith(scaleName(".weight"));
+}
+
 /**
- * The same weights in `dtype`; those that have it already are shared. New ones go with the plan that holds them, when
+ * The same weights in `dtype`; those that have it already are shared, and so are quantized ones. New ones go with the plan that holds them, when
  * nothing refers to it any more.
  *
  * On a GPU each old weight is freed as soon as its cast is issued, since a large model does not fit there twice:
@@ -108,7 +124,7 @@ export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
   const own = new Map<string, Tensor>();
   for (const name of weights.names) {
     const weight = weights.get(name);
-    if (weight.dtype === dtype) continue;
+    if (weight.dtype === dtype || isQuantized(weights, name)) continue;
     own.set(name, convert(weight));
     // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
     if (isGpu(weight.device)) weights.free(name);
@@ -116,13 +132,13 @@ export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
   return replaced(weights, own);
 }
 
-/** The same weights, with others under some of their names; the others are freed with the new ones. */
+/** The same weights, with others under some of their names or beside them; they are freed with the new ones. */
 export function replaced(weights: Weights, own: ReadonlyMap<string, Tensor>): Weights {
   const mine = weightsFrom(own);
   const holder = (name: string) => mine.has(name) ? mine : weights;
   return {
-    names: weights.names,
-    has: (name) => weights.has(name),
+    names: [...new Set([...weights.names, ...own.keys()])],
+    has: (name) => holder(name).has(name),
     get: (name) => holder(name).get(name),
     free: (name) => holder(name).free(name),
   };
@@ -133,7 +149,8 @@ export function replaced(weights: Weights, own: ReadonlyMap<string, Tensor>): We
  * input size, and biases.
  *
  * @param groups names of the layers' ends, e.g. `["attn.to_q", "attn.to_k"]`; every module that has all of them has such
- *   a group, and a layer is joined by the first that fits. As in {@link castWeights}, `weights` is consumed on a GPU.
+ *   a group, and a layer is joined by the first that fits. Those that lie so already stay. As in
+ *   {@link castWeights}, `weights` is consumed on a GPU.
  */
 export function joinWeights(weights: Weights, groups: readonly (readonly string[])[]): Weights {
   const own = new Map<string, Tensor>();
@@ -161,7 +178,8 @@ export function joinWeights(weights: Weights, groups: readonly (readonly string[
       const module = name.slice(0, -`${group[0]}.weight`.length);
       for (const kind of ["weight", "bias"]) {
         const names = group.map((layer) => `${module}${layer}.${kind}`);
-        if (names.every((one) => weights.has(one) && !own.has(one))) join(names);
+        if (!names.every((one) => weights.has(one) && !own.has(one))) continue;
+        if (joinedView(names.map((one) => weights.get(one))) === undefined) join(names);
       }
     }
   }

@@ -178,6 +178,13 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     [["--device", "tpu"], 2, /--device.*'tpu'.*cpu/],
     [["--device", "hip"], 1, /hip/],
     ...UNWRITTEN,
+    [["--compile_export_mode", "export_aoti"], 2, /08_export, which runs on cuda and hip, not on cpu/],
+    [["--use-cached-model"], 2, /--use-cached-model asks for recipe 08_export.*not on cpu/],
+    [
+      ["--use-cached-model", "--compile_export_mode", "disabled"],
+      2,
+      /--compile_export_mode disabled clashes with --use-cached-model/,
+    ],
     [["--trace-file", "t.json"], 2, /--trace-file is for benchmarks/],
     [["--image", "photo.png"], 2, /Kontext/],
     [["--output-file", "picture.jpg"], 2, /PNG/],

@@ -577,6 +577,36 @@ Deno.test("tensors may be made while they are written; a wrong one leaves no fil
     assert.deepEqual([...Deno.readDirSync(folder)].map((entry) => entry.name), ["lazy.safetensors"]);
   }));
 
+Deno.test("the writer tells how far it is, and when it is stopped the old file stays and nothing else", () =>
+  inFolder(async (folder) => {
+    const path = join(folder, "t.safetensors");
+    const tensors = ["a", "b", "c"].map((name): TensorToWrite => ({
+      name,
+      dtype: "bf16",
+      shape: [1000, 1000],
+      bytes: () => new Uint8Array(2_000_000).fill(name.charCodeAt(0)),
+    }));
+    const seen: [number, number][] = [];
+    const size = await writeSafetensors(path, tensors, {}, { onBytes: (...now) => seen.push(now) });
+    assert.equal(size, Deno.statSync(path).size);
+    assert.deepEqual([seen[0], seen.at(-1)], [[0, size], [size, size]]);
+    assert.deepEqual(seen, seen.toSorted(([a], [b]) => a - b));
+
+    const before = Deno.readFileSync(path);
+    for (const part of [0, 0.3, 0.9, 1]) {
+      const controller = new AbortController();
+      const reason = new RangeError("enough");
+      const onBytes = (written: number) => written >= part * size && controller.abort(reason);
+      await assert.rejects(
+        writeSafetensors(path, tensors, {}, { signal: controller.signal, onBytes }),
+        (error) => error === reason,
+        `stopped at ${part}`,
+      );
+      assert.deepEqual(Deno.readFileSync(path), before);
+      assert.deepEqual([...Deno.readDirSync(folder)].map(({ name }) => name), ["t.safetensors"]);
+    }
+  }));
+
 Deno.test("the writer refuses what the reader would refuse, and writes nothing", () =>
   inFolder(async (folder) => {
     const path = join(folder, "bad.safetensors");

@@ -1,4 +1,5 @@
 /** Every kernel against its TypeScript reference, on the CUDA device. */
+import { checksumSuite } from "../support/kernel_suites/checksum.ts";
 import { flashAttentionSuite } from "../support/kernel_suites/flash_attention.ts";
 import { flashAttention3Suite } from "../support/kernel_suites/flash_attention3.ts";
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
@@ -11,6 +12,7 @@ import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branche
 import { randomSuite } from "../support/kernel_suites/random.ts";
 import { tuningSuite } from "../support/kernel_suites/tuning.ts";
 
+checksumSuite();
 convolutionSuite();
 elementwiseSuite();
 normsSuite();

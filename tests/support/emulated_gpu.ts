@@ -28,7 +28,7 @@
  * Not emulated: PTX (`asm`), textures, cooperative groups, blocks that wait for other blocks (they run one by one).
  */
 import { createHash } from "node:crypto";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type {
   ConvPlan,
@@ -365,6 +365,22 @@ class EmulatedGpu implements GpuDevice {
 
   measuring<T>(body: () => T): T {
     return body(); // there is one way to do everything
+  }
+
+  environment(): Readonly<Record<string, string>> {
+    return { GPU: "emulated GPU" };
+  }
+
+  /** The compiled kernels, by the names of their files. */
+  prepared(): ReadonlyMap<string, Uint8Array<ArrayBuffer>> {
+    return new Map(Array.from(this.#kernels.keys(), (path) => [basename(path), Deno.readFileSync(path)]));
+  }
+
+  adopt(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffer>>): void {
+    for (const [name, bytes] of prepared) {
+      const path = join(buildFolder(), name);
+      if (!exists(path)) Deno.writeFileSync(path, bytes);
+    }
   }
 
   event(): GpuEvent {

@@ -1,7 +1,7 @@
 /**
  * A program of its own for cudnn_test.ts: plans attention with the real cuDNN for an H100 that is not there, and prints
- * the plans as JSON. cuDNN compiles such kernels with NVRTC and hands them to libcuda.so.1; the first argument is a
- * stand-in for it, which must not stay in the tests' own process.
+ * of each plan, and of it restored from its JSON, what can be compared. cuDNN compiles such kernels with NVRTC and hands
+ * them to libcuda.so.1; the first argument is a stand-in for it, which must not stay in the tests' own process.
  */
 import { CudnnBackend } from "../../ffi/cuda/cudnn_backend.ts";
 import { CudnnPlanner, type Layout } from "../../ffi/cuda/cudnn_plan.ts";
@@ -38,8 +38,16 @@ if (import.meta.main) {
     };
     const [q, k, v, out] = [layout(queries), layout(keys), layout(keys, rows[0]), layout(queries, rows[1])];
     try {
+      const start = performance.now();
       using plan = planner.attention({ q, k, v, out });
-      console.log(JSON.stringify({ workspaceBytes: plan.workspaceBytes, notes: plan.numericalNotes }));
+      const planned = performance.now();
+      using restored = planner.restore(plan.json());
+      console.log(JSON.stringify({
+        workspaceBytes: plan.workspaceBytes,
+        notes: plan.numericalNotes,
+        restored: restored.workspaceBytes,
+        milliseconds: { planning: planned - start, restoring: performance.now() - planned },
+      }));
     } catch (error) {
       console.log(JSON.stringify({ error: String(error) }));
     }

@@ -1,0 +1,31 @@
+import { createHash } from "node:crypto";
+import { join } from "node:path";
+import { listComponent, readText } from "./checkpoint.ts";
+import { COMPONENTS } from "./plan.ts";
+
+/**
+ * What tells a model's weights from others, and from what they were before, without reading them: size and time of the
+ * last change of each file, and what the configs say. A file that is copied may count as another one, and a file that is
+ * changed without a trace in either as the same.
+ *
+ * @param folder of the model. @param random whether its weights are made up: then only the configs count.
+ * @returns a text for each file, by its path in the folder.
+ * @throws ModelError for a folder that cannot be read.
+ */
+export function identityOf(folder: string, random: boolean): Record<string, string> {
+  const entries: Record<string, string> = random ? { weights: "random" } : {};
+  for (const component of COMPONENTS) {
+    for (const name of listComponent(folder, component)) {
+      const file = `${component}/${name}`;
+      if (name === "config.json") entries[file] = digestOf(readText(folder, file));
+      if (random || !/\.safetensors(\.index\.json)?$/.test(name)) continue;
+      const { size, mtime } = Deno.statSync(join(folder, file));
+      entries[file] = `${size} bytes of ${mtime?.toISOString()}`;
+    }
+  }
+  return entries;
+}
+
+function digestOf(text: string): string {
+  return createHash("sha256").update(text).digest("hex").slice(0, 16);
+}
