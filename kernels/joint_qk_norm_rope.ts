@@ -4,6 +4,7 @@ import { emptyTiles, type QkvTiles, TILE, type TileDType, valueTiles } from "./a
 import { expect, expectShape } from "./check.ts";
 import { concat } from "./concat.ts";
 import { denseRows } from "./contiguous.ts";
+import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import JOINT_QK_NORM_ROPE_CU from "./joint_qk_norm_rope.cu" with { type: "text" };
 import { qkNormRope } from "./qk_norm_rope.ts";
@@ -11,6 +12,8 @@ import { qkNormRope } from "./qk_norm_rope.ts";
 const SOURCE = { name: "joint_qk_norm_rope.cu", text: JOINT_QK_NORM_ROPE_CU };
 /** Heads of q, and as many of k, that a thread turns with the same part of the tables, if there are so many. */
 const HEADS = 2;
+/** What 07_tuning tries. */
+const SHAPES = { perThread: [1, 2, 3, 4] };
 /** Threads of a block, at most. */
 const MOST_THREADS = 512;
 
@@ -198,42 +201,48 @@ function turnStream(
     const { warpSize } = gpu.limits;
     let lanes = 1;
     while (lanes < warpSize && lanes < headDim / width) lanes *= 2;
-    const wanted = Math.min(Math.ceil(heads / HEADS) * lanes, MOST_THREADS);
-    const block = Math.ceil(wanted / warpSize) * warpSize;
-    launch(gpu, SOURCE, {
-      entry: "jointQkNormRope",
-      types: { T: q.dtype, W: stream.normQ.dtype, O: out.q.dtype },
-      constants: {
-        N: width,
-        LANES: lanes,
-        VECTORS: Math.ceil(headDim / (width * lanes)),
-        HEADS: Math.ceil(heads * lanes / block),
-        BLOCK: block,
-        COPY_V: out.v === undefined ? 0 : 1,
-        TILES: tiled ? 1 : 0,
-      },
-      grid: [rows, batch],
-      block,
-      args: [
-        out.q,
-        out.k,
-        out.v,
-        q,
-        k,
-        v,
-        ...norms,
-        cosines,
-        sines,
-        heads,
-        headDim,
-        new Float(eps),
-        ...[out.q.strides[0], ...[q, k, v].flatMap(({ strides }) => strides.slice(0, 3))].map(BigInt),
-        BigInt(cosines.strides[0]),
-        BigInt(sines.strides[0]),
-        tokens,
-        start,
-        out.tiles ?? 0,
-      ],
-    });
+    const types = { T: q.dtype, W: stream.normQ.dtype, O: out.q.dtype };
+    const issue = ({ perThread }: { readonly perThread: number }) => {
+      const wanted = Math.min(Math.ceil(heads / perThread) * lanes, MOST_THREADS);
+      const block = Math.ceil(wanted / warpSize) * warpSize;
+      launch(gpu, SOURCE, {
+        entry: "jointQkNormRope",
+        types,
+        constants: {
+          N: width,
+          LANES: lanes,
+          VECTORS: Math.ceil(headDim / (width * lanes)),
+          HEADS: Math.ceil(heads * lanes / block),
+          BLOCK: block,
+          COPY_V: out.v === undefined ? 0 : 1,
+          TILES: tiled ? 1 : 0,
+        },
+        grid: [rows, batch],
+        block,
+        args: [
+          out.q,
+          out.k,
+          out.v,
+          q,
+          k,
+          v,
+          ...norms,
+          cosines,
+          sines,
+          heads,
+          headDim,
+          new Float(eps),
+          ...[out.q.strides[0], ...[q, k, v].flatMap(({ strides }) => strides.slice(0, 3))].map(BigInt),
+          BigInt(cosines.strides[0]),
+          BigInt(sines.strides[0]),
+          tokens,
+          start,
+          out.tiles ?? 0,
+        ],
+      });
+    };
+    const shape = { perThread: HEADS };
+    const key = `jointQkNormRope ${Object.values(types)} ${q} ${out.v} ${out.tiles} by ${width}`;
+    issue(mayTry(out.q, [q, k, v]) ? coordinateDescent(gpu, key, shape, SHAPES, issue) : shape);
   });
 }
