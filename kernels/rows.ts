@@ -67,6 +67,8 @@ export interface RowKernel {
   readonly width: number;
   /** Samples of so many rows each, for kernels whose grid has them along y. */
   readonly batch?: number;
+  /** Vectors that a thread holds of a long row without measuring; three when left out. */
+  readonly held?: number;
   readonly out: Tensor;
   readonly inputs: readonly Tensor[];
   readonly args: readonly KernelArgument[];
@@ -74,7 +76,7 @@ export interface RowKernel {
 
 /** Launches a kernel that works on rows, shared out as {@link rowLaunch} says or as 07_tuning finds fastest. */
 export function launchRows(gpu: GpuDevice, source: KernelSource, kernel: RowKernel): void {
-  const { entry, types, rows, length, width, batch, out, inputs, args } = kernel;
+  const { entry, types, rows, length, width, batch, held: start = HELD, out, inputs, args } = kernel;
   const issue = ({ held }: { readonly held: number }) => {
     const { constants, grid, block } = rowLaunch(gpu.limits, rows, length / width, held);
     launch(gpu, source, {
@@ -86,10 +88,9 @@ export function launchRows(gpu: GpuDevice, source: KernelSource, kernel: RowKern
       args,
     });
   };
-  const start = { held: HELD };
-  if (!mayTry(out, inputs)) return issue(start);
+  if (!mayTry(out, inputs)) return issue({ held: start });
   const key = `${source.name}:${entry} ${Object.values(types)} ${batch} x ${rows} x ${length} by ${width}`;
-  issue(coordinateDescent(gpu, key, start, { held: HELD_VALUES }, issue));
+  issue(coordinateDescent(gpu, key, { held: start }, { held: HELD_VALUES }, issue));
 }
 
 /**
