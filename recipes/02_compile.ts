@@ -6,10 +6,11 @@
  * recorded once as a graph (text encoders, denoising step, decoder): replaying it costs the host one call instead of two
  * thousand, and the memory of its intermediates is planned by the recording.
  * Changes: adaptive layer norms, residual connections with the norm behind them, QK-norm with RoPE and the joining of
- * text and image, attention beside the MLP, GELU in the up projection, group norm with SiLU. Exact: yes; intermediates
+ * text and image, attention (our own kernel on Hopper GPUs), attention beside the MLP, GELU in the up projection, group norm
+ * with SiLU. Exact: yes; intermediates
  * that are no longer stored are no longer rounded to bfloat16.
- * Measured on an H100 (FLUX.1-schnell, 1024 x 1024): a step 127.7 to 117.3 ms, text encoders 12.7 to 7.3, decoder 38.7 to
- * 35.3.
+ * Measured on an H100 (FLUX.1-schnell, 1024 x 1024): a step 125.8 to 116.4 ms, text encoders 17 to 7.3, decoder 41 to
+ * 38, a picture 564 to 515.
  *
  *     deno run -A recipes/02_compile.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */

@@ -11,7 +11,7 @@
  * never "fa3", which loads over a gigabyte of PyTorch's libraries.
  * With `--disable_fa3` attention is in bfloat16, which is exact: by the provider that `--attention` names, else by what is
  * there without this recipe.
- * Measured on an H100: a step 117.7 to 114.6 ms; the kernel alone 729 TFLOP/s at 4352 tokens, cuDNN in bfloat16 608.
+ * Measured on an H100: a step 117.3 to 110.9 ms; the kernel alone 832 TFLOP/s at 4352 tokens, in bfloat16 627, cuDNN 594.
  *
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */

@@ -11,7 +11,7 @@
  * Changes: most weights of the transformer, and `linear`, `linears` and `linearGelu` for those; by rows `adaLayerNorm`,
  * `gatedAdaLayerNorm`, `feedForward` and `parallelBranches` where those read the result; all else computes as before.
  * Exact: no. A value keeps 4 of bfloat16's 8 bits, and the picture's details change. Needs bfloat16 before it.
- * Measured on an H100: a step 114.6 to 81.8 ms, weights 33.7 to 25.9 GB.
+ * Measured on an H100: a step 110.9 to 73.5 ms, weights 33.8 to 25.9 GB.
  *
  *     deno run -A recipes/06_float8.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */

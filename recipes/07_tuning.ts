@@ -8,7 +8,7 @@
  * (kernels/parallel_branches.ts), whose attention is faster (kernels/joint_attention.ts), and, by coordinate descent, how
  * memory-bound kernels share out their work (kernels/coordinate_descent.ts).
  * Changes: which algorithm runs, and in which launch shapes. Exact: yes, up to the order of sums.
- * Measured on an H100: a step in bfloat16 118.5 to 117.5 ms, in float8 none.
+ * Measured on an H100: a step in float8 73.5 to 73.1 ms, in bfloat16 118.5 to 117.5.
  *
  *     deno run -A recipes/07_tuning.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
