@@ -11,6 +11,7 @@ import {
   jointQkNormRopeFused,
   jointQkNormRopeTiles,
   jointQkNormRopeTilesTakes,
+  type Qkv,
   type QkvStream,
 } from "./joint_qk_norm_rope.ts";
 
@@ -34,10 +35,7 @@ export function jointAttention(
   eps: number,
   options: JointAttentionOptions = {},
 ): Tensor {
-  return cos.device.scope(() => {
-    const { q, k, v } = jointQkNormRope(streams, cos, sin, eps);
-    return attention(q, k, v, options);
-  });
+  return attendTo(() => jointQkNormRope(streams, cos, sin, eps), cos, options);
 }
 
 /** {@link jointAttention} with one kernel a stream before the attention of a library, on a GPU. */
@@ -48,8 +46,13 @@ export function jointAttentionByLibrary(
   eps: number,
   options: JointAttentionOptions = {},
 ): Tensor {
-  return cos.device.scope(() => {
-    const { q, k, v } = jointQkNormRopeFused(streams, cos, sin, eps);
+  return attendTo(() => jointQkNormRopeFused(streams, cos, sin, eps), cos, options);
+}
+
+/** Attention of what `join` gives, which goes afterwards. */
+function attendTo(join: () => Qkv, { device }: Tensor, options: JointAttentionOptions): Tensor {
+  return device.scope(() => {
+    const { q, k, v } = join();
     return attention(q, k, v, options);
   });
 }

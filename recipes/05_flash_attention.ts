@@ -48,7 +48,7 @@ export function flashAttention(
     name: "05_flash_attention",
     exact: dtype === "bf16" || provider === "cudnn",
     devices: ["cuda"],
-    options: { provider },
+    options: { provider, dtype },
     apply: (plan: Plan) => {
       const { device, ops, weights } = plan;
       if (!isGpu(device)) throw new UsageError(`05_flash_attention: ${device.name} is no GPU`);

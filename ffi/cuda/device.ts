@@ -26,7 +26,9 @@ import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
 import { Cupti } from "./cupti.ts";
 import { type Driver, HEADER } from "./driver.ts";
+import { CudaEvent } from "./event.ts";
 import { FlashAttention3 } from "./flash_attn3.ts";
+import { CudaGraph } from "./graph.ts";
 import { fastest } from "./measure.ts";
 import { askNvml } from "./nvml.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
@@ -671,58 +673,6 @@ export class CudaDevice implements GpuDevice {
       bytes,
     );
     kernel.dynamicShared = bytes;
-  }
-}
-
-/** A point in the stream. */
-class CudaEvent implements GpuEvent {
-  #handle: bigint | undefined;
-
-  constructor(private readonly driver: Driver, handle: bigint) {
-    this.#handle = handle;
-  }
-
-  since(earlier: GpuEvent): number {
-    if (!(earlier instanceof CudaEvent)) throw new FfiError("cuda: events of two kinds of devices");
-    this.driver.eventSynchronize(this.#open);
-    return this.driver.eventElapsedTime(earlier.#open, this.#open);
-  }
-
-  get #open(): bigint {
-    if (this.#handle === undefined) throw new FfiError("cuda: the event was disposed");
-    return this.#handle;
-  }
-
-  [Symbol.dispose](): void {
-    if (this.#handle === undefined) return;
-    this.driver.eventDestroy(this.#handle);
-    this.#handle = undefined;
-  }
-}
-
-/** A recording, ready to run. */
-class CudaGraph implements Graph {
-  #executable: bigint | undefined;
-
-  constructor(
-    private readonly driver: Driver,
-    private readonly stream: bigint,
-    executable: bigint,
-    private readonly onDispose: () => void,
-  ) {
-    this.#executable = executable;
-  }
-
-  replay(): void {
-    if (this.#executable === undefined) throw new FfiError("cuda: the graph was disposed");
-    this.driver.graphLaunch(this.#executable, this.stream);
-  }
-
-  [Symbol.dispose](): void {
-    if (this.#executable === undefined) return;
-    this.driver.graphExecDestroy(this.#executable);
-    this.#executable = undefined;
-    this.onDispose();
   }
 }
 
