@@ -51,6 +51,25 @@ export function blocksOf(
   return { blocks, views };
 }
 
+/**
+ * The first weight that does not lie in its block, or undefined: views come from a file, and an address outside would be
+ * read all the same.
+ *
+ * @param byteLength of a block by its name; undefined for one that is not there.
+ */
+export function outside(views: Views, byteLength: (block: string) => number | undefined): string | undefined {
+  for (const component of COMPONENTS) {
+    for (const [name, { block, dtype, shape, strides, offset }] of Object.entries(views[component])) {
+      const elements = (byteLength(block) ?? 0) / dtypeBytes(dtype);
+      const last = shape.reduce((at, size, dim) => at + (size - 1) * strides[dim], offset);
+      const fits = strides.length === shape.length && strides.every((stride) => stride >= 0) &&
+        (shape.includes(0) || last < elements);
+      if (!fits) return `${component}/${name}`;
+    }
+  }
+  return undefined;
+}
+
 /** All weights out of memories, by the blocks' names. Equal views are one tensor. */
 export function weightsOf(
   views: Views,

@@ -21,7 +21,7 @@ import { Tensor } from "../../ffi/tensor.ts";
 import { checksums } from "../../kernels/checksum.ts";
 import { gigabytes } from "./command_line.ts";
 import { FluxError } from "./errors.ts";
-import { type Block, blocksOf, weightsOf } from "./memory_blocks.ts";
+import { type Block, blocksOf, outside, weightsOf } from "./memory_blocks.ts";
 import { type Component, COMPONENTS, type Plan } from "./plan.ts";
 import {
   SafetensorsError,
@@ -142,6 +142,16 @@ export class Package implements Disposable {
       const difference = firstDifference(this.#manifest.origin[part], here[part]);
       if (difference !== undefined) throw new PackageError(`${file.path} does not fit: ${difference}`);
     }
+    const { checksums, weights } = this.#manifest;
+    const wrong = outside(
+      weights,
+      (block) => Object.hasOwn(checksums, block) && file.has(block) ? file.info(block).byteLength : undefined,
+    );
+    if (wrong !== undefined) {
+      throw new PackageError(`${file.path} is damaged: ${wrong} is not inside of its tensor`);
+    }
+    const missing = Object.keys(this.#manifest.prepared).find((key) => !file.has(key));
+    if (missing !== undefined) throw new PackageError(`${file.path} is damaged: ${missing} is missing`);
   }
 
   /**
@@ -220,13 +230,19 @@ function readManifest(file: SafetensorsFile): z.output<typeof manifestSchema> {
   if (file.metadata.get("sha256") !== headerDigest(manifest, tensors)) {
     throw new PackageError(`${file.path} is damaged: its header is not what was written`);
   }
-  const result = manifestSchema.safeParse(JSON.parse(manifest));
+  let parsed: unknown;
+  try {
+    parsed = JSON.parse(manifest);
+  } catch (cause) {
+    throw new PackageError(`${file.path} is damaged: its manifest is no JSON`, { cause });
+  }
+  const result = manifestSchema.safeParse(parsed);
   if (result.success) return result.data;
   throw new PackageError(`${file.path} is of another version of this program`, { cause: result.error });
 }
 
 /** SHA-256 of the manifest, and of name, dtype and shape of each tensor in any order. */
-function headerDigest(
+export function headerDigest(
   manifest: string,
   tensors: readonly Pick<TensorToWrite, "name" | "dtype" | "shape">[],
 ): string {

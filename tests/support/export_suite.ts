@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import fc from "fast-check";
-import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
+import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { FileError } from "../../ffi/errors.ts";
 import type { GpuDevice } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
@@ -16,10 +16,16 @@ import { exportedModel, type ExportFlags, exporting } from "../../recipes/08_exp
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
-import { type Origin, Package, PackageError, writePackage } from "../../recipes/base/package.ts";
+import {
+  headerDigest,
+  type Origin,
+  Package,
+  PackageError,
+  writePackage,
+} from "../../recipes/base/package.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { COMPONENTS, compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
-import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
+import { SafetensorsFile, writeSafetensors } from "../../recipes/base/safetensors.ts";
 import { freeAll, weightsFrom } from "../../recipes/base/weights.ts";
 import { recipesFor } from "../../recipes/switches.ts";
 import { inFolder, withModelCopy } from "./folders.ts";
@@ -259,6 +265,42 @@ export function exportSuite(target: TestDevice<GpuDevice>): void {
         /^PackageError: .* is no package: it has no manifest$/,
       );
       assert.throws(() => Package.open(join(folder, "none"), origin), PackageError);
+
+      // Made up with care: digests fit, what the manifest says does not.
+      const forge = async (change: (manifest: string) => string) => {
+        using file = SafetensorsFile.open(path);
+        const tensors = file.names.map((name) => {
+          const { dtype, shape } = file.info(name);
+          assert.ok(isDType(dtype));
+          return { name, dtype, shape, bytes: file.bytes(name).slice() };
+        });
+        const manifest = change(file.metadata.get("manifest")!);
+        const forged = join(folder, "forged.safetensors");
+        await writeSafetensors(forged, tensors, { manifest, sha256: headerDigest(manifest, tensors) });
+        return () => Package.open(forged, origin);
+      };
+      const view = (change: (view: Record<string, unknown>) => void) => (manifest: string) => {
+        const parsed = JSON.parse(manifest);
+        change(parsed.weights.vae["decoder.conv_in.weight"]);
+        return JSON.stringify(parsed);
+      };
+      const refused: [(manifest: string) => string, RegExp][] = [
+        [view((it) => it.offset = 1), /vae\/decoder\.conv_in\.weight is not inside/],
+        [view((it) => it.shape = [2 ** 40, 1, 1, 1]), /conv_in\.weight is not inside/],
+        [view((it) => it.strides = [-1, 1, 1, 1]), /conv_in\.weight is not inside/],
+        [view((it) => it.strides = []), /conv_in\.weight is not inside/],
+        [view((it) => it.block = "vae/nothing"), /conv_in\.weight is not inside/],
+        [
+          (manifest) => manifest.replace('"prepared":{', '"prepared":{"gone":"0",').replace(",}", "}"),
+          /gone is missing/,
+        ],
+        [() => "{", /its manifest is no JSON/],
+        [() => "[]", /another version of this program/],
+      ];
+      for (const [change, message] of refused) {
+        assert.throws(await forge(change), { name: "PackageError", message });
+      }
+      (await forge((manifest) => manifest))()[Symbol.dispose]();
     }));
 
   test("changed weights, and configs that they do not fit, are refused; other recipes have their own", (device) =>
