@@ -101,7 +101,12 @@ export function createParser(name: string, description: string) {
       userPath,
     )
     .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
-    .option("--cache-dir <folder>", "where compiled kernels are kept", userPath, defaultCacheDir())
+    .option(
+      "--cache-dir <folder>",
+      "where compiled kernels, measurements and exported models are kept",
+      userPath,
+      defaultCacheDir(),
+    )
     .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
     .option(
       "--num_inference_steps <n>",
