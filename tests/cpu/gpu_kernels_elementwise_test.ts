@@ -20,10 +20,12 @@ import { multiply } from "../../kernels/multiply.ts";
 import { silu } from "../../kernels/silu.ts";
 import { toPixels } from "../../kernels/to_pixels.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
+import { copySuite } from "../support/kernel_suites/copies.ts";
 import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
 import { type Launched, openNullGpu } from "../support/null_gpu.ts";
 
 elementwiseSuite();
+copySuite();
 
 /** The launches of `body` at sizes that nothing here could compute. */
 function launchesOf(
