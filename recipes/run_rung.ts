@@ -1,12 +1,11 @@
 /** Running a recipe's file by itself: a picture with the ladder up to this rung. */
 import { runProgram } from "./base/command_line.ts";
 import { generateImage } from "./gen_image.ts";
-import { LADDER } from "./switches.ts";
+import { LADDER, ladderTo } from "./switches.ts";
 
 /** Draws one picture with the flags of gen_image and the recipes up to the one of this name; ends the process. */
 export async function runRung(name: string): Promise<never> {
-  const ladder = LADDER.slice(0, LADDER.findIndex((rung) => rung.name === name) + 1);
-  // The baseline is on when it is asked for only.
-  const args = ladder.length === 1 ? ["--disable_bf16", ...Deno.args] : Deno.args;
-  Deno.exit(await runProgram(name, () => generateImage(args, ladder)));
+  // The baseline is in float32, and so are the weights that are made up for it.
+  const args = name === LADDER[0].name ? ["--disable_bf16", ...Deno.args] : Deno.args;
+  Deno.exit(await runProgram(name, () => generateImage(args, ladderTo(name))));
 }

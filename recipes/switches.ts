@@ -188,7 +188,11 @@ export function recipesFor(
         `${asked.flag} asks for recipe ${recipe.name}, which runs on ${
           recipe.devices.join(" and ")
         }, not on ${kind}`,
-        { hint: `use --device ${recipe.devices[0]}, or leave ${asked.flag} out` },
+        {
+          hint: `use --device ${recipe.devices[0]}${
+            asked.flag.startsWith("--") ? `, or leave ${asked.flag} out` : ""
+          }`,
+        },
       );
     }
     const missing = (rung.needs ?? []).filter((name) => !chosen.has(name));
@@ -209,6 +213,24 @@ export function recipesFor(
   }
   if (clashes.length > 0) throw clashError(clashes);
   return [...chosen.values()];
+}
+
+/**
+ * The ladder as a recipe's file runs it: up to its rung, which is asked for by running the file. What a flag asks for beyond
+ * it is refused.
+ */
+export function ladderTo(name: string, ladder: readonly Rung[] = LADDER): Rung[] {
+  const last = ladder.findIndex((rung) => rung.name === name);
+  const flag = `recipes/${name}.ts`;
+  return ladder.map((rung, i) => {
+    if (i < last) return rung;
+    if (i === last) return { ...rung, wishes: (given) => [...rung.wishes(given), { on: true, flag }] };
+    const wishes = (given: Switches) => {
+      const all = rung.wishes(given);
+      return all.some(({ on }) => on) ? [...all, { on: false, flag }] : all;
+    };
+    return { ...rung, devices: [], wishes };
+  });
 }
 
 interface Clash {

@@ -8,6 +8,7 @@ import {
   cumulativeRungs,
   kindOf,
   LADDER,
+  ladderTo,
   recipesFor,
   type Rung,
   type Switches,
@@ -140,6 +141,28 @@ Deno.test("everything is on by default, as far as the device runs it", () => {
     [...all, "09_first_block_cache"],
     "what has to be asked for",
   );
+});
+
+Deno.test("a recipe's file runs the ladder up to itself, itself for sure and nothing beyond", () => {
+  const of = (name: string, given: Switches, kind: DeviceKind) => names(given, kind, ladderTo(name));
+  assert.deepEqual(of("00_baseline_fp32", { disable_bf16: true }, "cpu"), ["00_baseline_fp32"]);
+  assert.deepEqual(of("01_bfloat16", {}, "cuda"), ["01_bfloat16"]);
+  assert.deepEqual(of("03_fuse_qkv", {}, "cpu"), ["01_bfloat16", "02_compile", "03_fuse_qkv"]);
+  // On a CPU float8 is emulated, and on by this wish only.
+  assert.deepEqual(of("06_float8", {}, "cpu").at(-1), "06_float8");
+  assert.deepEqual(of("07_tuning", {}, "cpu").at(-1), "07_tuning");
+  assert.deepEqual(of("08_export", {}, "cuda"), names({}, "cuda"));
+  const refused = (name: string, given: Switches, kind: DeviceKind, message: RegExp) =>
+    assert.throws(() => of(name, given, kind), (error) => {
+      assert.ok(error instanceof UsageError);
+      assert.match(`${error.message} | ${error.hint}`, message);
+      return true;
+    });
+  refused("05_flash_attention", {}, "cpu", /05_flash_attention.ts .* not on cpu \| use --device cuda$/);
+  refused("06_float8", { disable_quant: true }, "cuda", /--disable_quant clashes with recipes\/06_float8.ts/);
+  refused("06_float8", { disable_bf16: true }, "cpu", /--disable_bf16 clashes with recipes\/06_float8.ts/);
+  refused("02_compile", { attention: "own" }, "cuda", /recipes\/02_compile.ts clashes with --attention own/);
+  refused("07_tuning", { useCachedModel: true }, "cuda", /07_tuning.ts clashes with --use-cached-model/);
 });
 
 Deno.test("an error names both flags and says what to type", () => {
