@@ -1,4 +1,4 @@
-import type { Device, Memory } from "./device.ts";
+import type { Device, Memory, MemoryPurpose } from "./device.ts";
 import { type DType, dtypeBytes } from "./dtype.ts";
 import { FfiError } from "./errors.ts";
 
@@ -32,9 +32,9 @@ export class Tensor {
     readonly offset: number = 0,
   ) {}
 
-  /** Uninitialized dense tensor. */
-  static empty(device: Device, shape: readonly number[], dtype: DType): Tensor {
-    return new Tensor(device.alloc(elementCount(shape) * dtypeBytes(dtype)), dtype, shape);
+  /** Uninitialized dense tensor. @param purpose of its memory, activations when left out. */
+  static empty(device: Device, shape: readonly number[], dtype: DType, purpose?: MemoryPurpose): Tensor {
+    return new Tensor(device.alloc(elementCount(shape) * dtypeBytes(dtype), purpose), dtype, shape);
   }
 
   /** Dense f32 tensor with the given values; the cast operator makes other dtypes of it. */
@@ -54,14 +54,20 @@ export class Tensor {
   }
 
   /** Dense tensor that holds a copy of the little-endian `bytes`. Throws {@link FfiError} if the sizes differ. */
-  static fromBytes(device: Device, bytes: Uint8Array, shape: readonly number[], dtype: DType): Tensor {
+  static fromBytes(
+    device: Device,
+    bytes: Uint8Array,
+    shape: readonly number[],
+    dtype: DType,
+    purpose?: MemoryPurpose,
+  ): Tensor {
     const needed = elementCount(shape) * dtypeBytes(dtype);
     if (bytes.byteLength !== needed) {
       throw new FfiError(
         `${dtype} [${shape.join(", ")}] takes ${needed} bytes, ${bytes.byteLength} were given`,
       );
     }
-    const memory = device.alloc(needed);
+    const memory = device.alloc(needed, purpose);
     device.upload(bytes, memory);
     return new Tensor(memory, dtype, shape);
   }

@@ -3,7 +3,7 @@ import { Tensor } from "../ffi/tensor.ts";
 import ACTIVATION_CU from "./activation.cu" with { type: "text" };
 import ACTIVATION_WAT from "./activation.wat" with { type: "text" };
 import { expect, expectShape } from "./check.ts";
-import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
+import { launchTuned } from "./coordinate_descent.ts";
 import { onCpu } from "./cpu.ts";
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
 import { inFlight, MOST_BLOCKS_Y } from "./launch_shapes.ts";
@@ -87,8 +87,13 @@ function activateOnGpu(gpu: GpuDevice, out: Tensor, x: Tensor, c1: number, c3: n
         args: [out, source, BigInt(count), to.count, ...rows, new Float(c1), new Float(c3)],
       });
     };
-    const shape = { VECTORS: inFlight(gpu, count * to.count), most: MOST_THREADS };
-    const key = `activate ${x} [${x.strides}] to [${out.strides}] by ${width}`;
-    issue(mayTry(out, [source]) ? coordinateDescent<Shape>(gpu, key, shape, SHAPES, issue) : shape);
+    launchTuned<Shape>(gpu, {
+      key: `activate ${x} [${x.strides}] to [${out.strides}] by ${width}`,
+      out,
+      inputs: [source],
+      start: { VECTORS: inFlight(gpu, count * to.count), most: MOST_THREADS },
+      values: SHAPES,
+      issue,
+    });
   });
 }

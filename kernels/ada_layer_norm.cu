@@ -8,7 +8,8 @@
 // FLUX's 3072 in bf16) stay in the caches. Grid: rows of a sample / (BLOCK / THREADS), batch.
 // Bytes moved: batch * tokens * hidden * (sizeof(T) + sizeof(O)). Floor at FLUX's 4352 x 3072 in bf16: 53.5 MB, 18 us at
 // 3.0 TB/s; from bf16 to E4M3 40.1 MB, 13 us.
-// T, O, S, B: the dtypes; O is T, or E4M3 with a scale for each row, before which the row is not rounded to T. N: elements that move at a time, a divisor of hidden. THREADS, BLOCK, VECTORS: see kernels/rows.ts.
+// T, O, S, B: the dtypes; O is T, or E4M3 with a scale for each row, before which the row is not rounded to T.
+// N: elements that move at a time, a divisor of hidden. THREADS, BLOCK, VECTORS: see kernels/rows.ts.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)

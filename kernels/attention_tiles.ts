@@ -17,12 +17,12 @@ const ROW_BYTES = 128;
 const PIECE = 16;
 const THREADS = 256;
 
-/** Dtypes of tiles. */
-export type TileDType = "f8e4m3" | "bf16";
+/** What attention multiplies in, by our kernel as by FlashAttention-3. */
+export type AttentionDType = "f8e4m3" | "bf16";
 
 /**
  * What flash_attention.cu reads: q, k and v in tiles of 128 tokens of a head, `[batch * heads, tiles, 128 * 128]` of one
- * {@link TileDType} each, and how many keys they have. In bf16 a tile is two halves of 64 dimensions. A row has 128 bytes,
+ * {@link AttentionDType} each, and how many keys they have. In bf16 a tile is two halves of 64 dimensions. A row has 128 bytes,
  * and its pieces of 16 are swizzled: piece c of row r stands at c ^ (r % 8). Rows are tokens, but for float8: there k's are
  * permuted in groups of 16 (row 8 b + 2 t + e has token 4 t + 2 b + e), and v's are dimensions. Tokens behind the last one
  * are 0.
@@ -46,7 +46,7 @@ export function tilesOf(tokens: number): number {
 export function emptyTiles(
   gpu: GpuDevice,
   [batch, tokens, heads]: readonly number[],
-  dtype: TileDType,
+  dtype: AttentionDType,
 ): Tensor {
   return Tensor.empty(gpu, [batch * heads, tilesOf(tokens), TILE * TILE], dtype);
 }
@@ -89,7 +89,7 @@ export function attentionTilesReference(
   kind: TileKind,
   tokens: number,
   heads: number,
-  dtype: TileDType,
+  dtype: AttentionDType,
 ): void {
   out.fill(0);
   const bytes = dtypeBytes(dtype);

@@ -39,7 +39,24 @@ export function coordinateDescent<P extends Readonly<Record<string, number>>>(
 /** Results that are smaller are a launch's latency, however they are shared out. */
 const LEAST_BYTES = 4e6;
 
-/** Whether a launch can be tried several times, and is worth it: not where it reads what it writes. */
-export function mayTry(out: Tensor, inputs: readonly Tensor[]): boolean {
-  return out.byteLength >= LEAST_BYTES && inputs.every(({ memory }) => memory !== out.memory);
+/** A launch with parameters that change nothing in what it gives. */
+export interface TunedLaunch<P> {
+  /** What the launch depends on beside them. */
+  readonly key: string;
+  readonly out: Tensor;
+  readonly inputs: readonly Tensor[];
+  /** The parameters without measuring. */
+  readonly start: P;
+  readonly values: { readonly [K in keyof P]: readonly number[] };
+  readonly issue: (parameters: P) => void;
+}
+
+/** Launches with what {@link coordinateDescent} finds; as it starts where it cannot try, or need not. */
+export function launchTuned<P extends Readonly<Record<string, number>>>(
+  gpu: GpuDevice,
+  { key, out, inputs, start, values, issue }: TunedLaunch<P>,
+): void {
+  // What reads where it writes gives something else the second time.
+  const tries = out.byteLength >= LEAST_BYTES && inputs.every(({ memory }) => memory !== out.memory);
+  issue(tries ? coordinateDescent(gpu, key, start, values, issue) : start);
 }

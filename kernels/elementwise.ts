@@ -2,7 +2,7 @@ import type { DType } from "../ffi/dtype.ts";
 import type { GpuDevice, KernelArgument, KernelSource } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
-import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
+import { launchTuned } from "./coordinate_descent.ts";
 import { blockSize, launch, vectorWidth } from "./gpu.ts";
 import { inFlight } from "./launch_shapes.ts";
 
@@ -49,8 +49,13 @@ export function launchElementwise(gpu: GpuDevice, source: KernelSource, options:
         args: [...flat, BigInt(count), ...args],
       });
     const VECTORS = inFlight(gpu, count);
-    const shape = { VECTORS, block: blockSize(gpu, Math.ceil(count / VECTORS)) };
-    const key = `${source.name}:${entry} ${Object.values(types)} [${out.size}] by ${width}`;
-    issue(mayTry(out, inputs) ? coordinateDescent<Shape>(gpu, key, shape, SHAPES, issue) : shape);
+    launchTuned<Shape>(gpu, {
+      key: `${source.name}:${entry} ${Object.values(types)} [${out.size}] by ${width}`,
+      out,
+      inputs,
+      start: { VECTORS, block: blockSize(gpu, Math.ceil(count / VECTORS)) },
+      values: SHAPES,
+      issue,
+    });
   });
 }

@@ -2,7 +2,7 @@ import { dtypeBytes } from "../ffi/dtype.ts";
 import { ShapeError } from "../ffi/errors.ts";
 import { Float, type GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
-import { type QkvTiles, TILE, type TileDType, tilesOf } from "./attention_tiles.ts";
+import { type AttentionDType, type QkvTiles, TILE, tilesOf } from "./attention_tiles.ts";
 import { expect, expectShape } from "./check.ts";
 import FLASH_ATTENTION_CU from "./flash_attention.cu" with { type: "text" };
 import { launch } from "./gpu.ts";
@@ -12,7 +12,7 @@ const SOURCE = { name: "flash_attention.cu", text: FLASH_ATTENTION_CU };
 /** A warpgroup that brings tiles, and two that compute. */
 const THREADS = 384;
 /** Tiles of k, and of v, in shared memory: what fits beside one of q. */
-const STAGES: Record<TileDType, number> = { f8e4m3: 4, bf16: 3 };
+const STAGES: Record<AttentionDType, number> = { f8e4m3: 4, bf16: 3 };
 /** Tiles start at multiples of this. */
 const ALIGNMENT = 1024;
 /** Rows of split tiles that a block of mergeParts has. */
@@ -49,7 +49,7 @@ export function flashAttention(
   expect(alike, "flashAttention", () => `tiles are ${q}, ${k} and ${v}, expected one of f8e4m3 and bf16`);
   if (out.size === 0 || keys === 0) throw new ShapeError(`flashAttention: nothing to attend for ${out}`);
   const bytes = dtypeBytes(q.dtype);
-  const stages = STAGES[q.dtype as TileDType];
+  const stages = STAGES[q.dtype as AttentionDType];
   const { whole, parts, split } = partition(batch * heads * queryTiles, keyTiles, gpu.limits.multiprocessors);
   gpu.scope(() => {
     const rows = split * parts * TILE;

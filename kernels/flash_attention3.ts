@@ -1,6 +1,7 @@
 import { ShapeError } from "../ffi/errors.ts";
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
+import type { AttentionDType } from "./attention_tiles.ts";
 import { cast } from "./cast.ts";
 import { expect, expectShape } from "./check.ts";
 import { denseRows } from "./contiguous.ts";
@@ -8,9 +9,6 @@ import type { Qkv } from "./joint_qk_norm_rope.ts";
 
 /** Dimensions of a head that it is asked for. */
 const HEAD_DIM = 128;
-
-/** What {@link flashAttention3} multiplies in. */
-export type AttentionDType = "f8e4m3" | "bf16";
 
 export interface FlashAttention3Options {
   /** Factor on `q · k`; 1 / sqrt(128) when left out. */

@@ -1,4 +1,4 @@
-import type { Device, Memory, MemoryPurpose } from "../ffi/device.ts";
+import type { Device, Memory } from "../ffi/device.ts";
 import type { DType } from "../ffi/dtype.ts";
 import { ShapeError } from "../ffi/errors.ts";
 import { elementCount, Tensor } from "../ffi/tensor.ts";
@@ -42,10 +42,9 @@ export class Float8Tensor extends Tensor implements Float8Matrix {
     shape: readonly number[],
     source: DType,
     rowwise = true,
-    purpose: MemoryPurpose = "activations",
   ): Float8Tensor {
     const { scales, start } = layout(shape, rowwise);
-    return new Float8Tensor(device.alloc(start + 4 * scales, purpose), shape, source, rowwise);
+    return new Float8Tensor(device.alloc(start + 4 * scales), shape, source, rowwise);
   }
 
   override reshape(): never {

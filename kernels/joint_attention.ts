@@ -1,11 +1,12 @@
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { attention } from "./attention.ts";
-import type { TileDType } from "./attention_tiles.ts";
+import type { AttentionDType } from "./attention_tiles.ts";
 import { expectShape } from "./check.ts";
 import { flashAttention, hasFlashAttention } from "./flash_attention.ts";
-import { type AttentionDType, flashAttention3 } from "./flash_attention3.ts";
+import { flashAttention3 } from "./flash_attention3.ts";
 import { gpuOf } from "./gpu.ts";
+import { runFastest } from "./run_fastest.ts";
 import {
   jointQkNormRope,
   jointQkNormRopeFused,
@@ -77,7 +78,7 @@ export function jointAttentionFused(
     () => jointAttentionByLibrary(streams, cos, sin, eps, options),
   ];
   const key = `jointAttention ${streams.map(({ q }) => q).join(", ")}`;
-  return ways[gpu.fastest(key, ways.map((way) => () => gpu.scope(() => void way())))]();
+  return runFastest(gpu, key, ways);
 }
 
 /** Whether {@link jointAttentionTiled} takes these streams on this GPU. */
@@ -96,7 +97,7 @@ export function jointAttentionTiled(
   cos: Tensor,
   sin: Tensor,
   eps: number,
-  dtype: TileDType,
+  dtype: AttentionDType,
   { out }: JointAttentionOptions = {},
 ): Tensor {
   const [{ q }] = streams;

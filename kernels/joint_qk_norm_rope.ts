@@ -1,10 +1,10 @@
 import { Float, type GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
-import { emptyTiles, type QkvTiles, TILE, type TileDType, valueTiles } from "./attention_tiles.ts";
+import { type AttentionDType, emptyTiles, type QkvTiles, TILE, valueTiles } from "./attention_tiles.ts";
 import { expect, expectShape } from "./check.ts";
 import { concat } from "./concat.ts";
 import { denseRows } from "./contiguous.ts";
-import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
+import { launchTuned } from "./coordinate_descent.ts";
 import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import JOINT_QK_NORM_ROPE_CU from "./joint_qk_norm_rope.cu" with { type: "text" };
 import { qkNormRope } from "./qk_norm_rope.ts";
@@ -26,6 +26,19 @@ export interface QkvStream {
   readonly v: Tensor;
   readonly normQ: Tensor;
   readonly normK: Tensor;
+}
+
+/** Projections `[batch, tokens, heads * headDim]` of q, k and v by heads, with the weights of their norms. */
+export function qkvStream(
+  projections: readonly Tensor[],
+  heads: number,
+  { normQ, normK }: Pick<QkvStream, "normQ" | "normK">,
+): QkvStream {
+  const [q, k, v] = projections.map((x) => {
+    const [batch, tokens, hidden] = x.shape;
+    return x.reshape([batch, tokens, heads, hidden / heads]);
+  });
+  return { q, k, v, normQ, normK };
 }
 
 /** What attention takes, `[batch, tokens, heads, headDim]` each. */
@@ -105,15 +118,15 @@ export function jointQkNormRopeTiles(
   cos: Tensor,
   sin: Tensor,
   eps: number,
-  dtype: TileDType,
+  dtype: AttentionDType,
 ): QkvTiles {
   const shape = expectStreams(streams, cos, sin);
   const empty = () => emptyTiles(gpu, shape, dtype);
   const [q, k] = [empty(), empty()];
-  const [own, v] = dtype === "bf16"
-    ? [true, empty()]
-    : [false, valueTiles(gpu, streams.map(({ v }) => v) as [Tensor, Tensor])];
-  turnStreams(gpu, streams, { cos, sin, eps }, { q, k, v: own ? v : undefined, tiles: q.shape[1] });
+  // In bf16 v lies as it is, and the same kernel copies it; in float8 its tiles are transposed.
+  const copied = dtype === "bf16" ? empty() : undefined;
+  turnStreams(gpu, streams, { cos, sin, eps }, { q, k, v: copied, tiles: q.shape[1] });
+  const v = copied ?? valueTiles(gpu, streams.map((stream) => stream.v) as [Tensor, Tensor]);
   return { q, k, v, keys: shape[1] };
 }
 
@@ -245,6 +258,6 @@ function turnStream(
     };
     const shape = { perThread: tiled && out.v !== undefined ? HEADS_WITH_V : HEADS };
     const key = `jointQkNormRope ${Object.values(types)} ${q} ${out.v} ${out.tiles} by ${width}`;
-    issue(mayTry(out.q, [q, k, v]) ? coordinateDescent(gpu, key, shape, SHAPES, issue) : shape);
+    launchTuned(gpu, { key, out: out.q, inputs: [q, k, v], start: shape, values: SHAPES, issue });
   });
 }

@@ -1,4 +1,3 @@
-import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import type { concat } from "./concat.ts";
 import { expectShape } from "./check.ts";
@@ -7,10 +6,11 @@ import { geluTanhFloat8 } from "./gelu_float8.ts";
 import type { geluTanh } from "./gelu_tanh.ts";
 import { gpuOf } from "./gpu.ts";
 import type { jointAttention } from "./joint_attention.ts";
-import type { QkvStream } from "./joint_qk_norm_rope.ts";
+import { qkvStream } from "./joint_qk_norm_rope.ts";
 import type { linear } from "./linear.ts";
 import type { linearGelu } from "./linear_gelu.ts";
 import type { LinearLayer, linears } from "./linears.ts";
+import { runFastest } from "./run_fastest.ts";
 
 /** The Linear layers and norms of a single-stream block; all but the last read the block's input. */
 export interface ParallelLayers {
@@ -53,11 +53,10 @@ export function parallelBranches(
   eps: number,
   ops: ParallelOps,
 ): Tensor {
-  const { q, k, v, mlp, out } = layers;
+  const { out } = layers;
   return x.device.scope(() => {
-    const [qkv, up] = split(ops.linears(x, [q, k, v, mlp]));
-    const attended = ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps);
-    const both = ops.concat([merged(attended), ops.geluTanh(up)], 2);
+    const { attended, up } = branches(x, layers, cos, sin, eps, ops);
+    const both = ops.concat([attended, ops.geluTanh(up)], 2);
     return ops.linear(both, out.weight, out.bias);
   });
 }
@@ -77,7 +76,7 @@ export function parallelBranchesFused(
 ): Tensor {
   const gpu = gpuOf(x);
   if (gpu === undefined) return parallelBranches(x, layers, cos, sin, eps, ops);
-  const { q, k, v, mlp, out } = layers;
+  const { q, k, v, mlp, out, heads } = layers;
   const [batch, tokens] = x.shape;
   const hidden = q.weight.shape[0];
   const mlpHidden = mlp.weight.shape[0];
@@ -96,9 +95,10 @@ export function parallelBranchesFused(
         return qkv;
       },
     ];
-    const qkv = project[fastestOf(gpu, x, layers, project)]();
-    const attended = both.narrow(2, 0, hidden).reshape([batch, tokens, layers.heads, hidden / layers.heads]);
-    ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps, { out: attended });
+    const joined = q.weight.memory === mlp.weight.memory ? "joined" : "apart";
+    const qkv = runFastest(gpu, `parallelBranches ${x} ${q.weight} ${mlp.weight} ${joined}`, project);
+    const attended = both.narrow(2, 0, hidden).reshape([batch, tokens, heads, hidden / heads]);
+    ops.jointAttention([qkvStream(qkv, heads, layers)], cos, sin, eps, { out: attended });
     return ops.linear(both, out.weight, out.bias);
   });
 }
@@ -117,35 +117,29 @@ export function parallelBranchesFloat8(
   eps: number,
   ops: ParallelOps,
 ): Tensor {
-  const { q, k, v, mlp, out } = layers;
+  const { out } = layers;
   return x.device.scope(() => {
-    const [qkv, up] = split(ops.linears(x, [q, k, v, mlp]));
-    const attended = ops.jointAttention([streamOf(qkv, layers)], cos, sin, eps);
-    return ops.linear(geluTanhFloat8(up, merged(attended)), out.weight, out.bias);
+    const { attended, up } = branches(x, layers, cos, sin, eps, ops);
+    return ops.linear(geluTanhFloat8(up, attended), out.weight, out.bias);
   });
 }
 
-function fastestOf(gpu: GpuDevice, x: Tensor, { q, mlp }: ParallelLayers, ways: (() => unknown)[]): number {
-  const joined = q.weight.memory === mlp.weight.memory;
-  const key = `parallelBranches ${x} ${q.weight} ${mlp.weight} ${joined ? "joined" : "apart"}`;
-  return gpu.fastest(key, ways.map((way) => () => gpu.scope(() => void way())));
+/** Attention's output and the MLP's up projection, `[batch, tokens, ...]` each, from one product for q, k, v and MLP. */
+function branches(
+  x: Tensor,
+  layers: ParallelLayers,
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  ops: ParallelOps,
+): { readonly attended: Tensor; readonly up: Tensor } {
+  const { q, k, v, mlp, heads } = layers;
+  const [qkv, up] = split(ops.linears(x, [q, k, v, mlp]));
+  const attended = ops.jointAttention([qkvStream(qkv, heads, layers)], cos, sin, eps);
+  const [batch, tokens] = attended.shape;
+  return { attended: attended.reshape([batch, tokens, -1]), up };
 }
 
 function split([q, k, v, mlp]: readonly Tensor[]): [qkv: Tensor[], mlp: Tensor] {
   return [[q, k, v], mlp];
-}
-
-/** Projections `[batch, tokens, heads * headDim]` by heads. */
-function streamOf(projections: readonly Tensor[], { heads, normQ, normK }: ParallelLayers): QkvStream {
-  const [q, k, v] = projections.map((x) => {
-    const [batch, tokens, hidden] = x.shape;
-    return x.reshape([batch, tokens, heads, hidden / heads]);
-  });
-  return { q, k, v, normQ, normK };
-}
-
-/** `[batch, tokens, heads, headDim]` with the heads side by side. */
-function merged(attended: Tensor): Tensor {
-  const [batch, tokens, heads, headDim] = attended.shape;
-  return attended.reshape([batch, tokens, heads * headDim]);
 }

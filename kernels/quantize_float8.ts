@@ -1,5 +1,4 @@
 import { viewOf } from "../ffi/cpu/device.ts";
-import type { MemoryPurpose } from "../ffi/device.ts";
 import type { DType } from "../ffi/dtype.ts";
 import { float32ToFloat8 } from "../ffi/float8.ts";
 import type { GpuDevice } from "../ffi/gpu.ts";
@@ -25,12 +24,12 @@ const BLOCK = 256;
  * its scale and rounded to nearest, ties to even. A NaN stays one and counts for no scale; an infinity makes its row NaN
  * when it is multiplied by the scale again.
  *
- * @param x `[..., k]`, f32 or bf16, with dense rows. @param purpose of the memory of the result.
+ * @param x `[..., k]`, f32 or bf16, with dense rows.
  * @returns `x`'s shape, with as many scales as it has rows.
  */
-export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"): Float8Tensor {
+export function quantizeRows(x: Tensor): Float8Tensor {
   const k = x.shape.at(-1)!;
-  const out = emptyFor("quantizeRows", x, true, purpose);
+  const out = emptyFor("quantizeRows", x, true);
   const { values, scales } = out;
   const gpu = gpuOf(x);
   if (gpu === undefined) {
@@ -57,11 +56,11 @@ export function quantizeRows(x: Tensor, purpose: MemoryPurpose = "activations"):
 /**
  * As {@link quantizeRows} with one scale for the whole tensor.
  *
- * @param x f32 or bf16 of any shape; strided ones are copied first. @param purpose of the memory of the result.
+ * @param x f32 or bf16 of any shape; strided ones are copied first.
  * @returns `x`'s shape, with one scale.
  */
-export function quantizeTensor(x: Tensor, purpose: MemoryPurpose = "activations"): Float8Tensor {
-  const out = emptyFor("quantizeTensor", x, false, purpose);
+export function quantizeTensor(x: Tensor): Float8Tensor {
+  const out = emptyFor("quantizeTensor", x, false);
   const gpu = gpuOf(x);
   if (gpu === undefined) onCpu(out, x, x.size);
   else gpu.scope(() => quantizeOnGpu(gpu, out, contiguous(x)));
@@ -96,9 +95,9 @@ function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Float8Tensor, x: Tens
   });
 }
 
-function emptyFor(op: string, x: Tensor, rowwise: boolean, purpose: MemoryPurpose): Float8Tensor {
+function emptyFor(op: string, x: Tensor, rowwise: boolean): Float8Tensor {
   expect(x.dtype === "f32" || x.dtype === "bf16", op, () => `takes f32 and bf16, not ${x}`);
-  return Float8Tensor.alloc(x.device, x.shape, x.dtype, rowwise, purpose);
+  return Float8Tensor.alloc(x.device, x.shape, x.dtype, rowwise);
 }
 
 function onCpu({ values, scales }: Float8Tensor, x: Tensor, k: number): void {

@@ -2,7 +2,7 @@ import type { DType } from "../ffi/dtype.ts";
 import type { GpuDevice, GpuLimits, KernelArgument, KernelSource } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { contiguous } from "./contiguous.ts";
-import { coordinateDescent, mayTry } from "./coordinate_descent.ts";
+import { launchTuned } from "./coordinate_descent.ts";
 import { launch } from "./gpu.ts";
 import { RESIDENT_THREADS } from "./launch_shapes.ts";
 
@@ -76,7 +76,7 @@ export interface RowKernel {
 
 /** Launches a kernel that works on rows, shared out as {@link rowLaunch} says or as 07_tuning finds fastest. */
 export function launchRows(gpu: GpuDevice, source: KernelSource, kernel: RowKernel): void {
-  const { entry, types, rows, length, width, batch, held: start = HELD, out, inputs, args } = kernel;
+  const { entry, types, rows, length, width, batch, held = HELD, out, inputs, args } = kernel;
   const issue = ({ held }: { readonly held: number }) => {
     const { constants, grid, block } = rowLaunch(gpu.limits, rows, length / width, held);
     launch(gpu, source, {
@@ -88,9 +88,8 @@ export function launchRows(gpu: GpuDevice, source: KernelSource, kernel: RowKern
       args,
     });
   };
-  if (!mayTry(out, inputs)) return issue({ held: start });
   const key = `${source.name}:${entry} ${Object.values(types)} ${batch} x ${rows} x ${length} by ${width}`;
-  issue(coordinateDescent(gpu, key, { held: start }, { held: HELD_VALUES }, issue));
+  launchTuned(gpu, { key, out, inputs, start: { held }, values: { held: HELD_VALUES }, issue });
 }
 
 /**

@@ -39,8 +39,8 @@ function withChannelsLast(gpu: GpuDevice, weights: Weights): Weights {
     const weight = weights.get(name);
     // 1 x 1 weights lie the same way in both layouts.
     if (weight.rank !== 4 || weight.permute(NHWC).isContiguous) continue;
-    const memory = gpu.alloc(weight.byteLength, "weights");
-    const turned = new Tensor(memory, weight.dtype, NHWC.map((dim) => weight.shape[dim])).permute(NCHW);
+    const shape = NHWC.map((dim) => weight.shape[dim]);
+    const turned = Tensor.empty(gpu, shape, weight.dtype, "weights").permute(NCHW);
     copyStridedOnGpu(gpu, turned, weight);
     // Memory is given out again in the order of the work, so nothing overwrites the weight before it was read.
     weights.free(name);

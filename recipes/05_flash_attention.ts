@@ -16,12 +16,9 @@
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
 import { type GpuDevice, isGpu } from "../ffi/gpu.ts";
+import type { AttentionDType } from "../kernels/attention_tiles.ts";
 import { hasFlashAttention } from "../kernels/flash_attention.ts";
-import {
-  type AttentionDType,
-  flashAttention3Takes,
-  hasFlashAttention3,
-} from "../kernels/flash_attention3.ts";
+import { flashAttention3Takes, hasFlashAttention3 } from "../kernels/flash_attention3.ts";
 import {
   jointAttentionByFlashAttention3,
   jointAttentionByLibrary,

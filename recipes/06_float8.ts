@@ -109,7 +109,7 @@ function quantizeWeights(device: Device, transformer: Weights, rowwise: boolean)
 
 /** A copy in a memory of its own. */
 function weightOf(tensor: Tensor): Tensor {
-  const copy = new Tensor(tensor.device.alloc(tensor.byteLength, "weights"), tensor.dtype, tensor.shape);
+  const copy = Tensor.empty(tensor.device, tensor.shape, tensor.dtype, "weights");
   copyInto(copy, tensor);
   return copy;
 }

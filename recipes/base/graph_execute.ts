@@ -1,5 +1,4 @@
 import type { Memory } from "../../ffi/device.ts";
-import { dtypeBytes } from "../../ffi/dtype.ts";
 import { OutOfMemoryError } from "../../ffi/errors.ts";
 import type { GpuDevice, Graph } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
@@ -76,10 +75,10 @@ function record<O>(
   body: (inputs: readonly Tensor[]) => O,
 ): Recording {
   const memories: Memory[] = [];
-  const fixed = ({ shape, dtype, size }: Tensor) => {
-    const memory = device.alloc(size * dtypeBytes(dtype), "weights"); // lives as long as the recording
-    memories.push(memory);
-    return new Tensor(memory, dtype, shape);
+  const fixed = ({ shape, dtype }: Tensor) => {
+    const place = Tensor.empty(device, shape, dtype, "weights"); // lives as long as the recording
+    memories.push(place.memory);
+    return place;
   };
   const free = () => memories.forEach((memory) => device.free(memory));
   try {

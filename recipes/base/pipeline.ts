@@ -195,7 +195,7 @@ export class FluxPipeline {
         await pause();
         const start = performance.now();
         if (step % together === 0) {
-          const times = [...schedule.timesteps.slice(step, Math.min(steps, step + together))];
+          const times = [...schedule.timesteps.slice(step, step + together)];
           modulations = replace(modulations, this.#modulations(pooled, times, settings.guidanceScale));
         }
         const next = device.scope(() =>

@@ -26,11 +26,8 @@ export function rotaryEmbedding(
   const { cos, sin } = rotaryTables(ids, axesDims);
   const headDim = axesDims.reduce((a, b) => a + b, 0);
   const shape = [ids.length / axesDims.length, headDim];
-  const table = (values: Float32Array) => {
-    const memory = device.alloc(values.byteLength, purpose);
-    device.upload(new Uint8Array(values.buffer), memory);
-    return new Tensor(memory, "f32", shape);
-  };
+  const table = (values: Float32Array<ArrayBuffer>) =>
+    Tensor.fromBytes(device, new Uint8Array(values.buffer), shape, "f32", purpose);
   return { cos: table(cos), sin: table(sin) };
 }
 
@@ -38,7 +35,7 @@ export function rotaryEmbedding(
 export function rotaryTables(
   ids: Float32Array,
   axesDims: readonly number[],
-): { cos: Float32Array; sin: Float32Array } {
+): { cos: Float32Array<ArrayBuffer>; sin: Float32Array<ArrayBuffer> } {
   const axes = axesDims.length;
   const tokens = ids.length / axes;
   const headDim = axesDims.reduce((a, b) => a + b, 0);

@@ -1,6 +1,6 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
-import type { QkvStream } from "../../kernels/joint_qk_norm_rope.ts";
+import { qkvStream } from "../../kernels/joint_qk_norm_rope.ts";
 import type { ParallelLayers } from "../../kernels/parallel_branches.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
 import { type DoubleModulation, modulationsOf, TIME_CHANNELS } from "./modulations.ts";
@@ -132,7 +132,10 @@ export function doubleBlock(
       const stream = (x: Tensor, m: DoubleModulation, names: readonly string[], norms: readonly string[]) => {
         const layers = names.map((name) => layerOf(attn, name));
         const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS, layers);
-        return qkvStream(ops.linears(normed, layers), attn, norms, heads);
+        return qkvStream(ops.linears(normed, layers), heads, {
+          normQ: attn.get(`${norms[0]}.weight`),
+          normK: attn.get(`${norms[1]}.weight`),
+        });
       };
       // Text first, as the rotary tables have it.
       return ops.jointAttention(
@@ -191,20 +194,6 @@ function singleLayers(config: TransformerConfig, weights: Weights): ParallelLaye
     normK: weights.get("attn.norm_k.weight"),
     heads: config.num_attention_heads,
   };
-}
-
-/** Projections `[batch, tokens, hidden]` of q, k and v, by heads, with the weights of their norms. */
-function qkvStream(
-  projections: readonly Tensor[],
-  attn: Weights,
-  [normQ, normK]: readonly string[],
-  heads: number,
-): QkvStream {
-  const [q, k, v] = projections.map((x) => {
-    const [batch, tokens, hidden] = x.shape;
-    return x.reshape([batch, tokens, heads, hidden / heads]);
-  });
-  return { q, k, v, normQ: attn.get(`${normQ}.weight`), normK: attn.get(`${normK}.weight`) };
 }
 
 /** Names and shapes of the weights that {@link fluxTransformer} reads. */

@@ -1,7 +1,7 @@
 import type { Device, Memory } from "../../ffi/device.ts";
 import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { isGpu } from "../../ffi/gpu.ts";
-import { elementCount, Tensor } from "../../ffi/tensor.ts";
+import { Tensor } from "../../ffi/tensor.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
 import { joinedView } from "../../kernels/joined_linears.ts";
 import type { LinearLayer } from "../../kernels/linears.ts";
@@ -104,8 +104,8 @@ function isQuantized(weights: Weights, name: string): boolean {
 }
 
 /**
- * The same weights in `dtype`; those that have it already are shared, and so are quantized ones. New ones go with the plan that holds them, when
- * nothing refers to it any more.
+ * The same weights in `dtype`; those that have it already are shared, and so are quantized ones. New ones go with the plan
+ * that holds them, when nothing refers to it any more.
  *
  * On a GPU each old weight is freed as soon as its cast is issued, since a large model does not fit there twice:
  * `weights` is consumed, and asking it for one of those throws {@link UsageError}. On the CPU the old ones stay, as a
@@ -158,11 +158,7 @@ export function joinWeights(weights: Weights, groups: readonly (readonly string[
     const parts = names.map((name) => weights.get(name));
     const [{ device, dtype, shape }] = parts;
     const rows = parts.reduce((sum, part) => sum + part.shape[0], 0);
-    const size = rows * elementCount(shape.slice(1));
-    const whole = new Tensor(device.alloc(size * dtypeBytes(dtype), "weights"), dtype, [
-      rows,
-      ...shape.slice(1),
-    ]);
+    const whole = Tensor.empty(device, [rows, ...shape.slice(1)], dtype, "weights");
     let start = 0;
     parts.forEach((part, i) => {
       const place = whole.narrow(0, start, part.shape[0]);

@@ -11,10 +11,10 @@ import { attentionReference } from "../../../kernels/attention.ts";
 import { dequantize, dequantizeReference } from "../../../kernels/dequantize_float8.ts";
 import { flashAttention, hasFlashAttention } from "../../../kernels/flash_attention.ts";
 import {
+  type AttentionDType,
   attentionTilesReference,
   emptyTiles,
   TILE,
-  type TileDType,
   type TileKind,
   valueTiles,
 } from "../../../kernels/attention_tiles.ts";
@@ -199,7 +199,7 @@ interface Sizes {
 /** Relative error of attention from tiles against the reference on the same rounded inputs. */
 async function attentionError(
   device: GpuDevice,
-  dtype: TileDType,
+  dtype: AttentionDType,
   { batch, queries, keys, heads, spread }: Sizes,
 ): Promise<number> {
   const draw = (kind: TileKind, tokens: number, seed: number, size: number) => {

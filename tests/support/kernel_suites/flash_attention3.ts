@@ -7,8 +7,8 @@ import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { LibraryNotFoundError } from "../../../ffi/library.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { attentionReference } from "../../../kernels/attention.ts";
+import type { AttentionDType } from "../../../kernels/attention_tiles.ts";
 import {
-  type AttentionDType,
   flashAttention3,
   flashAttention3Takes,
   hasFlashAttention3,

@@ -18,7 +18,7 @@ import {
   jointQkNormRopeTilesTakes,
   type QkvStream,
 } from "../../../kernels/joint_qk_norm_rope.ts";
-import { attentionTilesReference, TILE, type TileDType } from "../../../kernels/attention_tiles.ts";
+import { type AttentionDType, attentionTilesReference, TILE } from "../../../kernels/attention_tiles.ts";
 import { layerNormReference } from "../../../kernels/layer_norm.ts";
 import { modulateReference } from "../../../kernels/modulate.ts";
 import { rmsNormReference } from "../../../kernels/rms_norm.ts";
@@ -111,6 +111,16 @@ export function adaLayerNormReference(
 
 /** Few rows and such that share a block with the next sample's, one sample and two. */
 export const rows = { batch: fc.integer({ min: 1, max: 2 }), tokens: fc.integer({ min: 1, max: 9 }) };
+/** A tensor that is normalized, and its modulation. */
+export const modulated = fc.record({
+  ...rows,
+  hidden: hiddens,
+  layout: layouts,
+  dtype: dtypes,
+  other: dtypes,
+  mean: means,
+  seed: seeds,
+});
 /** Two tensors that are added, and what is made of the sum. */
 export const sums = fc.record({
   ...rows,
@@ -126,23 +136,19 @@ export const ROW_LENGTHS = [24, 128, 3072];
 function adaLayerNormSuite(): void {
   forEachGpu("adaLayerNormFused", (test) => {
     test("equals layer norm and modulation: row lengths, views, dtypes, large means", (device) => {
-      const drawn = fc.record({
-        ...rows,
-        hidden: hiddens,
-        layout: layouts,
-        dtype: dtypes,
-        other: dtypes,
-        mean: means,
-        seed: seeds,
-      });
-      return property(device, drawn, 50, ({ batch, tokens, hidden, layout, dtype, other, mean, seed }) => {
-        const shape = [batch, tokens, hidden];
-        const x = laidOut(device, shape, dtype, around(mean, seed), layout);
-        const [scale, shift] = [1, 2].map((i) => modulation(device, batch, hidden, other, seed + i));
-        const expected = adaLayerNormReference(x.values, scale.values, shift.values, tokens, hidden);
-        const actual = adaLayerNormFused(x.tensor, scale.tensor, shift.tensor, EPS);
-        return [{ actual, dtype, shape, expected, slack: () => 2 * lostBy(mean) }];
-      });
+      return property(
+        device,
+        modulated,
+        50,
+        ({ batch, tokens, hidden, layout, dtype, other, mean, seed }) => {
+          const shape = [batch, tokens, hidden];
+          const x = laidOut(device, shape, dtype, around(mean, seed), layout);
+          const [scale, shift] = [1, 2].map((i) => modulation(device, batch, hidden, other, seed + i));
+          const expected = adaLayerNormReference(x.values, scale.values, shift.values, tokens, hidden);
+          const actual = adaLayerNormFused(x.tensor, scale.tensor, shift.tensor, EPS);
+          return [{ actual, dtype, shape, expected, slack: () => 2 * lostBy(mean) }];
+        },
+      );
     });
 
     test("a NaN or an infinity spoils its own row, whatever shares its block", (device) =>
@@ -316,7 +322,7 @@ interface StreamSample {
 const projections = fc.constantFrom("dense", "odd", "product", "heads", "transposed");
 
 /** The elements of tiles, place by place. */
-function elementsOf(bytes: Uint8Array<ArrayBuffer>, dtype: TileDType): Float32Array {
+function elementsOf(bytes: Uint8Array<ArrayBuffer>, dtype: AttentionDType): Float32Array {
   const values = new Float32Array(bytes.length / dtypeBytes(dtype));
   if (dtype === "bf16") bfloat16ToFloat32(new Uint16Array(bytes.buffer), values);
   else float8ToFloat32(bytes, values, dtype);
@@ -468,7 +474,7 @@ function jointQkNormRopeSuite(): void {
         dtype: dtypes,
         normDtype: dtypes,
         projection: projections,
-        tileDType: fc.constantFrom<TileDType>("f8e4m3", "bf16"),
+        tileDType: fc.constantFrom<AttentionDType>("f8e4m3", "bf16"),
         seed: seeds,
       });
       await fc.assert(
