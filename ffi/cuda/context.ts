@@ -1,31 +1,8 @@
+import type { GpuContext } from "../gpu_context.ts";
 import type { Driver } from "./driver.ts";
 
 /** What libraries that work on a CUDA device (cuBLASLt, cuDNN, ...) need to know of it. */
-export interface CudaContext {
-  readonly driver: Driver;
-  /** Which GPU it is, as the CUDA runtime counts them, too. */
-  readonly index: number;
-  /** All work of the device is issued to this one stream, so its order is the order of the calls. */
-  readonly stream: bigint;
+export interface CudaContext extends GpuContext<Driver> {
   /** Compute capability, e.g. `[9, 0]`. */
   readonly capability: readonly [major: number, minor: number];
-  /** Whether work is recorded now: what it uses must stay until no graph is in use. */
-  isRecording(): boolean;
-  /**
-   * Address of at least `bytes` of scratch, aligned to 256. There is one piece for all calls on the stream: whoever
-   * asks next gets the same bytes, so they are good for one call only.
-   *
-   * @throws {OutOfMemoryError}
-   */
-  workspace(bytes: number): bigint;
-  /**
-   * Index of the way to do some work that is to be taken: 0, or inside of {@link GpuDevice.measuring} that of the fastest,
-   * which is kept in the cache under `key` (the library's version and the work).
-   *
-   * @param ways called where they have to be measured; each issues the work once, to the same memory, and returns false
-   *   where the library refuses it
-   */
-  choose(key: string, ways: () => readonly (() => boolean)[]): number;
-  /** What an earlier process has found out about some work; see {@link GpuDevice.adopt}. */
-  prepared(key: string): Uint8Array<ArrayBuffer> | undefined;
 }

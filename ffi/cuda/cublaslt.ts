@@ -12,7 +12,7 @@ import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
 import { describeMatmul, type Scaling, scalingOf } from "../matmul_plan.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
-import { NumberMap } from "./number_map.ts";
+import { NumberMap } from "../number_map.ts";
 import { cudaSonames, dottedVersion } from "./versions.ts";
 
 const CUBLASLT = {

@@ -6,6 +6,7 @@
  * that needs the context makes it current first.
  */
 import { FfiError, OutOfMemoryError } from "../errors.ts";
+import type { GpuRuntime } from "../gpu_runtime.ts";
 import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
 import { intStruct } from "../struct.ts";
 
@@ -284,7 +285,7 @@ export function openDriver(): Driver {
  * Arguments that C reads or writes during a call are typed arrays; host addresses that outlive it are bigints. It keeps
  * nothing alive: whoever passes an address holds what is behind it.
  */
-export class Driver implements Disposable {
+export class Driver implements GpuRuntime {
   readonly #library: OpenedLibrary<typeof CUDA>;
   readonly #cu: OpenedLibrary<typeof CUDA>["symbols"];
   // Where calls put their results.

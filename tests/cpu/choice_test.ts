@@ -1,12 +1,12 @@
 /** Choosing by measuring, on times that the test makes up. */
 import assert from "node:assert/strict";
-import type { CudaContext } from "../../ffi/cuda/context.ts";
-import { fastest } from "../../ffi/cuda/measure.ts";
+import type { GpuContext } from "../../ffi/gpu_context.ts";
+import { fastest } from "../../ffi/gpu_measure.ts";
 import { openCuda } from "../../ffi/cuda/open.ts";
 import { testFakeCuda } from "../support/fake_cuda.ts";
 
 /** A context whose clock goes on by what each run takes. */
-function contextWithClock(): { context: CudaContext; takes: (milliseconds: number) => void } {
+function contextWithClock(): { context: GpuContext; takes: (milliseconds: number) => void } {
   let now = 0;
   let events = 0n;
   const recorded = new Map<bigint, number>();
@@ -18,7 +18,7 @@ function contextWithClock(): { context: CudaContext; takes: (milliseconds: numbe
     eventElapsedTime: (start: bigint, end: bigint) => recorded.get(end)! - recorded.get(start)!,
     memsetD8Async: () => now += 100,
   };
-  const context = { driver, stream: 0n, workspace: () => 0n } as unknown as CudaContext;
+  const context = { driver, stream: 0n, workspace: () => 0n } as unknown as GpuContext;
   return { context, takes: (milliseconds) => now += milliseconds };
 }
 

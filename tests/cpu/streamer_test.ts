@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import fc from "fast-check";
 import { mapFile } from "../../ffi/cpu/libc.ts";
-import { type CopyDriver, divide, streamToDevice } from "../../ffi/cuda/streamer.ts";
+import { type CopyDriver, divide, streamToDevice } from "../../ffi/gpu_streamer.ts";
 import { FfiError } from "../../ffi/errors.ts";
 import { inFolder } from "../support/folders.ts";
 

@@ -1,4 +1,4 @@
-import type { CudaContext } from "./context.ts";
+import type { GpuContext } from "./gpu_context.ts";
 
 /** Bytes that are overwritten before each run: more than the GPU's second-level cache, as other layers would. */
 const FLUSHED_BYTES = 128 * 2 ** 20;
@@ -17,7 +17,7 @@ const WARM_UP = 2;
  *
  * @throws what a way throws
  */
-export function fastest(context: CudaContext, ways: readonly (() => boolean)[]): number {
+export function fastest(context: GpuContext, ways: readonly (() => boolean)[]): number {
   const { driver, stream } = context;
   const works = ways.map((way) => way()); // loads kernels too
   const runs: { readonly way: number; readonly start: bigint; readonly end: bigint }[] = [];

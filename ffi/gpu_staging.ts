@@ -1,4 +1,4 @@
-import type { Driver } from "./driver.ts";
+import type { GpuRuntime } from "./gpu_runtime.ts";
 
 const SLOTS = 8;
 const SLOT_BYTES = 2 ** 20;
@@ -9,7 +9,7 @@ const SLOT_BYTES = 2 ** 20;
  * slot is written again when the copies out of it are done.
  */
 export class Staging implements Disposable {
-  readonly #driver: Driver;
+  readonly #driver: GpuRuntime;
   readonly #stream: bigint;
   readonly #address: bigint;
   readonly #bytes: Uint8Array<ArrayBuffer>;
@@ -18,7 +18,7 @@ export class Staging implements Disposable {
   #slot = 0;
   #filled = 0;
 
-  constructor(driver: Driver, stream: bigint) {
+  constructor(driver: GpuRuntime, stream: bigint) {
     this.#driver = driver;
     this.#stream = stream;
     this.#address = driver.memHostAlloc(SLOTS * SLOT_BYTES);

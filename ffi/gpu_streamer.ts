@@ -7,12 +7,12 @@
  * mapping would end the process with SIGBUS.
  */
 import { setImmediate } from "node:timers";
-import { type FileReader, type MappedFile, mappedFileOf, readInto } from "../cpu/libc.ts";
-import type { Driver } from "./driver.ts";
+import { type FileReader, type MappedFile, mappedFileOf, readInto } from "./cpu/libc.ts";
+import type { GpuRuntime } from "./gpu_runtime.ts";
 
 /** What streaming asks of the driver. */
 export type CopyDriver = Pick<
-  Driver,
+  GpuRuntime,
   | "eventCreate"
   | "eventDestroy"
   | "eventQuery"

@@ -1,13 +1,13 @@
-import { FfiError } from "../errors.ts";
-import type { Graph } from "../gpu.ts";
-import type { Driver } from "./driver.ts";
+import { FfiError } from "./errors.ts";
+import type { Graph } from "./gpu.ts";
+import type { GpuRuntime } from "./gpu_runtime.ts";
 
 /** A recording, ready to run. */
-export class CudaGraph implements Graph {
+export class RuntimeGraph implements Graph {
   #executable: bigint | undefined;
 
   constructor(
-    private readonly driver: Driver,
+    private readonly driver: GpuRuntime,
     private readonly stream: bigint,
     executable: bigint,
     private readonly onDispose: () => void,
@@ -16,7 +16,7 @@ export class CudaGraph implements Graph {
   }
 
   replay(): void {
-    if (this.#executable === undefined) throw new FfiError("cuda: the graph was disposed");
+    if (this.#executable === undefined) throw new FfiError("the graph was disposed");
     this.driver.graphLaunch(this.#executable, this.stream);
   }
 

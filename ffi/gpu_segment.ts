@@ -1,8 +1,8 @@
-import { Arena } from "../arena.ts";
-import { OutOfMemoryError } from "../errors.ts";
-import type { Driver } from "./driver.ts";
+import { Arena } from "./arena.ts";
+import { OutOfMemoryError } from "./errors.ts";
+import type { GpuRuntime } from "./gpu_runtime.ts";
 
-/** What kernels and libraries may rely on, as with cuMemAlloc. */
+/** What kernels and libraries may rely on, as with what a vendor's own allocator gives. */
 export const ALIGNMENT = 256;
 
 /**
@@ -11,7 +11,7 @@ export const ALIGNMENT = 256;
  * without gaps between chunks, and what is free in it can serve any later request.
  */
 export class Segment implements Disposable {
-  readonly #driver: Driver;
+  readonly #driver: GpuRuntime;
   readonly #base: bigint;
   readonly #addresses: number;
   readonly #granularity: number;
@@ -23,7 +23,7 @@ export class Segment implements Disposable {
   #used = 0;
 
   /** @param limit bytes that it may grow to. @param chunkBytes how much it grows at a time, where there is so much. */
-  constructor(driver: Driver, limit: number, chunkBytes: number) {
+  constructor(driver: GpuRuntime, limit: number, chunkBytes: number) {
     this.#driver = driver;
     this.#granularity = driver.memGetAllocationGranularity();
     this.#chunkBytes = this.#rounded(chunkBytes);

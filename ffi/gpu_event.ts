@@ -1,23 +1,23 @@
-import { FfiError } from "../errors.ts";
-import type { GpuEvent } from "../gpu.ts";
-import type { Driver } from "./driver.ts";
+import { FfiError } from "./errors.ts";
+import type { GpuEvent } from "./gpu.ts";
+import type { GpuRuntime } from "./gpu_runtime.ts";
 
 /** A point in the stream. */
-export class CudaEvent implements GpuEvent {
+export class RuntimeEvent implements GpuEvent {
   #handle: bigint | undefined;
 
-  constructor(private readonly driver: Driver, handle: bigint) {
+  constructor(private readonly driver: GpuRuntime, handle: bigint) {
     this.#handle = handle;
   }
 
   since(earlier: GpuEvent): number {
-    if (!(earlier instanceof CudaEvent)) throw new FfiError("cuda: events of two kinds of devices");
+    if (!(earlier instanceof RuntimeEvent)) throw new FfiError("events of two kinds of devices");
     this.driver.eventSynchronize(this.#open);
     return this.driver.eventElapsedTime(earlier.#open, this.#open);
   }
 
   get #open(): bigint {
-    if (this.#handle === undefined) throw new FfiError("cuda: the event was disposed");
+    if (this.#handle === undefined) throw new FfiError("the event was disposed");
     return this.#handle;
   }
 
