@@ -4,17 +4,11 @@
  */
 import assert from "node:assert/strict";
 import fc from "fast-check";
+import { type ColumnMajor, columnMajorGemm, type Gemm } from "../../ffi/column_major_gemm.ts";
 import type { CpuDevice } from "../../ffi/cpu/device.ts";
 import { openCpu } from "../../ffi/cpu/open.ts";
 import type { CudaContext } from "../../ffi/cuda/context.ts";
-import {
-  type ColumnMajor,
-  columnMajorGemm,
-  CublasLt,
-  CublasLtLibrary,
-  type Gemm,
-  HEADER,
-} from "../../ffi/cuda/cublaslt.ts";
+import { CublasLt, CublasLtLibrary, HEADER } from "../../ffi/cuda/cublaslt.ts";
 import type { MatmulPlan } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { FfiError } from "../../ffi/errors.ts";
@@ -377,7 +371,7 @@ Deno.test({
         using descriptors = library.describe(columnMajorGemm(plan)!);
         library.setOperation(
           descriptors.operation,
-          "CUBLASLT_MATMUL_DESC_BIAS_POINTER",
+          HEADER.CUBLASLT_MATMUL_DESC_BIAS_POINTER,
           BigUint64Array.of(0x1000n),
         );
         using _preference = library.preference([256, 16, 2, 2]);
@@ -394,12 +388,16 @@ Deno.test({
       using descriptors = library.describe(columnMajorGemm(float8Plan(change))!);
       for (const side of ["A", "B"] as const) {
         const address = BigUint64Array.of(0x1000n);
-        library.setOperation(descriptors.operation, `CUBLASLT_MATMUL_DESC_${side}_SCALE_POINTER`, address);
+        library.setOperation(
+          descriptors.operation,
+          HEADER[`CUBLASLT_MATMUL_DESC_${side}_SCALE_POINTER`],
+          address,
+        );
       }
     }
     assert.throws(
-      () => library.setOperation(0n, "CUBLASLT_MATMUL_DESC_EPILOGUE", Int32Array.of(1)),
-      /cublasLtMatmulDescSetAttribute failed for CUBLASLT_MATMUL_DESC_EPILOGUE: CUBLAS_STATUS_INVALID_VALUE \(7\)/,
+      () => library.setOperation(0n, HEADER.CUBLASLT_MATMUL_DESC_EPILOGUE, Int32Array.of(1)),
+      /cublasLtMatmulDescSetAttribute failed for attribute 7: CUBLAS_STATUS_INVALID_VALUE \(7\)/,
     );
   },
 });

@@ -38,7 +38,7 @@ import type {
   MemoryPurpose,
   MemoryUse,
 } from "../../ffi/device.ts";
-import { columnMajorGemm } from "../../ffi/cuda/cublaslt.ts";
+import { columnMajorGemm } from "../../ffi/column_major_gemm.ts";
 import { flashAttention3TakesPlan } from "../../ffi/cuda/flash_attn3.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { checkDownload } from "../../ffi/download.ts";
