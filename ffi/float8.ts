@@ -49,3 +49,14 @@ export function float32ToFloat8(source: Float32Array, target: Uint8Array): void 
     target[i] = code | (bits[i] >>> 24 & 0x80);
   }
 }
+
+/**
+ * What a GPU's E4M3 is: the OCP's, or "fnuz" (finite, no negative zero: bias 8, largest 240, its only NaN is 0x80), which
+ * AMD's MI300 (gfx940 to gfx942) has.
+ */
+export type Float8Format = "ocp" | "fnuz";
+
+/** The format of a GPU, by its {@link GpuLimits.architecture}. */
+export function float8FormatOf(architecture: string): Float8Format {
+  return /^gfx94[0-2]$/.test(architecture) ? "fnuz" : "ocp";
+}

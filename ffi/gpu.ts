@@ -38,8 +38,11 @@ export interface Launch {
   readonly shared?: number;
 }
 
-/** A library with attention beside the vendor's own: FlashAttention-3, which takes f8e4m3, too, and gives bf16. */
-export type AttentionLibrary = "fa3";
+/**
+ * A library with attention that takes f8e4m3, too, and gives bf16: FlashAttention-3 on NVIDIA GPUs, beside the vendor's own;
+ * AITER on AMD's, whose bf16 is also what is taken when none is named.
+ */
+export type AttentionLibrary = "fa3" | "aiter";
 
 /**
  * Attention by a library: `softmax(scale * q k^T) v` per head. `q` and `out` are `[batch, queries, heads,
@@ -102,13 +105,15 @@ export interface GpuProfiler extends AsyncDisposable {
 
 /** What a GPU says of itself that launches depend on. */
 export interface GpuLimits {
-  /** What its compiler calls it, e.g. `"sm_90a"`: for kernels with instructions that only some GPUs have. */
+  /** What its compiler calls it, e.g. `"sm_90a"`, `"gfx942"`: for kernels with instructions that only some GPUs have. */
   readonly architecture: string;
   readonly multiprocessors: number;
   /** Threads that run in step: 32 on NVIDIA GPUs, 64 on AMD's compute GPUs. */
   readonly warpSize: number;
   /** Bytes of shared memory that one block can have at most. */
   readonly sharedBytesPerBlock: number;
+  /** False where the library adds no bias to a convolution, so that it is to be added behind it; true when left out. */
+  readonly convAddsBias?: boolean;
 }
 
 export interface GpuDevice extends Device {

@@ -170,7 +170,7 @@ export class BlasLtLibrary<Symbols extends Deno.ForeignLibraryInterface> impleme
    */
   constructor(
     readonly name: string,
-    readonly header: BlasLtHeader,
+    public header: BlasLtHeader,
     own: Symbols,
     options: OpenOptions,
     private readonly statusText: (own: OpenedLibrary<Symbols>["symbols"], status: number) => string,

@@ -165,7 +165,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   /** A loaded kernel with what its vendor tells of its shared memory. */
   protected abstract loaded(handle: bigint, name: string): RuntimeKernel;
   /** Asks for so much dynamic shared memory for a kernel, where its vendor wants to be asked. */
-  protected abstract raiseShared(kernel: RuntimeKernel, bytes: number): void;
+  protected raiseShared(_kernel: RuntimeKernel, _bytes: number): void {}
   /** What its libraries give back when the device is closed, in that order. */
   protected abstract libraries(): readonly (Disposable | undefined)[];
   /** What the libraries add to {@link prepared}. */

@@ -98,8 +98,8 @@ const SYSTEM_FOLDERS: readonly string[] = [
 
 /**
  * Where `sonames` may be, in search order: `FLUX_LIB_PATH` (the user's override, folders between colons),
- * `LD_LIBRARY_PATH`, the loader's default, `/usr/local/cuda*`, the `nvidia/<package>/lib` wheels of every Python in
- * sight (`VIRTUAL_ENV`, `CONDA_PREFIX`, the folders of `PATH`, pyenv, the user's and the system's), system folders.
+ * `LD_LIBRARY_PATH`, the loader's default, `/opt/rocm*`, `/usr/local/cuda*`, the `nvidia/<package>/lib` and
+ * `_rocm_sdk_<package>/lib` wheels of every Python in sight (`VIRTUAL_ENV`, `CONDA_PREFIX`, the folders of `PATH`, pyenv, the user's and the system's), system folders.
  *
  * Pure: it looks at the world through `env` and `listFolder` only. Overrides are always listed, even when they hold
  * nothing, so that an error can name them; discovered folders are listed when they exist.
@@ -129,6 +129,7 @@ export function candidatePaths(
   }
   places.push({ from: "the loader's default path", folder: undefined, paths: [...sonames] });
   if (search === "all") {
+    for (const rocm of matching(listFolder, "/opt", /^rocm/)) add("ROCm", `${rocm}/lib`);
     for (const cuda of matching(listFolder, "/usr/local", /^cuda/)) {
       for (const lib of ["lib64", "extras/CUPTI/lib64"]) add("CUDA toolkit", `${cuda}/${lib}`);
     }
@@ -136,6 +137,9 @@ export function candidatePaths(
     if (conda) add("CONDA_PREFIX", `${conda}/lib`);
     for (const packages of sitePackages(env, listFolder)) {
       for (const wheel of matching(listFolder, `${packages}/nvidia`, /./)) {
+        add("python package", `${wheel}/lib`);
+      }
+      for (const wheel of matching(listFolder, packages, /^_rocm_sdk_/)) {
         add("python package", `${wheel}/lib`);
       }
     }
@@ -270,6 +274,30 @@ export function findInPackages(name: string, paths: readonly string[], hint: str
   return having;
 }
 
+/**
+ * A file within Python's site-packages, or at one of the paths that the user has `named`, which come first. Opens nothing.
+ *
+ * @returns its path, and the folder of packages that it is in. @throws {LibraryNotFoundError} where there is none
+ */
+export function findFileInPackages(
+  name: string,
+  path: string,
+  hint: string,
+  named: readonly { readonly from: string; readonly path: string }[] = [],
+): { readonly path: string; readonly folder: string | undefined } {
+  const places = named.map(({ from, path }): Place => {
+    const end = path.lastIndexOf("/");
+    const there = listFolder(path.slice(0, end))?.includes(path.slice(end + 1));
+    return { from, folder: path.slice(0, end), paths: there ? [path] : [] };
+  });
+  const packages = packagePlaces([path], readEnv, listFolder);
+  const found = places.find(({ paths }) => paths.length > 0);
+  if (found !== undefined) return { path: found.paths[0], folder: undefined };
+  const having = packages.find(({ paths }) => paths.length > 0);
+  if (having === undefined) throw new LibraryNotFoundError(name, [...places, ...packages], [], [path], hint);
+  return { path: having.paths[0], folder: having.folder };
+}
+
 /** The version of a Python package in a folder of packages, as pip has noted it; undefined where nothing says it. */
 export function packageVersion(folder: string, name: string): string | undefined {
   const infos = listFolder(folder)?.filter((entry) => /^[^-]+-.+\.dist-info$/.test(entry)) ?? [];
@@ -300,7 +328,7 @@ function loaderReason(error: unknown): string {
 }
 
 // Queries come first because reading without permission would stop and ask the user at a terminal.
-function readEnv(variable: string): string | undefined {
+export function readEnv(variable: string): string | undefined {
   const allowed = Deno.permissions.querySync({ name: "env", variable }).state === "granted";
   return allowed ? Deno.env.get(variable) : undefined;
 }

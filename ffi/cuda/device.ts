@@ -123,7 +123,7 @@ export class CudaDevice extends RuntimeDevice<Driver> {
     );
   }
 
-  protected raiseShared({ handle }: RuntimeKernel, bytes: number): void {
+  protected override raiseShared({ handle }: RuntimeKernel, bytes: number): void {
     this.driver.funcSetAttribute(handle, HEADER.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes);
   }
 

@@ -1,16 +1,8 @@
 import { DiskCache } from "../cache.ts";
 import { FfiError } from "../errors.ts";
+import type { OpenGpuOptions } from "../gpu_open.ts";
 import { CudaDevice } from "./device.ts";
 import { openDriver } from "./driver.ts";
-
-export interface OpenCudaOptions {
-  /** Folder that keeps compiled kernels from run to run; nothing is kept when left out. */
-  readonly cacheDir?: string;
-  /** Gets a line about a cache that cannot be used. */
-  readonly onWarning?: (message: string) => void;
-  /** Called when ways to do some work were measured, with how many times that was so far. */
-  readonly onMeasured?: (count: number) => void;
-}
 
 /**
  * Opens an NVIDIA GPU as a device. Libraries for matrix products, convolutions and compiling are opened when they are
@@ -19,7 +11,7 @@ export interface OpenCudaOptions {
  * @param index counts the GPUs that `CUDA_VISIBLE_DEVICES` leaves visible.
  * @throws {FfiError} without a driver or a GPU, and for an index that no GPU has (the message lists those there are)
  */
-export function openCuda(index: number, options: OpenCudaOptions = {}): CudaDevice {
+export function openCuda(index: number, options: OpenGpuOptions = {}): CudaDevice {
   const driver = openDriver();
   try {
     const count = driver.deviceGetCount();

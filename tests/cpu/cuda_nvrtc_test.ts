@@ -1,8 +1,9 @@
 /** NVRTC without a GPU: compiling, the cache, and what a mistake in a kernel looks like. */
 import assert from "node:assert/strict";
 import { DiskCache } from "../../ffi/cache.ts";
-import { architecture, cudaIncludeFolders, firstErrors, Nvrtc } from "../../ffi/cuda/nvrtc.ts";
+import { architecture, cudaIncludeFolders, Nvrtc } from "../../ffi/cuda/nvrtc.ts";
 import { FfiError } from "../../ffi/errors.ts";
+import { firstErrors } from "../../ffi/gpu_compiler.ts";
 import { specialize } from "../../kernels/gpu.ts";
 import LAYER_NORM_CU from "../../kernels/layer_norm.cu" with { type: "text" };
 import { inFolder } from "../support/folders.ts";

@@ -1,0 +1,183 @@
+import type { DiskCache } from "../cache.ts";
+import type { ConvPlan, DeviceProperties } from "../device.ts";
+import { FfiError } from "../errors.ts";
+import type { AttentionPlan, GpuProfiler, KernelSource } from "../gpu.ts";
+import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
+import { Aiter, INSTALL_AITER } from "./aiter.ts";
+import type { HipContext } from "./context.ts";
+import { HipblasLt } from "./hipblaslt.ts";
+import { Hiprtc } from "./hiprtc.ts";
+import { Miopen } from "./miopen.ts";
+import { HEADER, type HipRuntime, NEWER_HEADER } from "./runtime.ts";
+import { hipVersion, INSTALL_ROCM } from "./versions.ts";
+
+/** One AMD GPU: HIP's runtime, and AMD's libraries. */
+export class HipDevice extends RuntimeDevice<HipRuntime> {
+  readonly kind = "hip";
+  readonly context: HipContext;
+  #hiprtc: Hiprtc | undefined;
+  #hipblasLt: HipblasLt | undefined;
+  #miopen: Miopen | undefined;
+  readonly #aiter: Aiter;
+  #warned = false;
+
+  /**
+   * Takes the GPU with this index; the device owns the runtime from here on.
+   *
+   * @param cache keeps compiled kernels from run to run. @param onWarning gets a line where AITER is missing.
+   * @throws {FfiError} for a GPU that cannot be used
+   */
+  constructor(
+    runtime: HipRuntime,
+    index: number,
+    cache?: DiskCache,
+    onMeasured: (count: number) => void = () => {},
+    private readonly onWarning: (message: string) => void = () => {},
+  ) {
+    const hardware = takeGpu(runtime, index);
+    super(runtime, hardware, cache, onMeasured);
+    const { architecture, multiprocessors } = this.limits;
+    this.context = { ...this.baseContext(), architecture, multiprocessors };
+    this.#aiter = new Aiter(this.context, hardware.launchMarkers);
+  }
+
+  /** Opens the libraries that it names, to ask for their versions. */
+  properties(): DeviceProperties {
+    this.checkOpen();
+    const compiler = this.#hiprtc === undefined && this.hasPrepared
+      ? "an earlier process"
+      : versionOr(() => `hipRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
+    const { gpuName, totalBytes, driverVersion } = this.hardware;
+    return {
+      description: `${gpuName}, ${gibibytes(totalBytes)}, ${this.limits.architecture}`,
+      providers: {
+        matmul: versionOr(() => `hipBLASLt ${this.matmuls.version}`),
+        convolution: versionOr(() => `MIOpen ${this.#convolutions.version}`),
+        attention: this.#aiter.isInstalled()
+          ? `AITER ${this.#aiter.version ?? "of unknown version"}`
+          : `our own kernel; AITER is faster: ${INSTALL_AITER}`,
+        other: `HIP kernels, compiled by ${compiler}`,
+        driver: `HIP ${driverVersion}, ${this.driver.path}`,
+      },
+      nativeBfloat16: true,
+    };
+  }
+
+  /** Opens the libraries that it names. */
+  environment(): Readonly<Record<string, string>> {
+    this.checkOpen();
+    return {
+      GPU: this.hardware.gpuName,
+      architecture: this.limits.architecture,
+      multiprocessors: String(this.limits.multiprocessors),
+      HIP: this.hardware.driverVersion,
+      hipBLASLt: versionOr(() => this.matmuls.version),
+      MIOpen: versionOr(() => this.#convolutions.version),
+    };
+  }
+
+  conv(plan: ConvPlan): void {
+    this.checkOpen();
+    this.#convolutions.conv(plan);
+  }
+
+  /** By AITER, where it is installed; the first time that it would be good for and is not, that is a warning. */
+  attention(plan: AttentionPlan): boolean {
+    this.checkOpen();
+    if (plan.library === "aiter") return this.#aiter.attention(plan);
+    if (plan.library !== undefined) return false; // another vendor's
+    if (this.#aiter.isInstalled()) return this.#aiter.attention(plan);
+    if (!this.#warned && plan.q.dtype === "bf16" && plan.q.shape[3] === 128) {
+      this.#warned = true;
+      this.onWarning(`attention is computed by our own kernel; AITER's is faster: ${INSTALL_AITER}`);
+    }
+    return false;
+  }
+
+  openProfiler(): Promise<GpuProfiler> {
+    return Promise.reject(
+      new FfiError(`${this.name}: kernels in traces are for NVIDIA GPUs so far`, {
+        hint: "rocprofv3 --kernel-trace -- deno task generate ... shows them; leave out --trace-file",
+      }),
+    );
+  }
+
+  protected get matmuls(): HipblasLt {
+    return this.#hipblasLt ??= new HipblasLt(this.context);
+  }
+
+  protected compile(source: KernelSource): Uint8Array<ArrayBuffer> {
+    return this.#compiler.compile(source, this.limits.architecture, this.cache);
+  }
+
+  /** All shared memory may be dynamic, without asking. */
+  protected loaded(handle: bigint, name: string): RuntimeKernel {
+    const declared = this.driver.funcGetAttribute(HEADER.HIP_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle);
+    return new RuntimeKernel(this, name, handle, declared, this.limits.sharedBytesPerBlock - declared);
+  }
+
+  protected libraries(): readonly (Disposable | undefined)[] {
+    return [this.#aiter, this.#miopen, this.#hipblasLt, this.#hiprtc];
+  }
+
+  get #compiler(): Hiprtc {
+    return this.#hiprtc ??= new Hiprtc();
+  }
+
+  get #convolutions(): Miopen {
+    return this.#miopen ??= new Miopen(this.context);
+  }
+}
+
+/** Asks for all that the device has to know of a GPU, and makes it current. */
+function takeGpu(runtime: HipRuntime, index: number): Hardware {
+  const attribute = (which: number) => runtime.deviceGetAttribute(which, index);
+  const gpuName = runtime.deviceGetName(index);
+  // Older versions know no such attribute.
+  const version = runtime.runtimeGetVersion();
+  const mapsMemory = version >= 60_100_000 &&
+    attribute(NEWER_HEADER.hipDeviceAttributeVirtualMemoryManagementSupported) === 1;
+  if (!mapsMemory) {
+    throw new FfiError(
+      `hip:${index}: ${gpuName} has no virtual memory management under HIP ${hipVersion(version)}`,
+      {
+        hint: INSTALL_ROCM,
+      },
+    );
+  }
+  const hardware = {
+    kind: "hip",
+    index,
+    gpuName,
+    driverVersion: hipVersion(version),
+    totalBytes: runtime.deviceTotalMem(index),
+    limits: {
+      // Without the features behind it: code for the plain name runs with all of them.
+      architecture: runtime.deviceArchitecture(index).split(":")[0],
+      multiprocessors: attribute(HEADER.hipDeviceAttributeMultiprocessorCount),
+      warpSize: attribute(HEADER.hipDeviceAttributeWarpSize),
+      sharedBytesPerBlock: attribute(HEADER.hipDeviceAttributeMaxSharedMemoryPerBlock),
+      convAddsBias: false,
+    },
+    mostThreads: attribute(HEADER.hipDeviceAttributeMaxThreadsPerBlock),
+    mostGrid: [
+      attribute(HEADER.hipDeviceAttributeMaxGridDimX),
+      attribute(HEADER.hipDeviceAttributeMaxGridDimY),
+      attribute(HEADER.hipDeviceAttributeMaxGridDimZ),
+    ],
+    mostBlock: [
+      attribute(HEADER.hipDeviceAttributeMaxBlockDimX),
+      attribute(HEADER.hipDeviceAttributeMaxBlockDimY),
+      attribute(HEADER.hipDeviceAttributeMaxBlockDimZ),
+    ],
+    launchMarkers: [
+      HEADER["(long)HIP_LAUNCH_PARAM_BUFFER_POINTER"],
+      HEADER["(long)HIP_LAUNCH_PARAM_BUFFER_SIZE"],
+      HEADER["(long)HIP_LAUNCH_PARAM_END"],
+    ],
+    tool: "rocm-smi",
+    code: "code object",
+  } as const;
+  runtime.useDevice(index);
+  return hardware;
+}
