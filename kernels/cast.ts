@@ -13,7 +13,7 @@ const TARGETS: readonly DType[] = ["f32", "bf16", "f16", "f8e4m3"];
 
 /**
  * The same values in another dtype, rounded to nearest, ties to even; in E4M3, which has no infinities, what is larger
- * than 448 becomes 448. The tensor itself where it has the dtype.
+ * than the largest (448, or 240 on GPUs whose E4M3 ends there) becomes that. The tensor itself where it has the dtype.
  *
  * @param memory where the result is stored; allocated as an activation when left out.
  * @returns a dense tensor. @throws ShapeError for a target that no kernel writes.

@@ -1,4 +1,4 @@
-// Types and helpers that all kernels share. Three compilers read this file: NVRTC, hipRTC and, for tests on machines
+// Types and helpers that all kernels share; float8.cuh has 8-bit floats. Three compilers read this file: NVRTC, hipRTC and, for tests on machines
 // without a GPU, g++ with the emulation of tests/support. So it includes nothing and uses no vendor header.
 //
 // A launch fills in what a file leaves open: its text follows this one, behind lines such as `using T = bf16;` and
@@ -8,7 +8,7 @@
 // Vec<T, N> is N of T moved by one load or store, 16 bytes where sizes allow: the unit of memory-bound kernels.
 
 #ifndef FLUX_EMULATED
-#ifdef __HIP_PLATFORM_AMD__
+#ifdef __AMDGCN__
 #define WARP 64
 #else
 #define WARP 32
@@ -17,8 +17,6 @@
 
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
-struct f8e4m3 { unsigned char bits; };
-struct f8e5m2 { unsigned char bits; };
 
 // -- conversions -------------------------------------------------------------------------------------------------
 
@@ -33,19 +31,6 @@ __device__ __forceinline__ float toFloat(f16 x) {
   float value = magnitude >= 0x7c00u ? __uint_as_float(0x7f800000u | (magnitude & 0x3ffu) << 13)
                                      : __uint_as_float(magnitude << 13) * 5.192296858534828e33f;  // 2^112
   return __uint_as_float(__float_as_uint(value) | (unsigned)(x.bits & 0x8000u) << 16);
-}
-
-// E4M3 (OCP): bias 7, no infinities, NaN is all ones. E5M2 is the upper byte of f16.
-__device__ __forceinline__ float toFloat(f8e4m3 x) {
-  unsigned magnitude = x.bits & 0x7fu;
-  float value = magnitude == 0x7fu ? __uint_as_float(0x7fc00000u)
-                                   : __uint_as_float(magnitude << 20) * 1.329227995784916e36f;  // 2^120
-  return __uint_as_float(__float_as_uint(value) | (unsigned)(x.bits & 0x80u) << 24);
-}
-__device__ __forceinline__ float toFloat(f8e5m2 x) {
-  f16 half;
-  half.bits = (unsigned short)(x.bits << 8);
-  return toFloat(half);
 }
 
 template <typename T> __device__ __forceinline__ T fromFloat(float x);
@@ -79,52 +64,7 @@ template <> __device__ __forceinline__ f16 fromFloat<f16>(float x) {
   return y;
 }
 template <> __device__ __forceinline__ unsigned char fromFloat<unsigned char>(float x) { return (unsigned char)x; }
-// E4M3 has no infinity: what is larger than 448 becomes 448. NaN loses its sign.
-template <> __device__ __forceinline__ f8e4m3 fromFloat<f8e4m3>(float x) {
-  f8e4m3 y;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  unsigned short pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
-  y.bits = (unsigned char)pair;
-#else
-  unsigned raw = __float_as_uint(x), magnitude = raw & 0x7fffffffu, sign = raw >> 24 & 0x80u;
-  unsigned code;
-  if (magnitude > 0x7f800000u) code = 0x7fu, sign = 0;
-  else if (magnitude >= 0x43e00000u) code = 0x7eu;
-  else if (magnitude < 0x3c800000u) {
-    // Below 2^-6 the steps of E4M3 are those of f32 between 2^14 and 2^15: the addition rounds.
-    code = __float_as_uint(__uint_as_float(magnitude) + 16384.0f) - 0x46800000u;
-  } else code = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-  y.bits = (unsigned char)(code | sign);
-#endif
-  return y;
-}
-// Two at a time, as NVIDIA's instruction has them; the first one lies at the lower address.
-__device__ __forceinline__ unsigned short toFloat8Pair(float first, float second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  unsigned short pair;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
-  return pair;
-#else
-  return (unsigned short)(fromFloat<f8e4m3>(first).bits | fromFloat<f8e4m3>(second).bits << 8);
-#endif
-}
-// Four: a word, which compilers otherwise put together byte by byte.
-__device__ __forceinline__ unsigned toFloat8Quad(float first, float second, float third, float fourth) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  unsigned quad;
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n"
-      "}"
-      : "=r"(quad) : "f"(first), "f"(second), "f"(third), "f"(fourth));
-  return quad;
-#else
-  return toFloat8Pair(first, second) | (unsigned)toFloat8Pair(third, fourth) << 16;
-#endif
-}
+#include "float8.cuh"
 
 // -- several elements at a time ----------------------------------------------------------------------------------
 
@@ -258,7 +198,7 @@ __device__ __forceinline__ long long rowStart(unsigned row, unsigned inner, long
 // -- sums over threads -------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float shuffleXor(float x, int mask) {
-#ifdef __HIP_PLATFORM_AMD__
+#ifdef __AMDGCN__
   return __shfl_xor(x, mask);
 #else
   return __shfl_xor_sync(0xffffffffu, x, mask);
@@ -399,8 +339,7 @@ __device__ __forceinline__ void modulateRow(Vec<T, N> (&held)[VECTORS], const Ro
 
 // -- 8-bit floats with scales ------------------------------------------------------------------------------------
 
-// value = x * (1 / scale), rounded to E4M3, with scale = largest |x| / 448, so that the largest is 448.
-constexpr float FLOAT8_LARGEST = 448.0f;
+// value = x * (1 / scale), rounded to E4M3, with scale = largest |x| / FLOAT8_LARGEST, so that the largest is that.
 // As the smallest largest value: rows of zeros have a scale too.
 constexpr float FLOAT8_SMALLEST = 1e-12f;
 

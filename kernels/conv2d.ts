@@ -1,4 +1,5 @@
 import { Tensor } from "../ffi/tensor.ts";
+import { addBias, convAddsBias } from "./add_bias.ts";
 import { expect, expectShape } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import { isChannelsLast, NCHW, NHWC } from "./layout.ts";
@@ -46,7 +47,12 @@ export function conv2d(x: Tensor, weight: Tensor, bias?: Tensor, options: Conv2d
     : Tensor.empty(device, [batch, channels, outHeight, outWidth], x.dtype);
   device.scope(() => {
     const source = channelsLast ? contiguous(x.permute(NHWC)).permute(NCHW) : contiguous(x);
-    device.conv({ x: source, weight, bias, out, stride, padding });
+    if (bias === undefined || convAddsBias(device)) {
+      device.conv({ x: source, weight, bias, out, stride, padding });
+    } else {
+      device.conv({ x: source, weight, out, stride, padding });
+      addBias(out, bias);
+    }
   });
   return out;
 }

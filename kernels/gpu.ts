@@ -9,7 +9,8 @@ import {
   type KernelSource,
 } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
-import COMMON from "./common.cuh" with { type: "text" };
+import COMMON_CUH from "./common.cuh" with { type: "text" };
+import FLOAT8_CUH from "./float8.cuh" with { type: "text" };
 
 /** The names of dtypes in common.cuh. */
 const C_TYPES: Partial<Record<DType, string>> = {
@@ -21,6 +22,12 @@ const C_TYPES: Partial<Record<DType, string>> = {
   i32: "int",
   u8: "unsigned char",
 };
+
+/** common.cuh with what it takes in itself. */
+const COMMON = withInclude(COMMON_CUH, "common.cuh", '#include "float8.cuh"', [
+  '#line 1 "float8.cuh"',
+  FLOAT8_CUH,
+]);
 
 /** Where a .cu file takes in common.cuh, and, behind it, the types and constants that a launch chooses. */
 const INCLUDE = '#include "common.cuh"';
@@ -79,9 +86,13 @@ export function specialize(
     lines.push(`using ${name} = ${known};`);
   }
   for (const [name, value] of Object.entries(constants)) lines.push(`constexpr int ${name} = ${value};`);
-  const includeAt = source.text.split(INCLUDE, 1)[0].split("\n").length;
-  lines.push(`#line ${includeAt + 1} "${source.name}"`);
-  return { name: source.name, text: source.text.replace(INCLUDE, () => lines.join("\n")) };
+  return { name: source.name, text: withInclude(source.text, source.name, INCLUDE, lines) };
+}
+
+/** A file's text with `lines` in the place of an include line, and its own lines numbered as before. */
+function withInclude(text: string, name: string, include: string, lines: readonly string[]): string {
+  const includeAt = text.split(include, 1)[0].split("\n").length;
+  return text.replace(include, () => [...lines, `#line ${includeAt + 1} "${name}"`].join("\n"));
 }
 
 /**

@@ -1,6 +1,6 @@
 import { viewOf } from "../ffi/cpu/device.ts";
 import type { DType } from "../ffi/dtype.ts";
-import { float32ToFloat8 } from "../ffi/float8.ts";
+import { float32ToFloat8, FLOAT8_LARGEST, type Float8Format } from "../ffi/float8.ts";
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect } from "./check.ts";
@@ -13,14 +13,12 @@ import QUANTIZE_FLOAT8_CU from "./quantize_float8.cu" with { type: "text" };
 import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "quantize_float8.cu", text: QUANTIZE_FLOAT8_CU };
-/** E4M3's largest value. */
-const LARGEST = 448;
 /** As the smallest largest value: rows of zeros have a scale too. */
 const SMALLEST = Math.fround(1e-12);
 const BLOCK = 256;
 
 /**
- * Casts to E4M3 with a scale for each row: its largest absolute value / 448. A value is multiplied by the reciprocal of
+ * Casts to E4M3 with a scale for each row: its largest absolute value / 448 (240 where the GPU's E4M3 ends there). A value is multiplied by the reciprocal of
  * its scale and rounded to nearest, ties to even. A NaN stays one and counts for no scale; an infinity makes its row NaN
  * when it is multiplied by the scale again.
  *
@@ -109,21 +107,22 @@ function onCpu({ values, scales }: Float8Tensor, x: Tensor, k: number): void {
   );
 }
 
-/** `x` in groups of `k` that share a scale: rows, or all of it. `values` are E4M3's codes. */
+/** `x` in groups of `k` that share a scale: rows, or all of it. `values` are E4M3's codes in `format`. */
 export function quantizeReference(
   values: Uint8Array,
   scales: Float32Array,
   x: Float32Array,
   k: number,
+  format: Float8Format = "ocp",
 ): void {
   const scaled = new Float32Array(k);
   for (const group of scales.keys()) {
     const start = group * k;
     let largest = 0;
     for (let i = start; i < start + k; i++) if (Math.abs(x[i]) > largest) largest = Math.abs(x[i]);
-    scales[group] = Math.max(largest, SMALLEST) / LARGEST;
+    scales[group] = Math.max(largest, SMALLEST) / FLOAT8_LARGEST[format];
     const factor = Math.fround(1 / scales[group]);
     for (let i = 0; i < k; i++) scaled[i] = x[start + i] * factor;
-    float32ToFloat8(scaled, values.subarray(start, start + k));
+    float32ToFloat8(scaled, values.subarray(start, start + k), format);
   }
 }

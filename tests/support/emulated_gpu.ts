@@ -40,6 +40,8 @@ import type {
 } from "../../ffi/device.ts";
 import { columnMajorGemm } from "../../ffi/column_major_gemm.ts";
 import { flashAttention3TakesPlan } from "../../ffi/cuda/flash_attn3.ts";
+import { aiterTakesPlan } from "../../ffi/hip/aiter.ts";
+import { type Float8Format, float8FormatOf } from "../../ffi/float8.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { checkDownload } from "../../ffi/download.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
@@ -64,6 +66,8 @@ import { Tensor } from "../../ffi/tensor.ts";
 
 /** What tests choose. */
 export interface EmulatedGpuOptions {
+  /** Whose it is: NVIDIA's when left out. AMD's have 64 threads in step, and gfx942 another E4M3. */
+  readonly architecture?: "emulated" | "gfx942" | "gfx950";
   /**
    * Whether {@link GpuDevice.attention} computes by the vendor's library; by default it returns false, as without one that
    * can. FlashAttention-3 is always there.
@@ -113,15 +117,35 @@ interface EmulatedKernel extends GpuKernel {
   readonly staticSharedBytes: number;
 }
 
-class EmulatedGpu implements GpuDevice {
-  readonly kind = "cuda";
-  readonly name = "cuda:emulated";
-  readonly limits: GpuLimits = {
+/** What such GPUs say of themselves. */
+const LIMITS: Readonly<Record<Architecture, GpuLimits>> = {
+  emulated: {
     architecture: "emulated",
     multiprocessors: 132,
     warpSize: 32,
     sharedBytesPerBlock: 227 * 1024,
-  };
+  },
+  gfx942: {
+    architecture: "gfx942",
+    multiprocessors: 304,
+    warpSize: 64,
+    sharedBytesPerBlock: 64 * 1024,
+    convAddsBias: false,
+  },
+  gfx950: {
+    architecture: "gfx950",
+    multiprocessors: 256,
+    warpSize: 64,
+    sharedBytesPerBlock: 160 * 1024,
+    convAddsBias: false,
+  },
+};
+type Architecture = NonNullable<EmulatedGpuOptions["architecture"]>;
+
+class EmulatedGpu implements GpuDevice {
+  readonly kind: GpuDevice["kind"];
+  readonly name: string;
+  readonly limits: GpuLimits;
   readonly #runtime: OpenedLibrary<typeof RUNTIME>;
   readonly #kernels = new Map<string, EmulatedKernel>();
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
@@ -140,7 +164,11 @@ class EmulatedGpu implements GpuDevice {
   constructor(private readonly options: EmulatedGpuOptions) {
     const missing = missingCompiler();
     if (missing !== undefined) throw new FfiError(`emulated GPU: ${missing}`, { hint: "install g++" });
-    this.#runtime = open(runtimeLibrary(), RUNTIME);
+    const { architecture = "emulated" } = options;
+    this.limits = LIMITS[architecture];
+    this.kind = architecture === "emulated" ? "cuda" : "hip";
+    this.name = architecture === "emulated" ? "cuda:emulated" : `hip:${architecture} emulated`;
+    this.#runtime = open(runtimeLibrary(architecture), RUNTIME);
   }
 
   properties(): DeviceProperties {
@@ -275,6 +303,9 @@ class EmulatedGpu implements GpuDevice {
     }
     requireShape("conv", "weight", weight, [filters, channels, rows, columns]);
     if (bias !== undefined) requireShape("conv", "bias", bias, [filters]);
+    if (bias !== undefined && this.limits.convAddsBias === false) {
+      throw new FfiError(`${this.name}: conv: there is no bias here`);
+    }
     for (const other of [weight, out, bias ?? x]) {
       if (other.dtype !== x.dtype) {
         throw new FfiError(`${this.name}: conv: x is ${x}, another tensor ${other}`);
@@ -295,7 +326,9 @@ class EmulatedGpu implements GpuDevice {
 
   attention(plan: AttentionPlan): boolean {
     const { library, q, k, v, out, scale } = plan;
-    if (library === "fa3" ? !flashAttention3TakesPlan(plan) : !this.options.attention) return false;
+    if (library === "fa3" && !(this.kind === "cuda" && flashAttention3TakesPlan(plan))) return false;
+    if (library === "aiter" && !(this.kind === "hip" && aiterTakesPlan(plan))) return false;
+    if (library === undefined && !this.options.attention) return false;
     const [batch, , heads, dim] = q.shape;
     requireShape("attention", "k", k, [batch, k.shape[1], heads, dim]);
     requireShape("attention", "v", v, k.shape);
@@ -315,7 +348,7 @@ class EmulatedGpu implements GpuDevice {
 
   kernel(source: KernelSource, entry: string): GpuKernel {
     this.#requireOpen();
-    const path = compiledKernel(source, entry);
+    const path = compiledKernel(source, entry, this.options.architecture ?? "emulated");
     let kernel = this.#kernels.get(path);
     if (kernel === undefined) {
       const library = open(path, KERNEL);
@@ -471,7 +504,8 @@ class EmulatedGpu implements GpuDevice {
     call: (views: readonly BigInt64Array<ArrayBuffer>[]) => void,
   ): void {
     const name = `${this.name}: ${what}`;
-    const views = tensors.map((tensor) => viewOf(name, tensor));
+    const format = float8FormatOf(this.limits.architecture);
+    const views = tensors.map((tensor) => viewOf(name, tensor, format));
     this.#run(name, tensors.filter((tensor) => tensor !== undefined), {}, () => call(views));
   }
 
@@ -559,13 +593,13 @@ function addressOf(buffer: ArrayBufferView<ArrayBuffer>): bigint {
 const DTYPES: readonly DType[] = ["f32", "bf16", "f16", "f8e4m3"];
 
 /** A tensor as simt_runtime.cpp's View: address, type, four sizes, four strides. */
-function viewOf(what: string, tensor: Tensor | undefined): BigInt64Array<ArrayBuffer> {
+function viewOf(what: string, tensor: Tensor | undefined, float8: Float8Format): BigInt64Array<ArrayBuffer> {
   const view = new BigInt64Array(10);
   if (tensor === undefined) return view;
   const type = DTYPES.indexOf(tensor.dtype);
   if (type < 0) throw new FfiError(`${what}: no library takes ${tensor}`);
   view[0] = tensor.pointer;
-  view[1] = BigInt(type);
+  view[1] = BigInt(type + Number(tensor.dtype === "f8e4m3" && float8 === "fnuz"));
   view.set(tensor.shape.map(BigInt), 2);
   view.set(tensor.strides.map(BigInt), 6);
   return view;
@@ -700,18 +734,28 @@ function supportFile(name: string): string {
   return fileURLToPath(new URL(name, import.meta.url));
 }
 
-function runtimeLibrary(): string {
-  const path = join(buildFolder(), "runtime.so");
+/** What kernels and the runtime are compiled with for an architecture. */
+const DEFINES: Readonly<Record<Architecture, readonly string[]>> = {
+  emulated: [],
+  gfx942: ["-DSIMT_HIP", "-DFLOAT8_FNUZ=1"],
+  gfx950: ["-DSIMT_HIP"],
+};
+
+function runtimeLibrary(architecture: Architecture): string {
+  const wide = architecture !== "emulated";
+  const path = join(buildFolder(), wide ? "runtime_hip.so" : "runtime.so");
   if (!exists(path)) {
-    compile("simt_runtime.cpp", ["-O3", "-march=native", supportFile("simt_runtime.cpp"), "-o", path]);
+    const defines = wide ? ["-DSIMT_HIP"] : [];
+    const source = supportFile("simt_runtime.cpp");
+    compile("simt_runtime.cpp", ["-O3", "-march=native", ...defines, source, "-o", path]);
   }
   return path;
 }
 
 /** Path of a kernel's library; compiled once a process. */
-function compiledKernel({ name, text }: KernelSource, entry: string): string {
+function compiledKernel({ name, text }: KernelSource, entry: string, architecture: Architecture): string {
   if (!/^\w+$/.test(entry)) throw new FfiError(`${name}: ${JSON.stringify(entry)} is no name of a kernel`);
-  const hash = createHash("sha256").update(`${entry}\n${text}`).digest("hex").slice(0, 32);
+  const hash = createHash("sha256").update(`${architecture}\n${entry}\n${text}`).digest("hex").slice(0, 32);
   const path = join(buildFolder(), `${hash}.so`);
   if (exists(path)) return path;
   const source = join(buildFolder(), `${hash}.cpp`);
@@ -725,7 +769,14 @@ function compiledKernel({ name, text }: KernelSource, entry: string): string {
     `#include ${JSON.stringify(supportFile("simt.hpp"))}\n` +
       `namespace {\n#line 1 ${JSON.stringify(name)}\n${body}\n}\nSIMT_EXPORT(${entry})\n`,
   );
-  compile(`${name}:${entry}`, [...KERNEL_FLAGS, source, runtimeLibrary(), "-o", path]);
+  compile(`${name}:${entry}`, [
+    ...KERNEL_FLAGS,
+    ...DEFINES[architecture],
+    source,
+    runtimeLibrary(architecture),
+    "-o",
+    path,
+  ]);
   return path;
 }
 

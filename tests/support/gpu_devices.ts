@@ -7,10 +7,12 @@ import { ownDevice, type TestDevice, testOn } from "./test_device.ts";
 
 /**
  * The GPU of this process's tests: in tests/gpu the real one, which all tests of a file share, since opening it takes
- * long; elsewhere an emulated one for each test.
+ * long; elsewhere an emulated one for each test, in files named hip_... one of AMD's.
  */
 export const TEST_GPU: TestDevice<GpuDevice> = Deno.mainModule.includes("/tests/gpu/")
   ? await realGpu()
+  : Deno.mainModule.includes("/tests/cpu/hip_")
+  ? ownDevice("emulated AMD GPU", () => openEmulatedGpu({ architecture: "gfx950" }), missingCompiler())
   : ownDevice("emulated GPU", openEmulatedGpu, missingCompiler());
 
 /** Defines a test `<op>: <title> (<GPU>)`; skipped, with a word, where there is no such GPU. */

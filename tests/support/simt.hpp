@@ -4,7 +4,16 @@
 #pragma once
 
 #define FLUX_EMULATED 1
+// Lanes of a warp, as many bits of a mask: 64 on an AMD GPU, which `SIMT_HIP` says this is.
+#ifdef SIMT_HIP
+#define __AMDGCN__ 1
+#define WARP 64
+typedef unsigned long long SimtMask;
+#else
 #define WARP 32
+typedef unsigned SimtMask;
+#endif
+const SimtMask SIMT_ALL = ~(SimtMask)0;
 
 #define __global__
 #define __device__
@@ -62,9 +71,9 @@ struct SimtFault {
 void simtRun(const SimtLaunch*, SimtFault*, void (*kernel)(void** arguments), char* shared, char* sharedEnd);
 
 void simtSyncThreads();
-// Waits for the other lanes of `mask` and hands out what each brought: 32 values, of which `*present` says who came.
+// Waits for the other lanes of `mask` and hands out what each brought: a warp's values, of which `*present` says who came.
 // Lanes that meet must ask for the same `operation`.
-const unsigned long long* simtExchange(unsigned mask, int operation, unsigned long long value, unsigned* present);
+const unsigned long long* simtExchange(SimtMask mask, int operation, unsigned long long value, SimtMask* present);
 int simtLane();
 extern char simtDynamicShared[];
 }
@@ -73,49 +82,89 @@ extern char simtDynamicShared[];
 // -- barriers, shuffles and votes --------------------------------------------------------------------------------
 
 inline void __syncthreads() { simtSyncThreads(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  unsigned present;
+inline void __syncwarp(SimtMask mask = SIMT_ALL) {
+  SimtMask present;
   simtExchange(mask, 1, 0, &present);
 }
 
 // A lane that did not come gives all ones (NaN), what a GPU leaves undefined.
-template <typename T> T simtShuffle(unsigned mask, int operation, T value, int lane) {
+template <typename T> T simtShuffle(SimtMask mask, int operation, T value, int lane) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
   unsigned long long bits = 0;
   __builtin_memcpy(&bits, &value, sizeof(T));
-  unsigned present;
+  SimtMask present;
   const unsigned long long* values = simtExchange(mask, operation, bits, &present);
   unsigned long long got = present >> lane & 1 ? values[lane] : ~0ull;
   __builtin_memcpy(&value, &got, sizeof(T));
   return value;
 }
 // Lanes talk within segments of `width`; one that points outside of its segment gets its own value back.
-template <typename T> T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
+template <typename T> T __shfl_sync(SimtMask mask, T value, int lane, int width = WARP) {
   return simtShuffle(mask, 2, value, (simtLane() & ~(width - 1)) | (lane & (width - 1)));
 }
-template <typename T> T __shfl_xor_sync(unsigned mask, T value, int laneMask, int width = 32) {
+template <typename T> T __shfl_xor_sync(SimtMask mask, T value, int laneMask, int width = WARP) {
   int self = simtLane(), other = self ^ laneMask;
   return simtShuffle(mask, 3, value, other < (self & ~(width - 1)) + width ? other : self);
 }
-template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+template <typename T> T __shfl_down_sync(SimtMask mask, T value, unsigned delta, int width = WARP) {
   int self = simtLane();
   return simtShuffle(mask, 4, value, (self & (width - 1)) + (int)delta < width ? self + (int)delta : self);
 }
-template <typename T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+template <typename T> T __shfl_up_sync(SimtMask mask, T value, unsigned delta, int width = WARP) {
   int self = simtLane();
   return simtShuffle(mask, 5, value, (self & (width - 1)) >= (int)delta ? self - (int)delta : self);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  unsigned present, ballot = 0;
+inline SimtMask __ballot_sync(SimtMask mask, int predicate) {
+  SimtMask present, ballot = 0;
   const unsigned long long* values = simtExchange(mask, 6, predicate != 0, &present);
-  for (int lane = 0; lane < 32; lane++) {
-    if (present >> lane & 1 && values[lane]) ballot |= 1u << lane;
+  for (int lane = 0; lane < WARP; lane++) {
+    if (present >> lane & 1 && values[lane]) ballot |= (SimtMask)1 << lane;
   }
   return ballot;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline int __any_sync(SimtMask mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(SimtMask mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+#ifdef SIMT_HIP
+// HIP's shuffles and votes are of all lanes.
+template <typename T> T __shfl(T value, int lane, int width = WARP) { return __shfl_sync(SIMT_ALL, value, lane, width); }
+template <typename T> T __shfl_xor(T value, int mask, int width = WARP) {
+  return __shfl_xor_sync(SIMT_ALL, value, mask, width);
+}
+
+// The matrix unit's product of a 32 x 8 and an 8 x 32 matrix of bfloat16, added to 32 x 32 floats. Lane l brings row l % 32
+// of a and column l % 32 of b, each from 4 * (l / 32) on; it has column l % 32 of the sums, rows 8 * (i / 4) +
+// 4 * (l / 32) + i % 4.
+typedef short SimtFrag __attribute__((vector_size(8)));
+typedef float SimtSums __attribute__((vector_size(64)));
+inline SimtSums __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(SimtFrag a, SimtFrag b, SimtSums sums, int, int, int) {
+  unsigned long long bits;
+  unsigned short rows[64][4], column[2][4];
+  SimtMask present;
+  __builtin_memcpy(&bits, &a, 8);
+  const unsigned long long* values = simtExchange(SIMT_ALL, 7, bits, &present);
+  if (present == SIMT_ALL) __builtin_memcpy(rows, values, sizeof(rows));
+  else __builtin_memset(rows, 0xff, sizeof(rows));  // NaN
+  __builtin_memcpy(&bits, &b, 8);
+  values = simtExchange(SIMT_ALL, 8, bits, &present);
+  const int lane = simtLane();
+  for (int half = 0; half < 2; half++) __builtin_memcpy(column[half], &values[lane % 32 + 32 * half], 8);
+  auto widen = [](unsigned short x) {
+    unsigned word = (unsigned)x << 16;
+    float value;
+    __builtin_memcpy(&value, &word, 4);
+    return value;
+  };
+  for (int i = 0; i < 16; i++) {
+    const int row = 8 * (i / 4) + 4 * (lane / 32) + i % 4;
+    float sum = sums[i];
+    for (int k = 0; k < 8; k++) sum += widen(rows[row + 32 * (k / 4)][k % 4]) * widen(column[k / 4][k % 4]);
+    sums[i] = sum;
+  }
+  return sums;
+}
+#endif
 
 // -- memory ------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
-const int warpSize = 32;
-// What a block may have at most on an H100, and a zone behind it that must stay untouched.
+const int warpSize = WARP;
+// What a block may have at most on an H100 (AMD's have less), and a zone behind it that must stay untouched.
 static const int SHARED_LIMIT = 227 << 10, SHARED_GUARD = 4096;
 alignas(1024) char simtDynamicShared[SHARED_LIMIT + SHARED_GUARD];
 
@@ -23,7 +23,7 @@ namespace {
 
 enum Fault { NONE, PARTIAL_BARRIER, PARTIAL_EXCHANGE, OVERFLOW, MEMORY, UNDEFINED };
 enum State { RUNNING, AT_BARRIER, AT_EXCHANGE, IDLE };
-const int MOST_THREADS = 1024, LANES = 32, STACK = 128 << 10;
+const int MOST_THREADS = 1024, LANES = WARP, STACK = 128 << 10;
 
 struct Fiber {
   char* stack;
@@ -31,14 +31,14 @@ struct Fiber {
   bool started;
   State state;
   int thread;
-  unsigned mask;
+  SimtMask mask;
   int operation;
 };
 
 struct Warp {
   unsigned long long brought[LANES];
   unsigned long long values[LANES];
-  unsigned present[LANES];
+  SimtMask present[LANES];
 };
 
 Fiber fibers[MOST_THREADS];
@@ -112,12 +112,12 @@ bool releaseExchanges(int first) {
   for (int leader = 0; leader < lanes; leader++) {
     Fiber* head = fiberOf[first + leader];
     if (!head || head->state != AT_EXCHANGE) continue;
-    unsigned present = 0;
+    SimtMask present = 0;
     bool complete = head->mask >> leader & 1;
     for (int lane = 0; lane < lanes && complete; lane++) {
       Fiber* fiber = fiberOf[first + lane];
       if (!(head->mask >> lane & 1) || !fiber) continue;
-      present |= 1u << lane;
+      present |= (SimtMask)1 << lane;
       complete = fiber->state == AT_EXCHANGE && fiber->mask == head->mask &&
                  fiber->operation == head->operation;
     }
@@ -206,8 +206,8 @@ void simtSyncThreads() { wait(AT_BARRIER); }
 
 int simtLane() { return current->thread % LANES; }
 
-const unsigned long long* simtExchange(unsigned mask, int operation, unsigned long long value,
-                                       unsigned* present) {
+const unsigned long long* simtExchange(SimtMask mask, int operation, unsigned long long value,
+                                       SimtMask* present) {
   Fiber* self = current;
   Warp& warp = warps[self->thread / LANES];
   int lane = self->thread % LANES;
@@ -267,10 +267,18 @@ struct View {
   long long type;
   long long size[4], stride[4];
 };
-enum Type { F32, BF16, F16, F8E4M3 };  // the last one is only loaded
+enum Type { F32, BF16, F16, F8E4M3, F8E4M3_FNUZ };  // the last two are only loaded
 
 float load(const View& view, long long at) {
   if (view.type == F32) return ((float*)view.pointer)[at];
+  if (view.type == F8E4M3_FNUZ) {
+    unsigned char code = view.pointer[at];
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    float value = code == 0x80    ? __builtin_nanf("")
+                  : exponent == 0 ? __builtin_ldexpf(mantissa, -10)
+                                  : __builtin_ldexpf(8 + mantissa, exponent - 11);
+    return code & 0x80 ? -value : value;
+  }
   if (view.type == F8E4M3) {
     unsigned char code = view.pointer[at];
     int exponent = code >> 3 & 15, mantissa = code & 7;

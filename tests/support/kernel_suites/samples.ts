@@ -149,8 +149,8 @@ export const EPS = 1e-3;
 
 /**
  * How often a library rounds a product to bfloat16, at most: cuBLASLt's kernels for odd sizes do so before they add a
- * bias or apply GELU, too.
+ * bias or apply GELU, too, and behind a convolution the bias may come in a kernel of its own.
  */
-export function roundings({ limits }: GpuDevice): number {
-  return limits.architecture === "emulated" ? 1 : 2;
+export function roundings({ name, limits }: GpuDevice): number {
+  return name.includes("emulated") && limits.convAddsBias !== false ? 1 : 2;
 }
