@@ -7,6 +7,7 @@ import { expect, expectShape } from "./check.ts";
 import { denseRows } from "./contiguous.ts";
 import { readFloat32 } from "./cpu.ts";
 import { gpuOf } from "./gpu.ts";
+import { portableAttention, portableAttentionTakes } from "./portable_attention.ts";
 import { softmaxOnGpu } from "./softmax.ts";
 import SOFTMAX_WAT from "./softmax.wat" with { type: "text" };
 import { address, elementSize, share, wasmKernels } from "./wasm.ts";
@@ -83,7 +84,7 @@ export function attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOpt
   return out;
 }
 
-/** Attention by a library where one takes it, else by matrix products. */
+/** Attention by a library where one takes it, else by our portable kernel, or by matrix products. */
 function attentionOnGpu(
   gpu: GpuDevice,
   q: Tensor,
@@ -95,7 +96,10 @@ function attentionOnGpu(
 ): void {
   gpu.scope(() => {
     const plan = { q: denseRows(q), k: denseRows(k), v: denseRows(v), out, scale };
-    if (options.bias === undefined && !options.causal && gpu.attention(plan)) return;
+    if (options.bias === undefined && !options.causal) {
+      if (gpu.attention(plan)) return;
+      if (portableAttentionTakes(gpu, plan)) return portableAttention(gpu, plan);
+    }
     const rowBytes = 4 * q.shape[2] * k.shape[1];
     attentionByMatmul(gpu, plan, options, Math.max(1, Math.floor(LOGITS_BYTES / rowBytes)));
   });

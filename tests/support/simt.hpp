@@ -136,6 +136,7 @@ template <typename T> T __shfl_xor(T value, int mask, int width = WARP) {
 // The matrix unit's product of a 32 x 8 and an 8 x 32 matrix of bfloat16, added to 32 x 32 floats. Lane l brings row l % 32
 // of a and column l % 32 of b, each from 4 * (l / 32) on; it has column l % 32 of the sums, rows 8 * (i / 4) +
 // 4 * (l / 32) + i % 4.
+#pragma GCC diagnostic ignored "-Wpsabi"  // nobody calls this across libraries
 typedef short SimtFrag __attribute__((vector_size(8)));
 typedef float SimtSums __attribute__((vector_size(64)));
 inline SimtSums __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(SimtFrag a, SimtFrag b, SimtSums sums, int, int, int) {
