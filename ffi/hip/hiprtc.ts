@@ -12,8 +12,11 @@ export class Hiprtc extends RuntimeCompiler {
     super({ name: "hipRTC", prefix: "hiprtc", code: "Code" }, { sonames, hint: INSTALL_ROCM });
   }
 
-  /** The options of every compilation, `arch` being e.g. `"gfx942"`. Divisions and square roots stay exact. */
+  /**
+   * The options of every compilation, `arch` being e.g. `"gfx942"`. Divisions and square roots stay exact; products and sums
+   * are fused within an expression only, since HIP's `__fmul_rn` is a plain product that would be fused with what is around it.
+   */
   options(arch: string): string[] {
-    return [`--offload-arch=${arch}`, "-std=c++17", "-O3"];
+    return [`--offload-arch=${arch}`, "-std=c++17", "-O3", "-ffp-contract=on"];
   }
 }

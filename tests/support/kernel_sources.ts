@@ -1,0 +1,129 @@
+/**
+ * The texts that a GPU gets to compile, without one: pictures are drawn on a GPU that computes nothing, by every recipe,
+ * and what is left of the kernels is asked for one by one.
+ */
+import type { Memory } from "../../ffi/device.ts";
+import type { DType } from "../../ffi/dtype.ts";
+import type { GpuDevice, GpuLimits, KernelSource } from "../../ffi/gpu.ts";
+import { MemoryScopes } from "../../ffi/scope.ts";
+import { Tensor } from "../../ffi/tensor.ts";
+import { addBias } from "../../kernels/add_bias.ts";
+import { attention } from "../../kernels/attention.ts";
+import { boxMuller } from "../../kernels/box_muller.ts";
+import { cast } from "../../kernels/cast.ts";
+import { checksums } from "../../kernels/checksum.ts";
+import { concat } from "../../kernels/concat.ts";
+import { contiguous } from "../../kernels/contiguous.ts";
+import { dequantize } from "../../kernels/dequantize_float8.ts";
+import { valueTiles } from "../../kernels/attention_tiles.ts";
+import { multiply } from "../../kernels/multiply.ts";
+import { portableAttention } from "../../kernels/portable_attention.ts";
+import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
+import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
+import { bfloat16 } from "../../recipes/01_bfloat16.ts";
+import { float8 } from "../../recipes/06_float8.ts";
+import { Model } from "../../recipes/base/model.ts";
+import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
+import { recipesFor } from "../../recipes/switches.ts";
+import { goldenPath } from "./golden.ts";
+
+/** A text to compile, and what of it is launched. */
+export interface UsedSource extends KernelSource {
+  readonly entries: Set<string>;
+}
+
+/** A GPU that computes nothing and remembers what it was to compile. */
+function collectingGpu(limits: GpuLimits, sources: Map<string, UsedSource>): GpuDevice {
+  const scopes = new MemoryScopes(() => {});
+  let next = 1n << 40n;
+  const gpu = {
+    kind: "hip",
+    name: "collecting GPU",
+    limits,
+    properties: () => ({ description: "", providers: {}, nativeBfloat16: true }),
+    memoryUse: () => ({ current: 0, peak: 0, reserved: 0, weights: 0 }),
+    alloc: (byteLength: number): Memory => {
+      next += BigInt(Math.ceil(byteLength / 256 + 1) * 256);
+      return { device: gpu, pointer: next, byteLength };
+    },
+    free: () => {},
+    scope: <T>(inner: () => T): T => scopes.run(inner),
+    placeAll: (parts: readonly Uint8Array[]) =>
+      Promise.resolve(parts.map(({ byteLength }) => gpu.alloc(byteLength))),
+    upload: () => {},
+    download: (tensor: Tensor) => Promise.resolve(new Uint8Array(tensor.byteLength)),
+    kernel: (source: KernelSource, entry: string) => {
+      const used = sources.get(source.text) ?? { ...source, entries: new Set() };
+      sources.set(source.text, used);
+      used.entries.add(entry);
+      return { name: entry };
+    },
+    launch: () => {},
+    conv: () => {},
+    matmul: () => {},
+    takesMatmul: () => true,
+    attention: () => false,
+    fastest: (_: string, ways: readonly (() => void)[]) => {
+      for (const way of ways) way();
+      return 0;
+    },
+    measuring: <T>(body: () => T): T => body(),
+    environment: () => ({}),
+    prepared: () => new Map(),
+    adopt: () => {},
+    event: () => ({ since: () => 0, [Symbol.dispose]: () => {} }),
+    record: (body: () => void) => {
+      body();
+      return { replay: () => {}, [Symbol.dispose]: () => {} };
+    },
+    synchronize: () => Promise.resolve(),
+    [Symbol.dispose]: () => {},
+  } as unknown as GpuDevice;
+  return gpu;
+}
+
+/** The texts of all kernels that a GPU with these limits launches, by what recipes and tests use. */
+export async function kernelSources(limits: GpuLimits): Promise<UsedSource[]> {
+  const sources = new Map<string, UsedSource>();
+  const gpu = collectingGpu(limits, sources);
+  const rungs: readonly (readonly Recipe[])[] = [
+    [baselineFp32],
+    [bfloat16],
+    recipesFor({ compile_export_mode: "compile" }, "hip"),
+    [bfloat16, float8({ granularity: "tensor" })],
+  ];
+  for (const recipes of rungs) {
+    using model = await Model.random(
+      goldenPath("dev-like"),
+      gpu,
+      recipes[0] === baselineFp32 ? "f32" : "bf16",
+    );
+    const pipeline = new FluxPipeline(model, compose(eagerPlan(gpu, model.weights), ...recipes));
+    const size = { height: 32, width: 32, numInferenceSteps: 1, maxSequenceLength: 16 };
+    for (let picture = 0; picture < 2; picture++) await pipeline.generate({ prompt: "a", seed: 1, ...size });
+  }
+  const of = (shape: number[], dtype: DType) => Tensor.empty(gpu, shape, dtype);
+  for (const dtype of ["f32", "bf16", "f16"] as const) {
+    cast(of([64], dtype), dtype === "f32" ? "bf16" : "f32");
+    cast(of([64], dtype), "f8e4m3");
+    cast(of([63], "f8e4m3"), dtype);
+    addBias(of([1, 8, 4, 4], dtype), of([8], dtype));
+  }
+  for (const dtype of ["f32", "bf16"] as const) {
+    for (const width of [64, 63]) {
+      dequantize(quantizeRows(of([4, width], dtype)), dtype);
+      dequantize(quantizeTensor(of([4, width], dtype)), dtype);
+    }
+    valueTiles(gpu, [of([1, 4, 2, 128], dtype)]);
+    contiguous(of([4, 6, 8], dtype).permute([2, 1, 0]));
+    concat([of([1, 4, 8], dtype), of([1, 3, 8], dtype)], 1);
+    multiply(of([64], dtype), of([64], dtype));
+    attention(of([1, 5, 2, 64], dtype), of([1, 7, 2, 64], dtype), of([1, 7, 2, 64], dtype));
+  }
+  const x = of([1, 40, 2, 128], "bf16");
+  portableAttention(gpu, { q: x, k: x, v: x, out: x, scale: 1 });
+  boxMuller(of([32], "f32"), "bf16");
+  await checksums(gpu, [of([64], "f32").memory]);
+  return [...sources.values()];
+}
