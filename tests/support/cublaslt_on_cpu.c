@@ -3,7 +3,26 @@
  * against the real header, so its functions have the real library's signatures and values. Algorithms that it hands
  * out are good for the alignments that were asked for only, and the first of them is refused when it is called.
  */
+#ifdef CUDA_ON_CPU /* without the header, whose values the compiler is given one by one: cuda_on_cpu.ts */
+#include <stddef.h>
+#include <stdint.h>
+typedef int cublasStatus_t, cublasComputeType_t, cudaDataType_t, cudaDataType, cublasLtMatmulDescAttributes_t;
+typedef int cublasLtMatrixLayoutAttribute_t, cublasLtMatmulPreferenceAttributes_t;
+typedef void *cublasLtHandle_t, *cublasLtMatmulDesc_t, *cublasLtMatrixLayout_t, *cublasLtMatmulPreference_t;
+typedef uint64_t cudaStream_t;
+typedef struct { uint64_t data[8]; } cublasLtMatmulAlgo_t;
+typedef struct {
+  cublasLtMatmulAlgo_t algo;
+  size_t workspaceSize;
+  cublasStatus_t state;
+  float wavesCount;
+  int reserved[4];
+} cublasLtMatmulHeuristicResult_t;
+enum { CUBLAS_STATUS_INVALID_VALUE = 7, CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F = 0 };
+int fake_call(uint64_t stream, void (*call)(const void *), const void *data, uint64_t bytes);
+#else
 #include <cublasLt.h>
+#endif
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -166,7 +185,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
   if (!float8 && (o->fastAccum || o->scaleA || o->scaleB)) return CUBLAS_STATUS_INVALID_VALUE;
   if (hasBias(o) && (o->bias == NULL || o->biasType != (float8 ? CUDA_R_16BF : d->type)))
     return CUBLAS_STATUS_INVALID_VALUE;
+#ifndef CUDA_ON_CPU
   if (d->rows == 13) return CUBLAS_STATUS_SUCCESS; /* a size with no algorithm */
+#endif
   for (int i = 0; i < 3; i++) {
     memset(&results[i], 0, sizeof results[i]);
     results[i].state = i == 0 ? CUBLAS_STATUS_NOT_SUPPORTED : CUBLAS_STATUS_SUCCESS;
@@ -205,24 +226,23 @@ static void store(void *base, int32_t type, int64_t at, float value) {
 
 static int misaligned(const void *pointer, uint64_t alignment) { return ((uint64_t)pointer & (alignment - 1)) != 0; }
 
-cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha, const void *A,
-                              cublasLtMatrixLayout_t Adesc, const void *B, cublasLtMatrixLayout_t Bdesc,
-                              const void *beta, const void *C, cublasLtMatrixLayout_t Cdesc, void *D,
-                              cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t *algo, void *workspace,
-                              size_t workspaceSize, cudaStream_t stream) {
-  const Operation *o = (const Operation *)desc;
-  const Layout *a = (const Layout *)Adesc, *b = (const Layout *)Bdesc, *d = (const Layout *)Ddesc;
-  if (algo->data[0] == REFUSED) return CUBLAS_STATUS_NOT_SUPPORTED;
-  if (workspace != (void *)0x7000 || workspaceSize != WORKSPACE || stream != (cudaStream_t)0x5) return CUBLAS_STATUS_INVALID_VALUE;
-  if (C != D || Cdesc != Ddesc || *(const float *)beta != 0) return CUBLAS_STATUS_INVALID_VALUE;
-  if (misaligned(A, algo->data[1]) || misaligned(B, algo->data[2]) || misaligned(C, algo->data[3]) ||
-      misaligned(D, algo->data[4]))
-    return CUBLAS_STATUS_INVALID_VALUE;
-  uint64_t m = d->rows, n = d->cols, k = o->transA ? a->rows : a->cols;
-  if ((o->transA ? a->cols : a->rows) != m || (o->transB ? b->rows : b->cols) != n ||
-      (o->transB ? b->cols : b->rows) != k || a->type != b->type || a->batch != d->batch || b->batch != d->batch ||
-      a->ld < (int64_t)a->rows || b->ld < (int64_t)b->rows || d->ld < (int64_t)d->rows)
-    return CUBLAS_STATUS_INVALID_VALUE;
+/* A call whose operands fit together. */
+typedef struct {
+  Operation o;
+  Layout a, b, d;
+  float alpha;
+  const void *A, *B;
+  void *D;
+  uint64_t k;
+} Call;
+
+static void multiply(const void *data) {
+  const Call *call = data;
+  const Operation *o = &call->o;
+  const Layout *a = &call->a, *b = &call->b, *d = &call->d;
+  const void *A = call->A, *B = call->B;
+  void *D = call->D;
+  uint64_t m = d->rows, n = d->cols, k = call->k;
   for (int i = 0; i < d->batch; i++)
     for (uint64_t column = 0; column < n; column++)
       for (uint64_t row = 0; row < m; row++) {
@@ -232,17 +252,45 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
           int64_t atB = i * b->stride + (o->transB ? column + l * b->ld : l + column * b->ld);
           sum += (double)load(A, a->type, atA) * load(B, b->type, atB);
         }
-        sum *= *(const float *)alpha;
+        sum *= call->alpha;
         if (a->type == CUDA_R_8F_E4M3) {
           int vectors = o->scaleModeA == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
           sum *= (double)o->scaleA[vectors ? row : 0] * o->scaleB[vectors ? column : 0];
         }
         if (hasBias(o)) {
-          if (misaligned(o->bias, algo->data[5] > 256 ? 256 : algo->data[5])) return CUBLAS_STATUS_INVALID_VALUE;
           sum += load(o->bias, o->biasType, row);
         }
         if (hasGelu(o)) sum = 0.5 * sum * (1 + tanh(0.7978845608028654 * (sum + 0.044715 * sum * sum * sum)));
         store(D, d->type, i * d->stride + row + column * d->ld, (float)sum);
       }
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void *alpha, const void *A,
+                              cublasLtMatrixLayout_t Adesc, const void *B, cublasLtMatrixLayout_t Bdesc,
+                              const void *beta, const void *C, cublasLtMatrixLayout_t Cdesc, void *D,
+                              cublasLtMatrixLayout_t Ddesc, const cublasLtMatmulAlgo_t *algo, void *workspace,
+                              size_t workspaceSize, cudaStream_t stream) {
+  const Operation *o = (const Operation *)desc;
+  const Layout *a = (const Layout *)Adesc, *b = (const Layout *)Bdesc, *d = (const Layout *)Ddesc;
+  if (algo->data[0] == REFUSED) return CUBLAS_STATUS_NOT_SUPPORTED;
+#ifndef CUDA_ON_CPU
+  if (workspace != (void *)0x7000 || workspaceSize != WORKSPACE || stream != (cudaStream_t)0x5) return CUBLAS_STATUS_INVALID_VALUE;
+#endif
+  if (C != D || Cdesc != Ddesc || *(const float *)beta != 0) return CUBLAS_STATUS_INVALID_VALUE;
+  if (misaligned(A, algo->data[1]) || misaligned(B, algo->data[2]) || misaligned(C, algo->data[3]) ||
+      misaligned(D, algo->data[4]))
+    return CUBLAS_STATUS_INVALID_VALUE;
+  uint64_t m = d->rows, n = d->cols, k = o->transA ? a->rows : a->cols;
+  if ((o->transA ? a->cols : a->rows) != m || (o->transB ? b->rows : b->cols) != n ||
+      (o->transB ? b->cols : b->rows) != k || a->type != b->type || a->batch != d->batch || b->batch != d->batch ||
+      a->ld < (int64_t)a->rows || b->ld < (int64_t)b->rows || d->ld < (int64_t)d->rows)
+    return CUBLAS_STATUS_INVALID_VALUE;
+  if (hasBias(o) && misaligned(o->bias, algo->data[5] > 256 ? 256 : algo->data[5])) return CUBLAS_STATUS_INVALID_VALUE;
+  Call call = {*o, *a, *b, *d, *(const float *)alpha, A, B, D, k};
+#ifdef CUDA_ON_CPU
+  return fake_call(stream, multiply, &call, sizeof call) ? CUBLAS_STATUS_INVALID_VALUE : CUBLAS_STATUS_SUCCESS;
+#else
+  multiply(&call);
   return CUBLAS_STATUS_SUCCESS;
+#endif
 }

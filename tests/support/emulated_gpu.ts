@@ -698,7 +698,7 @@ function kindOf(arg: KernelArgument): string {
 
 // -- compiling ---------------------------------------------------------------------------------------------------
 
-const COMPILER_FLAGS = [
+export const COMPILER_FLAGS = [
   "-std=c++17",
   "-shared",
   "-fPIC",
@@ -707,7 +707,7 @@ const COMPILER_FLAGS = [
   "-fno-exceptions",
   "-fno-rtti",
 ];
-const KERNEL_FLAGS = [
+export const KERNEL_FLAGS = [
   "-O1",
   "-fvisibility=hidden",
   "-ffp-contract=off",

@@ -5,7 +5,7 @@
 // is caught. Every call checks what a real driver checks: a current context, handles that are alive, whole mappings, no
 // waiting for a stream that records. `fake_...` functions configure it and ask what it has seen.
 //
-// "Kernels" are chosen by name: `fill(int *out, int value, int count)` and `fault()`, which loses the context; all
+// Linked with cuda_on_cpu.cpp it runs the kernels that it compiles. Else "kernels" are chosen by name: `fill(int *out, int value, int count)` and `fault()`, which loses the context; all
 // others do nothing but record their launch.
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -27,14 +27,28 @@ struct launch {
   char name[64];
   uint32_t grid[3], block[3], shared, bytes;
   unsigned char arguments[ARGUMENTS];
+  void *function;  // of cuda_on_cpu.cpp
 };
 
 struct operation {
-  enum { COPY, SET8, SET32, KERNEL, MARK } type;
+  enum { COPY, SET8, SET32, KERNEL, MARK, CALL } type;
   u64 target, source, bytes, stream;
   uint32_t value;
   struct launch *launch;
+  void (*call)(const void *data);  // CALL: a library's work, of `bytes` bytes of data
+  void *data;
 };
+
+// What cuda_on_cpu.cpp has.
+#define MAYBE __attribute__((weak))
+MAYBE int cpu_compile(const char *text, const char *name, char **image, u64 *bytes, char **log);
+MAYBE void *cpu_load(const void *image);
+MAYBE void cpu_unload(void *module);
+MAYBE void *cpu_function(void *module, const char *name);
+MAYBE void cpu_forget(void *function);
+MAYBE int cpu_shared(void *function);
+MAYBE int cpu_argument_bytes(void *function);
+MAYBE int cpu_launch(void *function, const uint32_t *grid, const uint32_t *block, uint32_t shared, unsigned char *arguments);
 
 struct list {
   struct operation *items;
@@ -52,6 +66,7 @@ struct object {
   int capture;         // STREAM: 0 no, 1 active, 2 invalid
   char name[64];       // FUNCTION
   int shared;          // FUNCTION: most dynamic shared memory
+  void *loaded;        // MODULE, FUNCTION: of cuda_on_cpu.cpp
   struct list list;    // GRAPH, EXECUTABLE; what a STREAM records
 };
 
@@ -117,7 +132,12 @@ static int accessible(u64 address, u64 bytes) {
   return 1;
 }
 
-static int runKernel(const struct launch *launch) {
+static int runKernel(struct launch *launch) {
+  if (launch->function) {
+    int fault = cpu_launch(launch->function, launch->grid, launch->block, launch->shared, launch->arguments);
+    if (fault) fprintf(stderr, "%s: fault %d\n", launch->name, fault);
+    return fault ? ILLEGAL_ADDRESS : OK;
+  }
   if (strcmp(launch->name, "fault") == 0) return ILLEGAL_ADDRESS;
   if (strcmp(launch->name, "fill") != 0) return OK;
   u64 out;
@@ -135,7 +155,7 @@ u64 fake_clock(void);
 void fake_activity(uint32_t kind, u64 stream, u64 start, u64 end, const char *name, const uint32_t *sizes, u64 bytes);
 
 static void tellProfiler(const struct operation *o, u64 start) {
-  if (o->type == MARK) return;
+  if (o->type == MARK || o->type == CALL) return;
   uint32_t kind = o->type == KERNEL ? 10 : o->type == COPY ? 1 : 2;
   const struct launch *launch = o->type == KERNEL ? o->launch : NULL;
   // A launch begins with its name; the sizes follow one another behind it.
@@ -149,12 +169,14 @@ static int runNext(void) {
   u64 start = fake_clock();
   if (o.type == MARK) objects[o.target].pending--;
   else if (o.type == KERNEL) status = runKernel(o.launch);
+  else if (o.type == CALL) o.call(o.data);
   else if (!accessible(o.target, o.bytes) || (o.type == COPY && !accessible(o.source, o.bytes))) status = ILLEGAL_ADDRESS;
   else if (o.type == COPY) memmove((void *)o.target, (void *)o.source, o.bytes);
   else if (o.type == SET8) memset((void *)o.target, (int)o.value, o.bytes);
   else for (u64 i = 0; i < o.bytes / 4; i++) ((uint32_t *)o.target)[i] = o.value;
   tellProfiler(&o, start);
   if (o.type == KERNEL) free(o.launch);
+  if (o.type == CALL) free(o.data);
   if (status) lost = status;
   return status;
 }
@@ -171,6 +193,12 @@ static int issue(u64 stream, struct operation operation) {
   operation.stream = stream;
   append(s->capture ? &s->list : &queue, operation);
   return OK;
+}
+// A library's work, in its turn: `call` gets a copy of the data.
+int fake_call(u64 stream, void (*call)(const void *), const void *data, u64 bytes) {
+  struct operation operation = {.type = CALL, .call = call, .data = malloc(bytes), .bytes = bytes};
+  memcpy(operation.data, data, bytes);
+  return issue(stream, operation);
 }
 // A wait is no part of a recording, and ends it.
 static int refuseCapture(u64 stream) {
@@ -480,13 +508,23 @@ int cuMemsetD32Async(u64 target, uint32_t value, u64 count, u64 stream) {
 
 // -- modules and launches ----------------------------------------------------------------------------------------
 
-int cuModuleLoadData(u64 *module, const void *image) { ENTER(1); (void)image; *module = make(MODULE); return OK; }
+int cuModuleLoadData(u64 *module, const void *image) {
+  ENTER(1);
+  void *loaded = cpu_load ? cpu_load(image) : NULL;
+  CHECK(loaded || !cpu_load, 200);
+  *module = make(MODULE);
+  objects[*module].loaded = loaded;
+  return OK;
+}
 int cuModuleUnload(u64 module) {
   ENTER(1);
   CHECK(find(module, MODULE), BAD_HANDLE);
   for (int i = 1; i < MOST; i++) {
-    if (objects[i].kind == FUNCTION && objects[i].other == module) objects[i].kind = FREE;
+    if (objects[i].kind != FUNCTION || objects[i].other != module) continue;
+    if (objects[i].loaded) cpu_forget(objects[i].loaded);
+    objects[i].kind = FREE;
   }
+  if (objects[module].loaded) cpu_unload(objects[module].loaded);
   objects[module].kind = FREE;
   return OK;
 }
@@ -494,7 +532,10 @@ int cuModuleGetFunction(u64 *function, u64 module, const char *name) {
   ENTER(1);
   CHECK(find(module, MODULE), BAD_HANDLE);
   CHECK(strcmp(name, "missing") != 0, NOT_FOUND);
+  void *loaded = objects[module].loaded ? cpu_function(objects[module].loaded, name) : NULL;
+  CHECK(loaded || !objects[module].loaded, NOT_FOUND);
   *function = make(FUNCTION);
+  objects[*function].loaded = loaded;
   objects[*function].other = module;
   objects[*function].shared = 49152 - 1024;
   snprintf(objects[*function].name, sizeof objects[0].name, "%s", name);
@@ -504,7 +545,8 @@ int cuFuncGetAttribute(int *value, int attribute, u64 function) {
   ENTER(1);
   CHECK(find(function, FUNCTION), BAD_HANDLE);
   CHECK(attribute == 1 || attribute == 8, INVALID);
-  *value = attribute == 1 ? 1024 : objects[function].shared;
+  const struct object *o = &objects[function];
+  *value = attribute == 8 ? o->shared : o->loaded ? cpu_shared(o->loaded) : 1024;
   return OK;
 }
 int cuFuncSetAttribute(u64 function, int attribute, int value) {
@@ -528,6 +570,8 @@ int cuLaunchKernel(u64 function, unsigned gx, unsigned gy, unsigned gz, unsigned
     launch.bytes = (uint32_t)bytes;
     memcpy(launch.arguments, (void *)extra[1], bytes);
   }
+  launch.function = objects[function].loaded;
+  if (launch.function) CHECK(launch.bytes >= (uint32_t)cpu_argument_bytes(launch.function), INVALID);
   struct operation operation = {.type = KERNEL, .launch = malloc(sizeof launch)};
   *operation.launch = last = launch;
   launches++;
@@ -568,6 +612,11 @@ int cuGraphGetNodes(u64 graph, u64 *nodes, u64 *count) {
   return OK;
 }
 static struct operation cloned(struct operation o) {
+  if (o.type == CALL) {
+    void *copied = malloc(o.bytes);
+    memcpy(copied, o.data, o.bytes);
+    o.data = copied;
+  }
   if (o.type == KERNEL) {
     struct launch *copied = malloc(sizeof *copied);
     *copied = *o.launch;
@@ -598,6 +647,7 @@ static int destroy(u64 handle, enum kind kind) {
   struct list *list = &objects[handle].list;
   for (size_t i = 0; i < list->count; i++) {
     if (list->items[i].type == KERNEL) free(list->items[i].launch);
+    if (list->items[i].type == CALL) free(list->items[i].data);
   }
   free(list->items);
   objects[handle].kind = FREE;
@@ -606,29 +656,38 @@ static int destroy(u64 handle, enum kind kind) {
 int cuGraphExecDestroy(u64 executable) { ENTER(1); return destroy(executable, EXECUTABLE); }
 int cuGraphDestroy(u64 graph) { ENTER(1); return destroy(graph, GRAPH); }
 
-// -- NVRTC: the "cubin" is the source ----------------------------------------------------------------------------
+// -- NVRTC: the "cubin" is the source, or what cuda_on_cpu.cpp makes of it ------------------------------------------
 
-static char *program;
+static const char LOG[] = "fake.cu(2): error: #error\n1 error detected\n";
+static char *program, *programName, *image, *words;
+static u64 imageBytes;
 static int compilations;
 const char *nvrtcGetErrorString(int status) { return status == 6 ? "NVRTC_ERROR_COMPILATION" : "an error"; }
 int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
 int nvrtcCreateProgram(u64 *handle, const char *text, const char *name, int n, void *headers, void *names) {
-  (void)name, (void)n, (void)headers, (void)names;
+  (void)n, (void)headers, (void)names;
   program = strdup(text);
+  programName = strdup(name);
+  image = words = NULL;
   *handle = 1;
   return 0;
 }
-int nvrtcDestroyProgram(u64 *handle) { free(program); *handle = 0; return 0; }
+int nvrtcDestroyProgram(u64 *handle) {
+  free(program), free(programName), free(image), free(words);
+  *handle = 0;
+  return 0;
+}
 int nvrtcCompileProgram(u64 handle, int count, const char **options) {
   (void)handle, (void)count, (void)options;
   compilations++;
+  if (cpu_compile) return cpu_compile(program, programName, &image, &imageBytes, &words) ? 0 : 6;
+  image = strdup(program), imageBytes = strlen(program), words = strdup(LOG);
   return strstr(program, "#error") ? 6 : 0;
 }
-int nvrtcGetCUBINSize(u64 handle, u64 *bytes) { (void)handle; *bytes = strlen(program); return 0; }
-int nvrtcGetCUBIN(u64 handle, char *out) { (void)handle; memcpy(out, program, strlen(program)); return 0; }
-static const char LOG[] = "fake.cu(2): error: #error\n1 error detected\n";
-int nvrtcGetProgramLogSize(u64 handle, u64 *bytes) { (void)handle; *bytes = sizeof LOG; return 0; }
-int nvrtcGetProgramLog(u64 handle, char *out) { (void)handle; memcpy(out, LOG, sizeof LOG); return 0; }
+int nvrtcGetCUBINSize(u64 handle, u64 *bytes) { (void)handle; *bytes = imageBytes; return 0; }
+int nvrtcGetCUBIN(u64 handle, char *out) { (void)handle; memcpy(out, image, imageBytes); return 0; }
+int nvrtcGetProgramLogSize(u64 handle, u64 *bytes) { (void)handle; *bytes = strlen(words) + 1; return 0; }
+int nvrtcGetProgramLog(u64 handle, char *out) { (void)handle; strcpy(out, words); return 0; }
 
 // -- the tests' side ---------------------------------------------------------------------------------------------
 

@@ -327,14 +327,15 @@ extern "C" char __start_simt_shared[] __attribute__((weak, visibility("hidden"))
 extern "C" char __stop_simt_shared[] __attribute__((weak, visibility("hidden")));
 
 // What a compiled kernel exports. `simtParameters` fills in at most 64 codes and returns how many there are.
-#define SIMT_EXPORT(kernel)                                                                              \
-  static void simtThreadOf(void** arguments) {                                                           \
+#define SIMT_EXPORT(kernel) SIMT_EXPORT_NAMED(kernel, )
+#define SIMT_EXPORT_NAMED(kernel, suffix)                                                                \
+  static void simtThreadOf##suffix(void** arguments) {                                                   \
     simtCall<&kernel>(&kernel, SimtCount<simtArity(&kernel)>::type(), arguments);                        \
   }                                                                                                      \
   _Pragma("GCC visibility push(default)")                                                                \
-  extern "C" int simtParameters(int* codes) { return simtParametersOf(&kernel, codes); }                 \
-  extern "C" int simtSharedBytes() { return (int)(__stop_simt_shared - __start_simt_shared); }           \
-  extern "C" void simtLaunch(const SimtLaunch* launch, SimtFault* fault) {                               \
-    simtRun(launch, fault, simtThreadOf, __start_simt_shared, __stop_simt_shared);                       \
+  extern "C" int simtParameters##suffix(int* codes) { return simtParametersOf(&kernel, codes); }                 \
+  extern "C" int simtSharedBytes##suffix() { return (int)(__stop_simt_shared - __start_simt_shared); }           \
+  extern "C" void simtLaunch##suffix(const SimtLaunch* launch, SimtFault* fault) {                               \
+    simtRun(launch, fault, simtThreadOf##suffix, __start_simt_shared, __stop_simt_shared);                       \
   }                                                                                                      \
   _Pragma("GCC visibility pop")
