@@ -4,6 +4,12 @@ import { findFlashAttention3, INSTALL_FLASH_ATTENTION3 } from "./cuda/flash_attn
 import { askNvml } from "./cuda/nvml.ts";
 import { cudaSonames, cuptiVersion, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";
 import { briefly, FfiError } from "./errors.ts";
+import { findAiter, INSTALL_AITER } from "./hip/aiter.ts";
+import { HIPBLASLT_SONAMES } from "./hip/hipblaslt.ts";
+import { HIPRTC_SONAMES } from "./hip/hiprtc.ts";
+import { MIOPEN_SONAMES } from "./hip/miopen.ts";
+import { openRuntime } from "./hip/runtime.ts";
+import { hipVersion, INSTALL_ROCM } from "./hip/versions.ts";
 import { LibraryNotFoundError, type OpenedLibrary, openLibrary, pinLibrary } from "./library.ts";
 
 export type LibraryName =
@@ -15,6 +21,11 @@ export type LibraryName =
   | "CUPTI"
   | "FlashAttention-3"
   | "NCCL"
+  | "HIP"
+  | "hipRTC"
+  | "hipBLASLt"
+  | "MIOpen"
+  | "AITER"
   | "oneDNN";
 
 /** A library that was looked for. */
@@ -33,12 +44,12 @@ export interface FoundLibrary {
 }
 
 export interface FoundGpu {
-  /** As given to openDevice: `"cuda:0"`. */
+  /** As given to openDevice: `"cuda:0"`, `"hip:0"`. */
   readonly device: string;
   readonly description: string;
   readonly memoryBytes: number;
-  /** E.g. `"9.0"`. */
-  readonly computeCapability: string;
+  /** What compilers know it by: `"compute capability 9.0"`, `"gfx942"`. */
+  readonly architecture: string;
 }
 
 export interface Inventory {
@@ -47,6 +58,8 @@ export interface Inventory {
   /** Of the NVIDIA driver, e.g. `"580.159.04"`, and the newest CUDA version that it takes. */
   readonly driverVersion: string | undefined;
   readonly cudaVersion: string | undefined;
+  /** Of HIP, e.g. `"6.2.41133"`. */
+  readonly hipVersion: string | undefined;
 }
 
 /** A library that is opened only to ask for its version, or only looked for. */
@@ -154,6 +167,53 @@ const PROBES: readonly Probe[] = [
   ),
   probe(
     {
+      name: "hipRTC",
+      purpose: "compiles kernels (AMD)",
+      sonames: HIPRTC_SONAMES,
+      install: `apt-get install hip-dev, or ${INSTALL_ROCM}`,
+    },
+    // hiprtcResult hiprtcVersion(int *major, int *minor)
+    { hiprtcVersion: { parameters: ["buffer", "buffer"], result: "i32" } },
+    (hiprtc) => {
+      const [major, minor] = [new Int32Array(1), new Int32Array(1)];
+      return hiprtc.hiprtcVersion(major, minor) === 0 ? `${major[0]}.${minor[0]}` : undefined;
+    },
+  ),
+  probe(
+    {
+      name: "hipBLASLt",
+      purpose: "matrix products (AMD)",
+      sonames: HIPBLASLT_SONAMES,
+      install: `apt-get install hipblaslt, or ${INSTALL_ROCM}`,
+    },
+    {}, // its version takes a handle, and so a GPU
+    () => undefined,
+  ),
+  probe(
+    {
+      name: "MIOpen",
+      purpose: "convolutions (AMD)",
+      sonames: MIOPEN_SONAMES,
+      install: `apt-get install miopen-hip, or ${INSTALL_ROCM}`,
+    },
+    // miopenStatus_t miopenGetVersion(size_t *major, size_t *minor, size_t *patch)
+    { miopenGetVersion: { parameters: ["buffer", "buffer", "buffer"], result: "i32" } },
+    (miopen) => {
+      const numbers = [0, 0, 0].map(() => new BigUint64Array(1));
+      const [major, minor, patch] = numbers;
+      return miopen.miopenGetVersion(major, minor, patch) === 0
+        ? numbers.map(([number]) => number).join(".")
+        : undefined;
+    },
+  ),
+  {
+    name: "AITER",
+    purpose: "attention (AMD)",
+    install: INSTALL_AITER,
+    open: () => findAiter("gfx942"), // its package has the files of all GPUs
+  },
+  probe(
+    {
       name: "oneDNN",
       purpose: "the CPU's matrix products and convolutions",
       sonames: ["libdnnl.so.2"],
@@ -170,6 +230,8 @@ const PROBES: readonly Probe[] = [
   ),
 ];
 
+const HIP = { name: "HIP", purpose: "the GPU (AMD)", install: INSTALL_ROCM } as const;
+
 const DRIVER = {
   name: "NVIDIA driver",
   purpose: "the GPU",
@@ -183,6 +245,7 @@ const DRIVER = {
  */
 export function takeInventory(): Inventory {
   const { driver, gpus, cudaVersion } = findGpus();
+  const amd = findAmdGpus();
   const libraries = PROBES.map(({ name, purpose, install, open }): FoundLibrary => {
     try {
       const { path, version } = open();
@@ -193,7 +256,35 @@ export function takeInventory(): Inventory {
     }
   });
   const driverVersion = libraries.find(({ name }) => name === "NVML")!.version;
-  return { libraries: [driver, ...libraries], gpus, driverVersion, cudaVersion };
+  const at = libraries.findIndex(({ name }) => name === "hipRTC"); // HIP's runtime stands before its libraries
+  return {
+    libraries: [driver, ...libraries.slice(0, at), amd.hip, ...libraries.slice(at)],
+    gpus: [...gpus, ...amd.gpus],
+    driverVersion,
+    cudaVersion,
+    hipVersion: amd.hip.version,
+  };
+}
+
+function findAmdGpus(): { hip: FoundLibrary; gpus: FoundGpu[] } {
+  try {
+    using runtime = openRuntime();
+    const gpus = Array.from({ length: runtime.getDeviceCount() }, (_, index): FoundGpu => ({
+      device: `hip:${index}`,
+      description: runtime.deviceGetName(index),
+      memoryBytes: runtime.deviceTotalMem(index),
+      architecture: runtime.deviceArchitecture(index).split(":")[0],
+    }));
+    const found = {
+      path: runtime.path,
+      version: hipVersion(runtime.runtimeGetVersion()),
+      problem: undefined,
+    };
+    return { hip: { ...HIP, ...found }, gpus };
+  } catch (error) {
+    if (!(error instanceof FfiError)) throw error;
+    return { hip: { ...HIP, path: undefined, version: undefined, problem: briefly(error) }, gpus: [] };
+  }
 }
 
 function findGpus(): { driver: FoundLibrary; gpus: FoundGpu[]; cudaVersion: string | undefined } {
@@ -204,11 +295,12 @@ function findGpus(): { driver: FoundLibrary; gpus: FoundGpu[]; cudaVersion: stri
       const device = driver.deviceGet(index);
       const attribute = (name: keyof typeof HEADER) => driver.deviceGetAttribute(HEADER[name], device);
       const major = attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR");
+      const minor = attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR");
       return {
         device: `cuda:${index}`,
         description: driver.deviceGetName(device),
         memoryBytes: driver.deviceTotalMem(device),
-        computeCapability: `${major}.${attribute("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")}`,
+        architecture: `compute capability ${major}.${minor}`,
       };
     });
     const found = { path: driver.path, version: `CUDA ${version}`, problem: undefined };

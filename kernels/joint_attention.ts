@@ -1,11 +1,13 @@
-import type { GpuDevice } from "../ffi/gpu.ts";
+import type { AttentionLibrary, GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { attention } from "./attention.ts";
 import type { AttentionDType } from "./attention_tiles.ts";
 import { expectShape } from "./check.ts";
 import { flashAttention, hasFlashAttention } from "./flash_attention.ts";
-import { flashAttention3 } from "./flash_attention3.ts";
+import { libraryAttention } from "./library_attention.ts";
+import { denseRows } from "./contiguous.ts";
 import { gpuOf } from "./gpu.ts";
+import { portableAttention, portableAttentionTakes } from "./portable_attention.ts";
 import { runFastest } from "./run_fastest.ts";
 import {
   jointQkNormRope,
@@ -48,6 +50,26 @@ export function jointAttentionByLibrary(
   options: JointAttentionOptions = {},
 ): Tensor {
   return attendTo(() => jointQkNormRopeFused(streams, cos, sin, eps), cos, options);
+}
+
+/** {@link jointAttentionByLibrary} by our portable kernel; undefined where it does not take such heads on this GPU. */
+export function jointAttentionPortable(
+  streams: readonly QkvStream[],
+  cos: Tensor,
+  sin: Tensor,
+  eps: number,
+  { out }: JointAttentionOptions = {},
+): Tensor | undefined {
+  const gpu = gpuOf(cos);
+  if (gpu === undefined) return undefined;
+  return gpu.scope(() => {
+    const { q, k, v } = jointQkNormRopeFused(streams, cos, sin, eps);
+    const place = out ?? Tensor.empty(gpu, q.shape, q.dtype);
+    const plan = { q, k: denseRows(k), v: denseRows(v), out: place, scale: q.shape[3] ** -0.5 };
+    if (!portableAttentionTakes(gpu, plan)) return undefined;
+    portableAttention(gpu, plan);
+    return place;
+  });
 }
 
 /** Attention of what `join` gives, which goes afterwards. */
@@ -113,12 +135,13 @@ export function jointAttentionTiled(
 }
 
 /**
- * {@link jointAttentionByLibrary} with {@link flashAttention3} as the library.
+ * {@link jointAttentionByLibrary} with the library that is named, which may attend in float8.
  *
  * @param streams of heads that it takes. @param dtype what q, k and v are cast to behind norm and rotation.
  */
-export function jointAttentionByFlashAttention3(
+export function jointAttentionByNamed(
   gpu: GpuDevice,
+  library: AttentionLibrary,
   streams: readonly QkvStream[],
   cos: Tensor,
   sin: Tensor,
@@ -126,5 +149,8 @@ export function jointAttentionByFlashAttention3(
   dtype: AttentionDType,
   options: JointAttentionOptions = {},
 ): Tensor {
-  return gpu.scope(() => flashAttention3(gpu, jointQkNormRopeFused(streams, cos, sin, eps), dtype, options));
+  return gpu.scope(() => {
+    const qkv = jointQkNormRopeFused(streams, cos, sin, eps);
+    return libraryAttention(gpu, library, qkv, dtype, options);
+  });
 }

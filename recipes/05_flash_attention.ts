@@ -5,23 +5,26 @@
  * bfloat16's rate. QK-norm keeps q and k near one, so they are cast as they are, without scales, as flux-fast does.
  * Changes: q, k and v of the transformer are rounded to E4M3 (3 bits of mantissa), and so are the weights of the softmax;
  * sums stay in float32. Text encoders and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
- * Providers, by `--attention`: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu). "fa3" is
- * FlashAttention-3 as it is installed for PyTorch (`pip install fa3-fwd`), for the same GPUs. "cudnn" keeps cuDNN's
- * attention in bfloat16. "auto" is "own" where the GPU has its instructions, else what is there without this recipe; it is
- * never "fa3", which loads over a gigabyte of PyTorch's libraries.
+ * Providers, by `--attention`: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu); on AMD's GPUs it is our
+ * portable one (kernels/portable_attention.cu), which has bfloat16 only. "fa3" is FlashAttention-3 as it is installed for
+ * PyTorch (`pip install fa3-fwd`), for Hopper GPUs. "aiter" is AMD's AITER (`pip install amd-aiter`), for theirs. "cudnn"
+ * keeps cuDNN's attention in bfloat16. "auto" is "own" where the GPU has its instructions, "aiter" on AMD's GPUs where it is
+ * installed, else what is there without this recipe; it is never "fa3", which loads over a gigabyte of PyTorch's libraries.
  * With `--disable_fa3` attention is in bfloat16, which is exact: by the provider that `--attention` names, else by what is
  * there without this recipe.
  * Measured on an H100: a step 117.3 to 110.9 ms; the kernel alone 832 TFLOP/s at 4352 tokens, in bfloat16 627, cuDNN 594.
  *
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
-import { type GpuDevice, isGpu } from "../ffi/gpu.ts";
+import { FfiError } from "../ffi/errors.ts";
+import { type AttentionLibrary, type GpuDevice, isGpu } from "../ffi/gpu.ts";
 import type { AttentionDType } from "../kernels/attention_tiles.ts";
 import { hasFlashAttention } from "../kernels/flash_attention.ts";
-import { flashAttention3Takes, hasFlashAttention3 } from "../kernels/flash_attention3.ts";
+import { hasLibraryAttention, libraryAttentionTakes } from "../kernels/library_attention.ts";
 import {
-  jointAttentionByFlashAttention3,
   jointAttentionByLibrary,
+  jointAttentionByNamed,
+  jointAttentionPortable,
   jointAttentionTiled,
   jointAttentionTiledTakes,
 } from "../kernels/joint_attention.ts";
@@ -30,7 +33,7 @@ import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
 export type { AttentionDType };
-export const ATTENTION_PROVIDERS = ["auto", "own", "fa3", "cudnn"] as const;
+export const ATTENTION_PROVIDERS = ["auto", "own", "fa3", "aiter", "cudnn"] as const;
 export type AttentionProvider = (typeof ATTENTION_PROVIDERS)[number];
 type JointAttention = Ops["jointAttention"];
 /** Those that multiply in float8. */
@@ -44,7 +47,7 @@ export function flashAttention(
   return {
     name: "05_flash_attention",
     exact: dtype === "bf16" || provider === "cudnn",
-    devices: ["cuda"],
+    devices: ["cuda", "hip"],
     options: { provider, dtype },
     apply: (plan: Plan) => {
       const { device, ops, weights } = plan;
@@ -54,12 +57,13 @@ export function flashAttention(
           hint: "leave out --disable_bf16, or --attention, or add --disable_fa3",
         });
       }
-      if (provider === "cudnn") return { ...plan, ops: { ...ops, jointAttention: jointAttentionByLibrary } };
-      if (provider === "auto" && !hasFlashAttention(device)) return plan;
-      const attend = provider === "fa3"
-        ? byFlashAttention3(device, dtype, ops.jointAttention)
-        : byOurKernel(device, dtype, ops.jointAttention);
-      if (dtype === "f8e4m3") inFloat8.add(attend);
+      const attend = device.kind === "hip"
+        ? onAmd(device, provider, dtype, ops.jointAttention)
+        : onNvidia(device, provider, dtype, ops.jointAttention);
+      if (attend === undefined) return plan;
+      if (dtype === "f8e4m3" && attend !== jointAttentionByLibrary && attend !== byPortable) {
+        inFloat8.add(attend);
+      }
       return { ...plan, ops: { ...ops, jointAttention: attend } };
     },
   };
@@ -70,6 +74,64 @@ export function attendsInFloat8({ ops }: Plan): boolean {
   return inFloat8.has(ops.jointAttention);
 }
 
+/** Who attends; undefined for who was there. */
+function onNvidia(
+  gpu: GpuDevice,
+  provider: AttentionProvider,
+  dtype: AttentionDType,
+  otherwise: JointAttention,
+): JointAttention | undefined {
+  if (provider === "cudnn") return jointAttentionByLibrary;
+  if (provider === "aiter") {
+    throw new UsageError(`05_flash_attention: ${gpu.name} is no AMD GPU, which AITER is for`, {
+      hint: "--attention auto takes what is the fastest here",
+    });
+  }
+  if (provider === "auto" && !hasFlashAttention(gpu)) return undefined;
+  if (provider !== "fa3") return byOurKernel(gpu, dtype, otherwise);
+  if (!hasLibraryAttention(gpu, "fa3", dtype)) throw noHopper(gpu, "FlashAttention-3 is for");
+  return byNamed(gpu, "fa3", dtype, otherwise);
+}
+
+/** The same on AMD's GPUs. */
+function onAmd(
+  gpu: GpuDevice,
+  provider: AttentionProvider,
+  dtype: AttentionDType,
+  otherwise: JointAttention,
+): JointAttention | undefined {
+  if (provider === "own") return byPortable;
+  if (provider === "fa3" || provider === "cudnn") {
+    const library = provider === "fa3" ? "FlashAttention-3" : "cuDNN";
+    throw new UsageError(`05_flash_attention: ${library} is for NVIDIA GPUs, not for ${gpu.name}`, {
+      hint: "--attention aiter, or --attention own for our kernel in bfloat16",
+    });
+  }
+  const has = () => hasLibraryAttention(gpu, "aiter", dtype);
+  if (provider === "auto" ? !orFalse(has) : !has()) {
+    if (provider === "auto") return undefined; // the device says, when it comes to it, that AITER would be faster
+    throw new UsageError(`05_flash_attention: AITER has no attention in ${dtype} for ${gpu.name}`, {
+      hint: "--attention own is our kernel in bfloat16",
+    });
+  }
+  return byNamed(gpu, "aiter", dtype, otherwise);
+}
+
+/** False for what is not installed, too. */
+function orFalse(body: () => boolean): boolean {
+  try {
+    return body();
+  } catch (error) {
+    if (error instanceof FfiError) return false;
+    throw error;
+  }
+}
+
+/** By our portable kernel, whatever library there is. */
+const byPortable: JointAttention = (streams, cos, sin, eps, options = {}) =>
+  jointAttentionPortable(streams, cos, sin, eps, options) ??
+    jointAttentionByLibrary(streams, cos, sin, eps, options);
+
 function byOurKernel(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAttention): JointAttention {
   if (!hasFlashAttention(gpu)) throw noHopper(gpu, "our kernel is for");
   return (streams, cos, sin, eps, options = {}) =>
@@ -78,11 +140,15 @@ function byOurKernel(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAtte
       : otherwise(streams, cos, sin, eps, options);
 }
 
-function byFlashAttention3(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAttention): JointAttention {
-  if (!hasFlashAttention3(gpu, dtype)) throw noHopper(gpu, "FlashAttention-3 is for");
+function byNamed(
+  gpu: GpuDevice,
+  library: AttentionLibrary,
+  dtype: AttentionDType,
+  otherwise: JointAttention,
+): JointAttention {
   return (streams, cos, sin, eps, options = {}) =>
-    flashAttention3Takes(streams[0].q)
-      ? jointAttentionByFlashAttention3(gpu, streams, cos, sin, eps, dtype, options)
+    libraryAttentionTakes(streams[0].q)
+      ? jointAttentionByNamed(gpu, library, streams, cos, sin, eps, dtype, options)
       : otherwise(streams, cos, sin, eps, options);
 }
 

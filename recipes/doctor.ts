@@ -20,12 +20,14 @@ const NAME = "doctor";
 const NEEDS = {
   cpu: { required: [], faster: ["oneDNN"] },
   cuda: { required: ["NVIDIA driver", "NVRTC", "cuBLASLt", "cuDNN"], faster: [] },
+  hip: { required: ["HIP", "hipRTC", "hipBLASLt", "MIOpen"], faster: ["AITER"] },
 } as const satisfies Record<string, Record<"required" | "faster", readonly LibraryName[]>>;
 
-/** What no recipe needs, but flags that are for GPUs: kernels in the traces of `--trace-file`, `--attention fa3`. */
+/** What no recipe needs, but flags that are for NVIDIA GPUs: kernels in the traces of `--trace-file`, `--attention fa3`. */
 const FOR_GPUS = ["CUPTI", "FlashAttention-3"] as const satisfies readonly LibraryName[];
 
 type Kind = keyof typeof NEEDS;
+const OTHER = { cuda: "hip", hip: "cuda" } as const;
 const KINDS = Object.keys(NEEDS) as Kind[];
 
 /** Whether a recipe runs on a kind of device here. */
@@ -57,11 +59,17 @@ function isAbsent({ libraries }: Inventory, name: LibraryName): boolean {
 
 /** The report as text, a table for each question. */
 export function describe(inventory: Inventory, recipes: readonly Readiness[]): string {
-  const { libraries, gpus, driverVersion, cudaVersion } = inventory;
-  const driver = `driver ${driverVersion ?? "unknown"}, takes CUDA up to ${cudaVersion}`;
+  const { libraries, gpus, driverVersion, cudaVersion, hipVersion } = inventory;
+  const has = (kind: Kind) => gpus.some(({ device }) => device.startsWith(kind));
+  const drivers = [
+    ...(has("cuda") ? [`  driver ${driverVersion ?? "unknown"}, takes CUDA up to ${cudaVersion}`] : []),
+    ...(has("hip") ? [`  HIP ${hipVersion}`] : []),
+  ];
+  // Nobody has GPUs of both vendors: what the other one's need is no gap.
+  const wanted = recipes.filter(({ device }) => device === "cpu" || has(device) || !has(OTHER[device]));
   const gaps = [
-    ...new Set<LibraryName>(recipes.flatMap(({ missing, fasterWith }) => [...missing, ...fasterWith])),
-    ...FOR_GPUS.filter((name) => gpus.length > 0 && isAbsent(inventory, name)),
+    ...new Set<LibraryName>(wanted.flatMap(({ missing, fasterWith }) => [...missing, ...fasterWith])),
+    ...FOR_GPUS.filter((name) => has("cuda") && isAbsent(inventory, name)),
   ];
   return [
     "Libraries",
@@ -69,7 +77,7 @@ export function describe(inventory: Inventory, recipes: readonly Readiness[]): s
     "",
     "GPUs",
     ...(gpus.length === 0 ? ["  none: --device cpu works without one"] : tableLines(gpus.map(gpuRow))),
-    ...(gpus.length === 0 ? [] : [`  ${driver}`]),
+    ...drivers,
     "",
     "Recipes",
     ...tableLines(recipes.map(recipeRow)),
@@ -84,13 +92,8 @@ function libraryRow({ name, version, path, purpose, problem }: FoundLibrary): st
   return [name, version ?? "version unknown", purpose, where];
 }
 
-function gpuRow({ device, description, memoryBytes, computeCapability }: FoundGpu): string[] {
-  return [
-    device,
-    description,
-    `${(memoryBytes / 2 ** 30).toFixed(1)} GiB`,
-    `compute capability ${computeCapability}`,
-  ];
+function gpuRow({ device, description, memoryBytes, architecture }: FoundGpu): string[] {
+  return [device, description, `${(memoryBytes / 2 ** 30).toFixed(1)} GiB`, architecture];
 }
 
 function recipeRow({ recipe, device, ready, missing, fasterWith }: Readiness): string[] {

@@ -77,7 +77,7 @@ export const LADDER: readonly Rung[] = [
   {
     name: "05_flash_attention",
     recipe: ({ attention, disable_fa3 }) => flashAttention(attention, disable_fa3 ? "bf16" : "f8e4m3"),
-    devices: ["cuda"],
+    devices: GPUS,
     needs: ["01_bfloat16"],
     ...attentionProvider(),
   },
@@ -302,7 +302,8 @@ export function createPictureParser(name: string, description: string) {
     .addOption(
       new Option(
         "--attention <provider>",
-        "who attends: own, our kernel for Hopper; fa3, FlashAttention-3 as installed; cudnn, in bfloat16; auto, own where it runs",
+        "who attends: own, our kernel for Hopper and for AMD; fa3, FlashAttention-3, or aiter, AMD's AITER, as installed; " +
+          "cudnn, in bfloat16; auto, own on Hopper and aiter on AMD where they run",
       )
         .choices(ATTENTION_PROVIDERS),
     )

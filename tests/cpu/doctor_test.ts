@@ -33,11 +33,16 @@ const NAMES = [
   "CUPTI",
   "FlashAttention-3",
   "NCCL",
+  "HIP",
+  "hipRTC",
+  "hipBLASLt",
+  "MIOpen",
+  "AITER",
   "oneDNN",
 ] as const;
 
 /** A machine with the named libraries and as many GPUs. */
-function machine(present: readonly string[], gpus: number): Inventory {
+function machine(present: readonly string[], gpus: number, kind: "cuda" | "hip" = "cuda"): Inventory {
   const libraries = NAMES.map((name): FoundLibrary => ({
     name,
     purpose: `for ${name}`,
@@ -49,13 +54,14 @@ function machine(present: readonly string[], gpus: number): Inventory {
   return {
     libraries,
     gpus: Array.from({ length: gpus }, (_, i) => ({
-      device: `cuda:${i}`,
-      description: "NVIDIA H100 80GB HBM3",
-      memoryBytes: 85_000_000_000,
-      computeCapability: "9.0",
+      device: `${kind}:${i}`,
+      ...(kind === "cuda"
+        ? { description: "NVIDIA H100 80GB HBM3", memoryBytes: 85e9, architecture: "compute capability 9.0" }
+        : { description: "AMD Instinct MI300X", memoryBytes: 206e9, architecture: "gfx942" }),
     })),
-    driverVersion: gpus > 0 ? "580.159.04" : undefined,
-    cudaVersion: gpus > 0 ? "13.0" : undefined,
+    driverVersion: kind === "cuda" && gpus > 0 ? "580.159.04" : undefined,
+    cudaVersion: kind === "cuda" && gpus > 0 ? "13.0" : undefined,
+    hipVersion: kind === "hip" && gpus > 0 ? "6.2.41133" : undefined,
   };
 }
 
@@ -83,6 +89,20 @@ Deno.test("doctor names what each recipe lacks, and how to get it, once", () => 
   assert.match(text, /CUPTI +get CUPTI$/m, "for traces");
   assert.match(text, /FlashAttention-3 +get FlashAttention-3$/m, "for --attention fa3");
   assert.doesNotMatch(text, /get NCCL/, "nothing needs it yet");
+});
+
+Deno.test("doctor on a machine with AMD GPUs asks for what is AMD's", () => {
+  const inventory = machine(["HIP", "hipRTC", "hipBLASLt", "oneDNN"], 1, "hip");
+  const text = describe(inventory, readiness(inventory));
+  assert.match(text, /hip:0 +AMD Instinct MI300X +191\.9 GiB +gfx942$/m);
+  assert.match(text, /^ +HIP 6\.2\.41133$/m);
+  assert.match(text, /05_flash_attention +hip +needs MIOpen$/m);
+  assert.match(text, /MIOpen +get MIOpen$/m);
+  assert.match(text, /AITER +get AITER$/m);
+  assert.doesNotMatch(text, /get (cuDNN|CUPTI|NVIDIA driver|FlashAttention-3)/);
+  const complete = machine(["HIP", "hipRTC", "hipBLASLt", "MIOpen"], 1, "hip");
+  const ready = describe(complete, readiness(complete));
+  assert.match(ready, /06_float8 +hip +ready \(faster with AITER\)$/m);
 });
 
 Deno.test("doctor asks for CUPTI and FlashAttention-3 only where there is a GPU", () => {

@@ -9,11 +9,11 @@ import { Tensor } from "../../../ffi/tensor.ts";
 import { attentionReference } from "../../../kernels/attention.ts";
 import type { AttentionDType } from "../../../kernels/attention_tiles.ts";
 import {
-  flashAttention3,
-  flashAttention3Takes,
-  hasFlashAttention3,
-} from "../../../kernels/flash_attention3.ts";
-import { jointAttention, jointAttentionByFlashAttention3 } from "../../../kernels/joint_attention.ts";
+  hasLibraryAttention,
+  libraryAttention,
+  libraryAttentionTakes,
+} from "../../../kernels/library_attention.ts";
+import { jointAttention, jointAttentionByNamed } from "../../../kernels/joint_attention.ts";
 import type { QkvStream } from "../../../kernels/joint_qk_norm_rope.ts";
 import { assertClose } from "../compare.ts";
 import { valuesOf } from "../golden.ts";
@@ -26,7 +26,7 @@ const HEAD_DIM = 128;
 const DTYPES: readonly AttentionDType[] = ["f8e4m3", "bf16"];
 
 /** What may be lost: the result is rounded to bf16, in float8 the softmax's weights are rounded, too. */
-function limit({ limits }: GpuDevice, dtype: AttentionDType): number {
+function limit({ name }: GpuDevice, dtype: AttentionDType): number {
   return dtype === "bf16" || name.includes("emulated") ? 0.004 : 0.04;
 }
 
@@ -40,7 +40,7 @@ interface Sizes {
 }
 
 /** FLUX.1-schnell's tokens are for GPUs only. */
-function cases({ limits }: GpuDevice): Sizes[] {
+function cases({ name }: GpuDevice): Sizes[] {
   const all = [
     [1, 128, 128, 1, 1],
     [1, 1, 1, 1, 1],
@@ -80,11 +80,11 @@ export function flashAttention3Suite(): void {
   const gpu = TEST_GPU.name === "cuda" ? { ...TEST_GPU, skip: TEST_GPU.skip ?? notInstalled() } : TEST_GPU;
   const test = (title: string, body: (device: GpuDevice) => void | Promise<void>) =>
     testOn(gpu, `flashAttention3: ${title}`, async (device) => {
-      if (hasFlashAttention3(device, "bf16")) return await body(device);
+      if (hasLibraryAttention(device, "fa3", "bf16")) return await body(device);
       // Not Hopper: it says so, and nothing is computed.
       device.scope(() => {
         const x = Tensor.empty(device, [1, 2, 1, HEAD_DIM], "bf16");
-        assert.throws(() => flashAttention3(device, { q: x, k: x, v: x }, "bf16"), ShapeError);
+        assert.throws(() => libraryAttention(device, "fa3", { q: x, k: x, v: x }, "bf16"), ShapeError);
       });
     });
 
@@ -95,7 +95,7 @@ export function flashAttention3Suite(): void {
         const draw = (tokens: number, seed: number, size: number) =>
           sample(device, [batch, tokens, heads, HEAD_DIM], "bf16", (i) => 2 * size * noise(seed)(i));
         const [q, k, v] = [draw(queries, 1, spread), draw(keys, 2, 1), draw(keys, 3, 1)];
-        const out = flashAttention3(device, { q: q.tensor, k: k.tensor, v: v.tensor }, dtype);
+        const out = libraryAttention(device, "fa3", { q: q.tensor, k: k.tensor, v: v.tensor }, dtype);
         // The first and the last of a tile, of the tokens, and some between.
         const chosen = [...new Set([0, 1, 127, 128, queries >> 1, queries - 1])].filter((i) => i < queries);
         const expected = new Float32Array(batch * chosen.length * heads * HEAD_DIM);
@@ -127,7 +127,7 @@ export function flashAttention3Suite(): void {
       const [q, k, v] = slices.map(({ tensor }) => tensor.reshape(shape));
       const place = frame(device, [1, tokens, width], "bf16", 64);
       const out = place.inside.reshape(shape);
-      assert.equal(flashAttention3(device, { q, k, v }, dtype, { out, scale: 0.5 }), out);
+      assert.equal(libraryAttention(device, "fa3", { q, k, v }, dtype, { out, scale: 0.5 }), out);
       const expected = new Float32Array(tokens * width);
       const sizes = { batch: 1, queries: tokens, keys: tokens, heads, headDim: HEAD_DIM };
       const [qs, ks, vs] = slices.map(({ values }) => rounded(values, dtype));
@@ -147,8 +147,8 @@ export function flashAttention3Suite(): void {
       const drawn = (seed: number) => sample(device, shape, "bf16", noise(seed)).tensor;
       const [x, out] = [drawn(1), Tensor.empty(device, shape, "bf16")];
       const attend = () => {
-        const middle = flashAttention3(device, { q: x, k: x, v: x }, dtype);
-        flashAttention3(device, { q: middle, k: x, v: x }, dtype, { out });
+        const middle = libraryAttention(device, "fa3", { q: x, k: x, v: x }, dtype);
+        libraryAttention(device, "fa3", { q: middle, k: x, v: x }, dtype, { out });
       };
       device.scope(attend); // as graphExecute does
       using graph = device.record(() => device.scope(attend));
@@ -184,7 +184,7 @@ export function flashAttention3Suite(): void {
       const [cos, sin] = [table(0), table(-Math.PI / 2)];
       const expected = kept(jointAttention(streams, cos, sin, 1e-6));
       for (const dtype of DTYPES) {
-        const actual = kept(jointAttentionByFlashAttention3(device, streams, cos, sin, 1e-6, dtype));
+        const actual = kept(jointAttentionByNamed(device, "fa3", streams, cos, sin, 1e-6, dtype));
         const allowed = dtype === "bf16" ? 0.01 : 0.1;
         assertClose(await valuesOf(actual), await valuesOf(expected), allowed, `${streams.length} ${dtype}`);
       }
@@ -197,7 +197,7 @@ export function flashAttention3Suite(): void {
       const x = Tensor.empty(device, [1, 6, 2, HEAD_DIM], "bf16");
       const refuses = (qkv: { q: Tensor; k: Tensor; v: Tensor }, out?: Tensor) =>
         assert.throws(
-          () => flashAttention3(device, qkv, "f8e4m3", out === undefined ? {} : { out }),
+          () => libraryAttention(device, "fa3", qkv, "f8e4m3", out === undefined ? {} : { out }),
           ShapeError,
         );
       const all = { q: x, k: x, v: x };
@@ -208,9 +208,9 @@ export function flashAttention3Suite(): void {
       refuses({ q: narrow, k: narrow, v: narrow });
       refuses(all, x.narrow(1, 0, 5));
       refuses(all, Tensor.empty(device, x.shape, "f32"));
-      assert.ok(flashAttention3Takes(x));
+      assert.ok(libraryAttentionTakes(x));
       for (const other of [narrow, x.narrow(1, 0, 0), Tensor.empty(device, x.shape, "f32")]) {
-        assert.ok(!flashAttention3Takes(other), String(other));
+        assert.ok(!libraryAttentionTakes(other), String(other));
       }
     }));
 }
