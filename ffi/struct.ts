@@ -3,14 +3,28 @@ import { FfiError } from "./errors.ts";
 import { Float, type KernelArgument } from "./gpu.ts";
 import type { Tensor } from "./tensor.ts";
 
-/** A struct of `byteLength` bytes that is zero but for 32-bit integers at the given offsets (in bytes). */
-export function intStruct(
+/**
+ * A struct of `byteLength` bytes that is zero but for fields at the given offsets (in bytes): 32-bit integers, signed or
+ * not, floats, and bigints for 64-bit integers and addresses.
+ *
+ * @throws {FfiError} for a number that no 32-bit integer is, and a field that is not aligned or not inside
+ */
+export function packStruct(
   byteLength: number,
-  fields: readonly (readonly [offset: number, value: number])[],
+  fields: readonly (readonly [offset: number, value: number | bigint | Float])[],
 ): Uint8Array<ArrayBuffer> {
   const bytes = new Uint8Array(byteLength);
   const view = new DataView(bytes.buffer);
-  for (const [offset, value] of fields) view.setInt32(offset, value, true);
+  for (const [offset, value] of fields) {
+    const size = typeof value === "bigint" ? 8 : 4;
+    if (offset % size !== 0 || offset < 0 || offset + size > byteLength) {
+      throw new FfiError(`a field of ${size} bytes at ${offset} does not fit into a struct of ${byteLength}`);
+    }
+    if (typeof value === "bigint") view.setBigUint64(offset, value, true);
+    else if (value instanceof Float) view.setFloat32(offset, value.value, true);
+    else if ((value | 0) === value || value >>> 0 === value) view.setInt32(offset, value, true);
+    else throw new FfiError(`${value}, at ${offset} of a struct, is no 32-bit integer`);
+  }
   return bytes;
 }
 

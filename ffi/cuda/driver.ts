@@ -8,7 +8,7 @@
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import type { GpuRuntime } from "../gpu_runtime.ts";
 import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
-import { intStruct } from "../struct.ts";
+import { packStruct } from "../struct.ts";
 
 const CUDA = {
   // CUresult cuInit(unsigned int Flags)
@@ -372,12 +372,12 @@ export class Driver implements GpuRuntime {
     this.#check(this.#cu.cuDevicePrimaryCtxRetain(this.#out, device), "cuDevicePrimaryCtxRetain");
     this.#context = this.#out[0];
     this.#device = device;
-    this.#memory = intStruct(HEADER["sizeof(CUmemAllocationProp)"], [
+    this.#memory = packStruct(HEADER["sizeof(CUmemAllocationProp)"], [
       [HEADER["offsetof(CUmemAllocationProp, type)"], HEADER.CU_MEM_ALLOCATION_TYPE_PINNED],
       [HEADER["offsetof(CUmemAllocationProp, location.type)"], HEADER.CU_MEM_LOCATION_TYPE_DEVICE],
       [HEADER["offsetof(CUmemAllocationProp, location.id)"], device],
     ]);
-    this.#access = intStruct(HEADER["sizeof(CUmemAccessDesc)"], [
+    this.#access = packStruct(HEADER["sizeof(CUmemAccessDesc)"], [
       [HEADER["offsetof(CUmemAccessDesc, location.type)"], HEADER.CU_MEM_LOCATION_TYPE_DEVICE],
       [HEADER["offsetof(CUmemAccessDesc, location.id)"], device],
       [HEADER["offsetof(CUmemAccessDesc, flags)"], HEADER.CU_MEM_ACCESS_FLAGS_PROT_READWRITE],

@@ -9,8 +9,10 @@
  * kernel whose arguments have another size than these is refused: their layout has no version.
  */
 import { FfiError } from "../errors.ts";
-import type { AttentionPlan } from "../gpu.ts";
+import { type AttentionPlan, Float } from "../gpu.ts";
+import { dtypeBytes } from "../dtype.ts";
 import { findFileInPackages, packageVersion, readEnv } from "../library.ts";
+import { packStruct } from "../struct.ts";
 import type { Tensor } from "../tensor.ts";
 import { kernelMetadata } from "./code_object.ts";
 import type { HipContext } from "./context.ts";
@@ -123,37 +125,37 @@ export function aiterTakesPlan({ q, k, v, out }: AttentionPlan): boolean {
 export function aiterArguments(plan: AttentionPlan, tile: number, descale: bigint): Uint8Array<ArrayBuffer> {
   const { q, k, v, out, scale } = plan;
   const kind: Kind = q.dtype === "f8e4m3" ? "f8e4m3" : "bf16";
-  const bytes = new Uint8Array(ARGUMENT_BYTES[kind]);
-  const view = new DataView(bytes.buffer);
-  const pointer = (at: number, address: bigint) => view.setBigUint64(at, address, true);
-  const number = (at: number, value: number) => view.setUint32(at, value, true);
-  const strides = (tensor: Tensor, token: number, head: number, batch: number) => {
-    const element = tensor.dtype === "f8e4m3" ? 1 : 2;
-    number(token, tensor.strides[1] * element);
-    number(head, tensor.strides[2] * element);
-    number(batch, tensor.strides[0] * element);
-    return tensor.strides[1] * element;
-  };
-  pointer(ARGUMENTS.out, out.pointer);
-  pointer(ARGUMENTS.q, q.pointer);
-  pointer(ARGUMENTS.k, k.pointer);
-  pointer(ARGUMENTS.v, v.pointer);
-  view.setFloat32(ARGUMENTS.scale, scale, true);
-  number(ARGUMENTS.queries, q.shape[1]);
-  number(ARGUMENTS.keys, k.shape[1]);
-  number(ARGUMENTS.qTile, tile * strides(q, ARGUMENTS.qToken, ARGUMENTS.qHead, ARGUMENTS.qBatch));
-  strides(k, ARGUMENTS.kToken, ARGUMENTS.kHead, ARGUMENTS.kBatch);
-  strides(v, ARGUMENTS.vToken, ARGUMENTS.vHead, ARGUMENTS.vBatch);
-  strides(out, ARGUMENTS.outToken, ARGUMENTS.outHead, ARGUMENTS.outBatch);
-  number(ARGUMENTS.headsOfKey, 1);
-  number(ARGUMENTS.option, OPTION);
-  number(ARGUMENTS.qHeadDim, HEAD_DIM);
-  number(ARGUMENTS.vHeadDim, HEAD_DIM);
-  number(ARGUMENTS.heads, q.shape[2]);
-  if (kind === "f8e4m3") {
-    for (const at of [ARGUMENTS.qDescale, ARGUMENTS.kDescale, ARGUMENTS.vDescale]) pointer(at, descale);
-  }
-  return bytes;
+  const bytes = ({ dtype, strides }: Tensor, dim: number) => strides[dim] * dtypeBytes(dtype);
+  return packStruct(ARGUMENT_BYTES[kind], [
+    [ARGUMENTS.out, out.pointer],
+    [ARGUMENTS.q, q.pointer],
+    [ARGUMENTS.k, k.pointer],
+    [ARGUMENTS.v, v.pointer],
+    [ARGUMENTS.scale, new Float(scale)],
+    [ARGUMENTS.queries, q.shape[1]],
+    [ARGUMENTS.qToken, bytes(q, 1)],
+    [ARGUMENTS.qTile, tile * bytes(q, 1)],
+    [ARGUMENTS.qHead, bytes(q, 2)],
+    [ARGUMENTS.qBatch, bytes(q, 0)],
+    [ARGUMENTS.headsOfKey, 1],
+    [ARGUMENTS.kToken, bytes(k, 1)],
+    [ARGUMENTS.kHead, bytes(k, 2)],
+    [ARGUMENTS.kBatch, bytes(k, 0)],
+    [ARGUMENTS.option, OPTION],
+    [ARGUMENTS.keys, k.shape[1]],
+    [ARGUMENTS.qHeadDim, HEAD_DIM],
+    [ARGUMENTS.vHeadDim, HEAD_DIM],
+    [ARGUMENTS.heads, q.shape[2]],
+    [ARGUMENTS.vToken, bytes(v, 1)],
+    [ARGUMENTS.vHead, bytes(v, 2)],
+    [ARGUMENTS.vBatch, bytes(v, 0)],
+    [ARGUMENTS.outToken, bytes(out, 1)],
+    [ARGUMENTS.outHead, bytes(out, 2)],
+    [ARGUMENTS.outBatch, bytes(out, 0)],
+    ...(kind === "bf16"
+      ? []
+      : [ARGUMENTS.qDescale, ARGUMENTS.kDescale, ARGUMENTS.vDescale].map((at) => [at, descale] as const)),
+  ]);
 }
 
 /** Where AITER's code objects for an architecture are, and the package's version where it is one. */

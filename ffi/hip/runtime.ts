@@ -9,7 +9,7 @@
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import type { GpuRuntime } from "../gpu_runtime.ts";
 import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
-import { intStruct } from "../struct.ts";
+import { packStruct } from "../struct.ts";
 import { INSTALL_ROCM, rocmSonames } from "./versions.ts";
 
 export const HIP = {
@@ -351,12 +351,12 @@ export class HipRuntime implements GpuRuntime {
   /** Takes the device for all calls of this runtime. */
   useDevice(device: number): void {
     this.#device = device;
-    this.#memory = intStruct(HEADER["sizeof(hipMemAllocationProp)"], [
+    this.#memory = packStruct(HEADER["sizeof(hipMemAllocationProp)"], [
       [NEWER_HEADER["offsetof(hipMemAllocationProp, type)"], HEADER.hipMemAllocationTypePinned],
       [NEWER_HEADER["offsetof(hipMemAllocationProp, location.type)"], HEADER.hipMemLocationTypeDevice],
       [NEWER_HEADER["offsetof(hipMemAllocationProp, location.id)"], device],
     ]);
-    this.#access = intStruct(HEADER["sizeof(hipMemAccessDesc)"], [
+    this.#access = packStruct(HEADER["sizeof(hipMemAccessDesc)"], [
       [HEADER["offsetof(hipMemAccessDesc, location.type)"], HEADER.hipMemLocationTypeDevice],
       [HEADER["offsetof(hipMemAccessDesc, location.id)"], device],
       [HEADER["offsetof(hipMemAccessDesc, flags)"], HEADER.hipMemAccessFlagsProtReadWrite],

@@ -43,7 +43,7 @@ struct Function {
   int (*parameters)(int*);
   int (*sharedBytes)();
   void (*launch)(const SimtLaunch*, SimtFault*);
-  int count, codes[64];
+  int count, codes[128];
 };
 
 }  // namespace
@@ -120,7 +120,7 @@ int cpu_argument_bytes(void* opaque) {
 // Returns 0, or what went wrong as a number of simt_runtime.cpp's.
 int cpu_launch(void* opaque, const uint32_t* grid, const uint32_t* block, uint32_t shared, unsigned char* arguments) {
   const Function* function = (Function*)opaque;
-  void* pointers[64];
+  void* pointers[128];
   int at = 0;
   for (int i = 0; i < function->count; i++) {
     const char kind = (char)(function->codes[i] & 0xff);
