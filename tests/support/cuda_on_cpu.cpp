@@ -15,7 +15,9 @@
 
 namespace {
 
-std::string command, header, folder;
+// How to compile is known when this is compiled, so that any process that opens the library can: CPU_COMMAND, the
+// compiler with its flags; CPU_HEADER, the path of simt.hpp; CPU_FOLDER, for files.
+const std::string command = CPU_COMMAND, header = CPU_HEADER, folder = CPU_FOLDER;
 int compiled;
 
 std::string slurp(const std::string& path) {
@@ -49,11 +51,6 @@ struct Function {
 }  // namespace
 
 extern "C" {
-
-// How to compile: the compiler with its flags, the path of simt.hpp, and a folder for files.
-void cpu_configure(const char* theCommand, const char* theHeader, const char* theFolder) {
-  command = theCommand, header = theHeader, folder = theFolder;
-}
 
 // Returns whether it compiles: the image, or the compiler's words.
 int cpu_compile(const char* text, const char* name, char** image, uint64_t* bytes, char** log) {

@@ -9,8 +9,6 @@ import { COMPILER_FLAGS, KERNEL_FLAGS } from "./emulated_gpu.ts";
 import { compile } from "./fake_cuda.ts";
 
 const SYMBOLS = {
-  // void cpu_configure(const char *command, const char *header, const char *folder)
-  cpu_configure: { parameters: ["buffer", "buffer", "buffer"], result: "void" },
   // void fake_reset(u64 bytes, int count, int isPatient, int computeCapability)
   fake_reset: { parameters: ["u64", "i32", "i32", "i32"], result: "void" },
   // void fake_fail(const char *name, int status, int after)
@@ -45,6 +43,9 @@ export function cudaOnCpu(): CudaOnCpu {
   const library = join(folder, "libcuda.so.1");
   const values = Object.entries(HEADER).filter(([name]) => /^\w+$/.test(name))
     .map(([name, value]) => `-D${name}=${value}`);
+  const command = ["g++", ...COMPILER_FLAGS, ...KERNEL_FLAGS, library].join(" ");
+  const paths = Object.entries({ COMMAND: command, HEADER: supportFile("simt.hpp"), FOLDER: folder })
+    .map(([name, value]) => `-DCPU_${name}=${JSON.stringify(value)}`);
   const build = (name: string, language: "c" | "c++", flags: readonly string[]) => {
     const object = join(folder, `${name}.o`);
     const { success, text } = compile(
@@ -58,15 +59,13 @@ export function cudaOnCpu(): CudaOnCpu {
     build("fake_cuda.c", "c", []),
     build("fake_cupti.c", "c", []),
     build("cublaslt_on_cpu.c", "c", ["-O3", "-DCUDA_ON_CPU", ...values]),
-    build("cuda_on_cpu.cpp", "c++", ["-std=c++17"]),
+    build("cuda_on_cpu.cpp", "c++", ["-std=c++17", ...paths]),
     build("simt_runtime.cpp", "c++", ["-std=c++17", "-fno-strict-aliasing"]),
   ];
   const { success, text } = compile(["-x", "none", ...objects, "-shared", "-pthread", "-o", library], "c++");
   if (!success) throw new Error(text);
   for (const name of ["libnvrtc.so.13", "libcublasLt.so.13"]) Deno.symlinkSync(library, join(folder, name));
   const { symbols } = Deno.dlopen(library, SYMBOLS);
-  const command = ["g++", ...COMPILER_FLAGS, ...KERNEL_FLAGS, library].join(" ");
-  symbols.cpu_configure(cString(command), cString(supportFile("simt.hpp")), cString(folder));
   return made = {
     folder,
     reset: ({ memory = 2 ** 31, devices = 1 } = {}) => symbols.fake_reset(BigInt(memory), devices, 0, 90),

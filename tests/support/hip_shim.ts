@@ -48,11 +48,11 @@ export function useHipShim(cudaLibraries: readonly string[]): string {
 }
 
 /** {@link useHipShim} over stand-ins for CUDA's libraries: AMD's are found from now on, on a machine without any GPU. */
-export function hipOnCpu(): CudaOnCpu {
+export function hipOnCpu(): CudaOnCpu & { readonly shim: string } {
   const cuda = cudaOnCpu();
   const names = ["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13"];
-  useHipShim(names.map((name) => join(cuda.folder, name)));
-  return cuda;
+  const shim = useHipShim(names.map((name) => join(cuda.folder, name)));
+  return Object.assign(cuda, { shim });
 }
 
 /** CUDA's libraries on this machine, for {@link useHipShim}; throws where one is missing. */
