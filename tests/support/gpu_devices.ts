@@ -3,14 +3,18 @@ import { type GpuDevice, isGpu } from "../../ffi/gpu.ts";
 import { openDevice } from "../../ffi/open.ts";
 import { defaultCacheDir } from "../../recipes/base/command_line.ts";
 import { missingCompiler, openEmulatedGpu } from "./emulated_gpu.ts";
+import { findCudaLibraries, useHipShim } from "./hip_shim.ts";
 import { ownDevice, type TestDevice, testOn } from "./test_device.ts";
 
 /**
  * The GPU of this process's tests: in tests/gpu the real one, which all tests of a file share, since opening it takes
- * long; elsewhere an emulated one for each test, in files named hip_... one of AMD's.
+ * long, in files named hip_shim_... as the HIP device by the shim; elsewhere an emulated one for each test, in files named
+ * hip_... one of AMD's.
  */
-export const TEST_GPU: TestDevice<GpuDevice> = Deno.mainModule.includes("/tests/gpu/")
-  ? await realGpu()
+export const TEST_GPU: TestDevice<GpuDevice> = Deno.mainModule.includes("/tests/gpu/hip_shim_")
+  ? await realGpu("hip")
+  : Deno.mainModule.includes("/tests/gpu/")
+  ? await realGpu("cuda")
   : Deno.mainModule.includes("/tests/cpu/hip_")
   ? ownDevice("emulated AMD GPU", () => openEmulatedGpu({ architecture: "gfx950" }), missingCompiler())
   : ownDevice("emulated GPU", openEmulatedGpu, missingCompiler());
@@ -23,11 +27,12 @@ export function forEachGpu(op: string, define: (test: DefineGpuTest) => void): v
   define((title, body) => testOn(TEST_GPU, `${op}: ${title}`, body));
 }
 
-async function realGpu(): Promise<TestDevice<GpuDevice>> {
-  const name = "cuda";
+async function realGpu(kind: "cuda" | "hip"): Promise<TestDevice<GpuDevice>> {
+  const name = kind === "cuda" ? "cuda" : "hip by the shim";
   try {
+    if (kind === "hip") useHipShim(findCudaLibraries());
     const cacheDir = defaultCacheDir();
-    const device = await openDevice("cuda", cacheDir === undefined ? {} : { cacheDir });
+    const device = await openDevice(kind, cacheDir === undefined ? {} : { cacheDir });
     if (!isGpu(device)) throw new TypeError(`${device.name} is no GPU`);
     addEventListener("unload", () => device[Symbol.dispose]());
     return { name, skip: undefined, use: async (body) => await body(device) };

@@ -5,6 +5,7 @@
 //
 // The GPU calls itself gfx950, whose float8 is NVIDIA's too, and has warps of 32. Convolutions are a plain kernel of ours.
 // Linked to libcuda, libnvrtc and libcublasLt by their files (hip_shim.ts); the stand-ins of cuda_on_cpu.ts serve as well.
+#include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -67,6 +68,7 @@ int cuGraphExecDestroy(u64);
 int cuGraphDestroy(u64);
 
 const char* nvrtcGetErrorString(int);
+int nvrtcVersion(int*, int*);
 int nvrtcCreateProgram(u64*, const char*, const char*, int, const char* const*, const char* const*);
 int nvrtcDestroyProgram(u64*);
 int nvrtcCompileProgram(u64, int, const char* const*);
@@ -240,7 +242,21 @@ int hipGraphDestroy(u64 graph) { return cuGraphDestroy(graph); }
 
 // -- hipRTC --------------------------------------------------------------------------------------------------------------
 
+// NVRTC opens its builtins by their bare name, which the loader finds in a wheel's folder only when they are loaded.
+static void loadBuiltins() {
+  Dl_info info;
+  int major, minor;
+  if (!dladdr((void*)nvrtcVersion, &info) || nvrtcVersion(&major, &minor)) return;
+  const char* slash = strrchr(info.dli_fname, '/');
+  char path[4096];
+  snprintf(path, sizeof path, "%.*slibnvrtc-builtins.so.%d.%d", slash ? (int)(slash + 1 - info.dli_fname) : 0,
+           info.dli_fname, major, minor);
+  dlopen(path, RTLD_NOW);
+}
+
 static int compileForDevice(u64 program) {
+  static int loaded = (loadBuiltins(), 1);
+  (void)loaded;
   int major = 0, minor = 0;
   if (cuDeviceGetAttribute(&major, 75, 0) || cuDeviceGetAttribute(&minor, 76, 0)) return 11;
   char architecture[64];

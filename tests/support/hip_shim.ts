@@ -4,10 +4,11 @@
  */
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { FfiError } from "../../ffi/errors.ts";
 import { candidatePaths, readEnv } from "../../ffi/library.ts";
 import { cudaSonames, NEWEST_CUDA } from "../../ffi/cuda/versions.ts";
 import { type CudaOnCpu, cudaOnCpu } from "./cuda_on_cpu.ts";
-import { compile } from "./fake_cuda.ts";
+import { compile, missingCompiler } from "./fake_cuda.ts";
 
 const LIBRARY_PATH = "FLUX_LIB_PATH";
 /** What of AMD's the shim is. */
@@ -22,6 +23,16 @@ const NAMES = ["libamdhip64.so.7", "libhiprtc.so.7", "libhipblaslt.so.1", "libMI
 export function useHipShim(cudaLibraries: readonly string[]): string {
   const folder = Deno.makeTempDirSync({ prefix: "flux-hip-shim-" });
   addEventListener("unload", () => Deno.removeSync(folder, { recursive: true }));
+  buildHipShim(folder, cudaLibraries);
+  const before = Deno.env.get(LIBRARY_PATH);
+  Deno.env.set(LIBRARY_PATH, before === undefined ? folder : `${folder}:${before}`);
+  return folder;
+}
+
+/** Compiles the shim over the CUDA libraries at these paths into a folder, under the names of AMD's libraries. */
+export function buildHipShim(folder: string, cudaLibraries: readonly string[]): void {
+  const missing = missingCompiler();
+  if (missing !== undefined) throw new FfiError(`the shim for HIP cannot be compiled: ${missing}`);
   const library = join(folder, NAMES[0]);
   const source = fileURLToPath(new URL("hip_shim.cpp", import.meta.url));
   const folders = cudaLibraries.filter((path) => path.includes("/")).map((path) =>
@@ -42,9 +53,6 @@ export function useHipShim(cudaLibraries: readonly string[]): string {
   ], "c++");
   if (!success) throw new Error(text);
   for (const name of NAMES.slice(1)) Deno.symlinkSync(library, join(folder, name));
-  const before = Deno.env.get(LIBRARY_PATH);
-  Deno.env.set(LIBRARY_PATH, before === undefined ? folder : `${folder}:${before}`);
-  return folder;
 }
 
 /** {@link useHipShim} over stand-ins for CUDA's libraries: AMD's are found from now on, on a machine without any GPU. */
@@ -55,7 +63,7 @@ export function hipOnCpu(): CudaOnCpu & { readonly shim: string } {
   return Object.assign(cuda, { shim });
 }
 
-/** CUDA's libraries on this machine, for {@link useHipShim}; throws where one is missing. */
+/** CUDA's libraries on this machine, for {@link useHipShim}. Throws {@link FfiError} where one is missing. */
 export function findCudaLibraries(): string[] {
   const wanted = [
     ["libcuda.so.1"],
@@ -66,7 +74,7 @@ export function findCudaLibraries(): string[] {
     const paths = candidatePaths(sonames, readEnv, list).flatMap(({ folder, paths }) =>
       folder === undefined ? [] : paths
     );
-    if (paths.length === 0) throw new Error(`${sonames.join(", ")}: not found`);
+    if (paths.length === 0) throw new FfiError(`${sonames.join(", ")}: not found`);
     return paths[0];
   });
 }
@@ -78,3 +86,5 @@ function list(folder: string): string[] | undefined {
     return undefined;
   }
 }
+
+if (import.meta.main) buildHipShim(Deno.args[0], findCudaLibraries());

@@ -1,0 +1,45 @@
+/**
+ * The HIP device's own sequence of calls on an NVIDIA GPU, by the shim (tests/support/hip_shim.cpp): every kernel against its
+ * reference, every golden test, and the pictures again with the recipes of the ladder. It says that these calls belong
+ * together, and nothing about AMD's libraries, its compiler or its speed. `bash tests/gpu/hip_shim.sh` runs it.
+ */
+import { compile } from "../../recipes/02_compile.ts";
+import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
+import { channelsLast } from "../../recipes/04_channels_last.ts";
+import { autoencoderSuite, componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
+import { float8RecipeSuite, float8TinySuite } from "../support/golden_suite_float8.ts";
+import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
+import { tinySuite } from "../support/golden_suite_tiny.ts";
+import { TEST_GPU } from "../support/gpu_devices.ts";
+import { checksumSuite } from "../support/kernel_suites/checksum.ts";
+import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
+import { copySuite } from "../support/kernel_suites/copies.ts";
+import { elementwiseSuite } from "../support/kernel_suites/elementwise.ts";
+import { float8Suite } from "../support/kernel_suites/float8.ts";
+import { float8FusedSuite } from "../support/kernel_suites/float8_fused.ts";
+import { fusedSuite } from "../support/kernel_suites/fused.ts";
+import { normsSuite } from "../support/kernel_suites/norms.ts";
+import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
+import { portableAttentionSuite } from "../support/kernel_suites/portable_attention.ts";
+import { randomSuite } from "../support/kernel_suites/random.ts";
+
+checksumSuite();
+convolutionSuite();
+elementwiseSuite();
+copySuite();
+normsSuite();
+randomSuite();
+float8Suite();
+float8FusedSuite();
+fusedSuite();
+parallelBranchesSuite();
+portableAttentionSuite();
+componentSuite(TEST_GPU, OTHER_ORDER);
+autoencoderSuite(TEST_GPU, [channelsLast], OTHER_ORDER);
+for (const recipes of [[], [compile, fuseQkv, channelsLast]]) {
+  pipelineSuite(TEST_GPU, recipes);
+  tinySuite(TEST_GPU, recipes);
+}
+float8RecipeSuite(TEST_GPU);
+float8RecipeSuite(TEST_GPU, [compile, fuseQkv]);
+float8TinySuite(TEST_GPU);
