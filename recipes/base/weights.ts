@@ -1,5 +1,6 @@
 import type { Device, Memory } from "../../ffi/device.ts";
 import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
+import { float8FormatOf } from "../../ffi/float8.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
@@ -70,6 +71,7 @@ export interface Placement {
  * mapped files. All parts together, since a GPU's stream of copies takes a while to start and to end.
  *
  * @param onBytes called now and then with how many bytes are in place so far.
+ * @throws ModelError for a dtype that no operator takes, or not on this GPU
  */
 export async function placeWeights(
   device: Device,
@@ -81,6 +83,13 @@ export async function placeWeights(
       const { dtype, shape, bytes } = checkpoint.get(name);
       if (!isDType(dtype)) {
         throw new ModelError(`${checkpoint.folder}: weight ${name} is ${dtype}, which no operator takes`);
+      }
+      if (dtype === "f8e4m3" && isGpu(device) && float8FormatOf(device.limits.architecture) !== "ocp") {
+        throw new ModelError(
+          `${checkpoint.folder}: weight ${name} is ${dtype}, whose numbers ${device.name} (${device.limits.architecture}) ` +
+            "does not multiply: it has E4M3 of another kind",
+          { hint: "take the checkpoint in bfloat16: 06_float8 quantizes it for this GPU" },
+        );
       }
       return { name, dtype, shape, bytes };
     })

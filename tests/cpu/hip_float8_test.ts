@@ -5,10 +5,13 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { float32ToFloat8, FLOAT8_LARGEST, float8FormatOf, float8ToFloat32 } from "../../ffi/float8.ts";
+import type { GpuDevice } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { cast } from "../../kernels/cast.ts";
 import { linearFloat8 } from "../../kernels/linear_float8.ts";
 import { quantizeReference, quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
+import type { ComponentWeights } from "../../recipes/base/checkpoint.ts";
+import { placeWeights } from "../../recipes/base/weights.ts";
 import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { float8RecipeSuite } from "../support/golden_suite_float8.ts";
 import { valuesOf } from "../support/golden.ts";
@@ -126,5 +129,25 @@ testOn(MI300, "quantization and products in FNUZ", async (device) => {
     }
   }
 });
+
+testOn(
+  MI300,
+  "a checkpoint's own float8, which is the OCP's, is refused on this GPU alone",
+  async (device) => {
+    const checkpoint = {
+      folder: "transformer",
+      get: () => ({ dtype: "f8e4m3", shape: [4], bytes: Uint8Array.of(1, 2, 3, 4) }),
+    } as unknown as ComponentWeights;
+    const place = (gpu: GpuDevice) => placeWeights(gpu, [{ checkpoint, names: ["a.weight"] }]);
+    await assert.rejects(place(device), {
+      name: "ModelError",
+      message:
+        /^transformer: weight a\.weight is f8e4m3, whose numbers hip:gfx942 emulated \(gfx942\) does not multiply/,
+      hint: /checkpoint in bfloat16/,
+    });
+    using other = openEmulatedGpu({ architecture: "gfx950" });
+    assert.equal((await place(other))[0].get("a.weight").dtype, "f8e4m3");
+  },
+);
 
 float8RecipeSuite(MI300);
