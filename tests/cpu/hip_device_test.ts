@@ -129,6 +129,25 @@ hipTest("products by hipBLASLt: bias, GELU, batches, float8 with scales of both 
   assert.deepEqual([...await valuesOf(wide)].slice(15, 18), [240, 0, 48]);
 });
 
+hipTest("before hipBLASLt 1.0 scales for rows have attributes of their own", async () => {
+  Deno.env.set("HIP_SHIM_HIPBLASLT", "1200");
+  try {
+    using device = openHip(0);
+    assert.equal(device.properties().providers.matmul, "hipBLASLt 0.12.0");
+    const ones = (rows: number) =>
+      Tensor.fromBytes(device, new Uint8Array(rows * 16).fill(0x38), [rows, 16], "f8e4m3");
+    const scales = (values: number[]) => Tensor.fromFloat32(device, values, [values.length]);
+    const out = Tensor.empty(device, [2, 16], "f32");
+    const columns = Array.from({ length: 16 }, (_, i) => i);
+    device.matmul({ a: ones(2), b: ones(16), out, scaleA: scales([1, 3]), scaleB: scales(columns) });
+    assert.deepEqual([...await valuesOf(out)].slice(15, 18), [240, 0, 48]);
+    device.matmul({ a: ones(2), b: ones(16), out, scaleA: scales([2]), scaleB: scales([4]) });
+    assert.deepEqual([...await valuesOf(out)].slice(0, 2), [128, 128]);
+  } finally {
+    Deno.env.delete("HIP_SHIM_HIPBLASLT");
+  }
+});
+
 hipTest(
   "convolutions by MIOpen: both orders, padding of one side, no bias; the fastest of its solutions",
   async () => {

@@ -3,6 +3,7 @@ import { join } from "node:path";
 import { FfiError } from "../../ffi/errors.ts";
 import {
   candidatePaths,
+  findFileInPackages,
   findInPackages,
   LibraryNotFoundError,
   openLibrary,
@@ -88,6 +89,63 @@ Deno.test("candidatePaths: overrides first, then the loader, toolkits, wheels, s
   assert.deepEqual(places[3].paths, ["libx.so.2", "libx.so.1"]);
   assert.deepEqual(places[5].paths, []);
 });
+
+Deno.test("candidatePaths: ROCm's folders, and those of its wheels", () => {
+  const places = candidatePaths(
+    ["libx.so.7"],
+    env({ VIRTUAL_ENV: "/venv" }),
+    lister({
+      "/opt": ["rocm", "rocm-6.2.0", "other"],
+      "/opt/rocm/lib": ["libx.so.7"],
+      "/opt/rocm-6.2.0/lib": [],
+      "/venv/lib": ["python3.12"],
+      "/venv/lib/python3.12/site-packages": ["_rocm_sdk_core", "_rocm_sdk_libraries_gfx94X_dcgpu", "torch"],
+      "/venv/lib/python3.12/site-packages/_rocm_sdk_core/lib": ["libx.so.7"],
+    }),
+  );
+  assert.deepEqual(
+    places.filter(({ folder }) => folder !== undefined).map((
+      { from, folder, paths },
+    ) => [from, folder, paths.length]),
+    [
+      ["ROCm", "/opt/rocm/lib", 1],
+      ["ROCm", "/opt/rocm-6.2.0/lib", 0],
+      ["python package", "/venv/lib/python3.12/site-packages/_rocm_sdk_core/lib", 1],
+    ],
+  );
+});
+
+Deno.test("findFileInPackages: a path that the user has named, else Python's packages, else an error with all places", () =>
+  inFolder((folder) => {
+    const before = Deno.env.get("FLUX_LIB_PATH");
+    Deno.env.set("FLUX_LIB_PATH", folder);
+    try {
+      const find = (...named: string[]) =>
+        findFileInPackages(
+          "a table",
+          "made/up/table.csv",
+          "get it",
+          named.map((path) => ({ from: "NAMED", path })),
+        );
+      const own = join(folder, "own.csv");
+      assert.throws(() => find(own), (error) => {
+        assert.ok(error instanceof LibraryNotFoundError);
+        assert.match(error.message, /^a table was not found \(looked for made\/up\/table\.csv\)/);
+        assert.ok(
+          error.message.includes(`${folder} (NAMED)`) && error.message.includes(`${folder} (FLUX_LIB_PATH)`),
+        );
+        return error.hint === "get it";
+      });
+      Deno.mkdirSync(join(folder, "made/up"), { recursive: true });
+      Deno.writeTextFileSync(join(folder, "made/up/table.csv"), "");
+      assert.deepEqual(find(own), { path: join(folder, "made/up/table.csv"), folder });
+      Deno.writeTextFileSync(own, "");
+      assert.deepEqual(find(own), { path: own, folder: undefined });
+    } finally {
+      if (before === undefined) Deno.env.delete("FLUX_LIB_PATH");
+      else Deno.env.set("FLUX_LIB_PATH", before);
+    }
+  }));
 
 Deno.test("candidatePaths: nothing set and nothing readable leaves the loader", () => {
   const places = candidatePaths(["libx.so"], () => undefined, () => undefined);

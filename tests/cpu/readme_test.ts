@@ -1,6 +1,6 @@
 /** The README's commands, links and code are tried, so that they cannot rot. */
 import assert from "node:assert/strict";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
@@ -13,13 +13,16 @@ Deno.test("every task that the README names exists", () => {
   for (const task of tasks) assert.ok(Object.hasOwn(CONFIG.tasks, task), task);
 });
 
-Deno.test("every relative link of the README leads to a file", () => {
-  const links = [...README.matchAll(/\]\(([^)#]+)\)/g)].map((match) => match[1]).filter((to) =>
-    !to.includes("://")
-  );
-  assert.ok(links.length > 5);
-  for (const link of links) assert.ok(Deno.statSync(join(ROOT, link)), link);
-});
+for (const document of ["README.md", "docs/amd.md"]) {
+  Deno.test(`every relative link of ${document} leads to a file`, () => {
+    const text = Deno.readTextFileSync(join(ROOT, document));
+    const links = [...text.matchAll(/\]\(([^)#]+)\)/g)].map((match) => match[1]).filter((to) =>
+      !to.includes("://")
+    );
+    assert.ok(links.length > 5);
+    for (const link of links) assert.ok(Deno.statSync(join(ROOT, dirname(document), link)), link);
+  });
+}
 
 Deno.test("the README's program draws a picture", async () => {
   const code = [...README.matchAll(/```ts\n(.*?)```/gs)].map((match) => match[1]).find((text) =>

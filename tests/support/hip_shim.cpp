@@ -296,7 +296,12 @@ static int blasStatus(int cublas) {
 struct BlasLayout { u64 cublas; int type; };
 struct BlasAlgorithm { unsigned char cublas[64]; };
 
-int hipblasLtGetVersion(u64, int* version) { *version = 100000; return BLAS_OK; }
+// ROCm 7's, or that of HIP_SHIM_HIPBLASLT: before 1.0 scales for rows had attributes of their own and no modes.
+static int blasVersion() {
+  const char* version = getenv("HIP_SHIM_HIPBLASLT");
+  return version ? atoi(version) : 100000;
+}
+int hipblasLtGetVersion(u64, int* version) { *version = blasVersion(); return BLAS_OK; }
 int hipblasLtCreate(u64* handle) { return blasStatus(cublasLtCreate(handle)); }
 int hipblasLtDestroy(u64 handle) { return blasStatus(cublasLtDestroy(handle)); }
 
@@ -322,7 +327,15 @@ int hipblasLtMatmulDescSetAttribute(u64 desc, int attribute, const void* value, 
       if (status == 0) status = cublasLtMatmulDescSetAttribute(desc, 12 + attribute, value, bytes);
       return blasStatus(status);
     }
-    case 31: case 32: return blasStatus(cublasLtMatmulDescSetAttribute(desc, attribute, value, bytes));
+    case 31: case 32:
+      if (blasVersion() < 100000) return BLAS_INVALID_VALUE;
+      return blasStatus(cublasLtMatmulDescSetAttribute(desc, attribute, value, bytes));
+    case 102: case 103: {  // scales for rows, before there were modes
+      if (blasVersion() >= 100000) return BLAS_INVALID_VALUE;
+      const int rows = 3;
+      int status = cublasLtMatmulDescSetAttribute(desc, attribute - 71, &rows, 4);
+      return status ? blasStatus(status) : hipblasLtMatmulDescSetAttribute(desc, attribute - 97, value, bytes);
+    }
     default: return BLAS_INVALID_VALUE;
   }
 }
