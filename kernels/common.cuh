@@ -1,4 +1,4 @@
-// Types and helpers that all kernels share; float8.cuh has 8-bit floats. Three compilers read this file: NVRTC, hipRTC and, for tests on machines
+// Types and helpers that all kernels share; architecture.cuh has what differs among GPUs. Three compilers read this file: NVRTC, hipRTC and, for tests on machines
 // without a GPU, g++ with the emulation of tests/support. So it includes nothing and uses no vendor header.
 //
 // A launch fills in what a file leaves open: its text follows this one, behind lines such as `using T = bf16;` and
@@ -6,14 +6,6 @@
 //
 // Values are stored as T (float, bf16, f16, ...) and computed in float: toFloat(x), fromFloat<T>(x).
 // Vec<T, N> is N of T moved by one load or store, 16 bytes where sizes allow: the unit of memory-bound kernels.
-
-#ifndef FLUX_EMULATED
-#ifdef __AMDGCN__
-#define WARP 64
-#else
-#define WARP 32
-#endif
-#endif
 
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
@@ -64,7 +56,7 @@ template <> __device__ __forceinline__ f16 fromFloat<f16>(float x) {
   return y;
 }
 template <> __device__ __forceinline__ unsigned char fromFloat<unsigned char>(float x) { return (unsigned char)x; }
-#include "float8.cuh"
+#include "architecture.cuh"
 
 // -- several elements at a time ----------------------------------------------------------------------------------
 
@@ -196,14 +188,6 @@ __device__ __forceinline__ long long rowStart(unsigned row, unsigned inner, long
 }
 
 // -- sums over threads -------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float shuffleXor(float x, int mask) {
-#ifdef __AMDGCN__
-  return __shfl_xor(x, mask);
-#else
-  return __shfl_xor_sync(0xffffffffu, x, mask);
-#endif
-}
 
 // Sum over the warp, in every lane. All lanes take part.
 __device__ __forceinline__ float warpSum(float x) {

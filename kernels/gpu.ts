@@ -10,7 +10,7 @@ import {
 } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import COMMON_CUH from "./common.cuh" with { type: "text" };
-import FLOAT8_CUH from "./float8.cuh" with { type: "text" };
+import ARCHITECTURE_CUH from "./architecture.cuh" with { type: "text" };
 
 /** The names of dtypes in common.cuh. */
 const C_TYPES: Partial<Record<DType, string>> = {
@@ -24,9 +24,9 @@ const C_TYPES: Partial<Record<DType, string>> = {
 };
 
 /** common.cuh with what it takes in itself. */
-const COMMON = withInclude(COMMON_CUH, "common.cuh", '#include "float8.cuh"', [
-  '#line 1 "float8.cuh"',
-  FLOAT8_CUH,
+const COMMON = withInclude(COMMON_CUH, "common.cuh", '#include "architecture.cuh"', [
+  '#line 1 "architecture.cuh"',
+  ARCHITECTURE_CUH,
 ]);
 
 /** Where a .cu file takes in common.cuh, and, behind it, the types and constants that a launch chooses. */

@@ -1,6 +1,6 @@
 /**
  * E4M3 as AMD's MI300 has it ("FNUZ": bias 8, largest 240, -0's code is NaN): the conversions in TypeScript, the kernels'
- * by float8.cuh against them, and float8 recipes on an emulated gfx942.
+ * by architecture.cuh against them, and float8 recipes on an emulated gfx942.
  */
 import assert from "node:assert/strict";
 import fc from "fast-check";
@@ -84,7 +84,7 @@ const MI300 = ownDevice(
 
 testOn(
   MI300,
-  "float8.cuh: all bfloat16 and float16 become FNUZ bit for bit, and all codes are read",
+  "architecture.cuh: all bfloat16 and float16 become FNUZ bit for bit, and all codes are read",
   async (device) => {
     const patterns = new Uint8Array(Uint16Array.from({ length: 65536 }, (_, i) => i).buffer);
     for (const dtype of ["bf16", "f16"] as const) {

@@ -4,9 +4,6 @@ import { openDevice } from "../../ffi/open.ts";
 import { defaultCacheDir } from "../../recipes/base/command_line.ts";
 import { missingCompiler, openEmulatedGpu } from "./emulated_gpu.ts";
 import { findCudaLibraries, useHipShim } from "./hip_shim.ts";
-import { hipOnCpu } from "./hip_shim.ts";
-import { openHip } from "../../ffi/hip/open.ts";
-const CU = Deno.mainModule.includes("/tests/cpu/zz_") ? hipOnCpu() : undefined as never;
 import { ownDevice, type TestDevice, testOn } from "./test_device.ts";
 
 /**
@@ -18,11 +15,6 @@ export const TEST_GPU: TestDevice<GpuDevice> = Deno.mainModule.includes("/tests/
   ? await realGpu("hip")
   : Deno.mainModule.includes("/tests/gpu/")
   ? await realGpu("cuda")
-  : Deno.mainModule.includes("/tests/cpu/zz_")
-  ? ownDevice("zz", () => {
-    CU.reset({ memory: 2 ** 31 });
-    return openHip(0);
-  }, missingCompiler())
   : Deno.mainModule.includes("/tests/cpu/hip_")
   ? ownDevice("emulated AMD GPU", () => openEmulatedGpu({ architecture: "gfx950" }), missingCompiler())
   : ownDevice("emulated GPU", openEmulatedGpu, missingCompiler());

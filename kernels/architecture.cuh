@@ -1,5 +1,27 @@
-// 8-bit floats: a part of common.cuh, which takes it in where conversions are known.
-//
+// What differs among GPUs, beside instructions that a kernel names itself: threads in step, and 8-bit floats. A part of
+// common.cuh, which takes it in where conversions are known.
+
+// -- threads in step ---------------------------------------------------------------------------------------------
+
+// 64 on AMD's compute GPUs (hipRTC defines __AMDGCN__, as every compiler for them), 32 on NVIDIA's.
+#ifndef FLUX_EMULATED
+#ifdef __AMDGCN__
+#define WARP 64
+#else
+#define WARP 32
+#endif
+#endif
+
+__device__ __forceinline__ float shuffleXor(float x, int mask) {
+#ifdef __AMDGCN__
+  return __shfl_xor(x, mask);
+#else
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+#endif
+}
+
+// -- 8-bit floats ------------------------------------------------------------------------------------------------
+
 // E4M3 is what a GPU's matrix units multiply, and so not the same everywhere: the OCP's on NVIDIA GPUs and AMD's gfx950
 // (bias 7, largest 448, NaN is all ones), "FNUZ" on AMD's gfx940 to gfx942 (bias 8, largest 240, no -0, whose code is the
 // only NaN). Neither has infinities. Tensors of f8e4m3 hold their GPU's own; ffi/float8.ts has both for the host.
