@@ -4,7 +4,7 @@ import { type Driver, HEADER, openDriver } from "../../ffi/cuda/driver.ts";
 import { cudaIncludeFolders } from "../../ffi/cuda/nvrtc.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
 import { candidatePaths } from "../../ffi/library.ts";
-import { intStruct } from "../../ffi/struct.ts";
+import { packStruct } from "../../ffi/struct.ts";
 import { compile, missingCompiler, testFakeCuda } from "../support/fake_cuda.ts";
 
 /** A folder with cuda.h: a toolkit's, or a wheel's. */
@@ -54,8 +54,8 @@ Deno.test({
   },
 });
 
-Deno.test("intStruct: integers at their offsets, zeros elsewhere", () => {
-  const bytes = intStruct(16, [[4, -2], [12, 258]]);
+Deno.test("packStruct: integers at their offsets, zeros elsewhere", () => {
+  const bytes = packStruct(16, [[4, -2], [12, 258]]);
   assert.deepEqual([...bytes], [0, 0, 0, 0, 254, 255, 255, 255, 0, 0, 0, 0, 2, 1, 0, 0]);
 });
 

@@ -5,7 +5,6 @@
 import { checksumSuite } from "../support/kernel_suites/checksum.ts";
 import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
-import { float8FusedSuite } from "../support/kernel_suites/float8_fused.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 
@@ -13,5 +12,4 @@ checksumSuite();
 convolutionSuite();
 normsSuite();
 float8Suite();
-float8FusedSuite();
 fusedSuite();
