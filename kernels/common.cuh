@@ -1,5 +1,6 @@
-// Types and helpers that all kernels share; architecture.cuh has what differs among GPUs. Three compilers read this file: NVRTC, hipRTC and, for tests on machines
-// without a GPU, g++ with the emulation of tests/support. So it includes nothing and uses no vendor header.
+// Types and helpers that all kernels share; architecture.cuh has what differs among GPUs. Three compilers read this file:
+// NVRTC, hipRTC and, for tests on machines without a GPU, g++ with the emulation of tests/support. So it uses no vendor
+// header.
 //
 // A launch fills in what a file leaves open: its text follows this one, behind lines such as `using T = bf16;` and
 // `constexpr int N = 8;` (kernels/gpu.ts).

@@ -2,8 +2,8 @@
  * AITER, AMD's library of assembled kernels: attention from its prebuilt code objects, which are loaded and launched as our
  * own kernels are. Python does not run, and nothing of AITER's own code; the twin of cuda/flash_attn3.ts.
  *
- * Where: `aiter_meta/hsa/<architecture>/fmha_v3_fwd` in the package `amd-aiter`, or in the folder that `AITER_ASM_DIR` names,
- * as AITER reads it. `fmha_fwd.csv` there says which file has which kernel.
+ * Where: `aiter_meta/hsa/<architecture>/fmha_v3_fwd` in the package `amd-aiter`, or in the folder that `AITER_ASM_DIR`
+ * names, as AITER reads it. `fmha_fwd.csv` there says which file has which kernel.
  *
  * Source: `csrc/cpp_itfs/mha_fwd.cu` and `csrc/include/mha_fwd.h` of ROCm/aiter (2026-08), and the files' own metadata. A
  * kernel whose arguments have another size than these is refused: their layout has no version.
@@ -203,20 +203,9 @@ export class Aiter implements Disposable {
     this.#extra.set([pointer, address(this.#arguments), size, address(this.#bytes), end]);
   }
 
-  /** E.g. `"0.1.9"`; undefined before it was used, or where nothing says it. */
+  /** E.g. `"0.1.9"`; undefined where nothing says it. Throws {@link LibraryNotFoundError} where it is not installed. */
   get version(): string | undefined {
-    return this.#found?.version;
-  }
-
-  /** Whether it is installed for this GPU. */
-  isInstalled(): boolean {
-    try {
-      void this.#folder;
-      return true;
-    } catch (error) {
-      if (!(error instanceof FfiError)) throw error;
-      return false;
-    }
+    return this.#folder.version;
   }
 
   /**

@@ -1,6 +1,6 @@
 /**
- * What an AMD code object says of its kernels: ELF with a note of MessagePack (LLVM's "AMDGPU code object metadata", NT_AMDGPU_METADATA).
- * Only what a launch of somebody else's kernel has to be checked against is read, by looking for the keys themselves.
+ * What an AMD code object says of its kernels: it is ELF with a note of MessagePack (LLVM's User Guide for AMDGPU Backend, "Code
+ * Object Metadata"). Only what a launch of somebody else's kernel has to be checked against is read, by looking for the key.
  */
 
 /** Of a kernel. */

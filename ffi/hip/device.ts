@@ -1,9 +1,9 @@
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties } from "../device.ts";
-import { FfiError } from "../errors.ts";
+import { briefly, FfiError } from "../errors.ts";
 import type { AttentionPlan, GpuProfiler, KernelSource } from "../gpu.ts";
 import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
-import { Aiter, INSTALL_AITER } from "./aiter.ts";
+import { Aiter, aiterTakesPlan } from "./aiter.ts";
 import type { HipContext } from "./context.ts";
 import { HipblasLt } from "./hipblaslt.ts";
 import { Hiprtc } from "./hiprtc.ts";
@@ -19,6 +19,8 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
   #hipblasLt: HipblasLt | undefined;
   #miopen: Miopen | undefined;
   readonly #aiter: Aiter;
+  /** Why attention is not AITER's, once that is known. */
+  #withoutAiter: string | undefined;
   #warned = false;
 
   /**
@@ -53,9 +55,7 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
       providers: {
         matmul: versionOr(() => `hipBLASLt ${this.matmuls.version}`),
         convolution: versionOr(() => `MIOpen ${this.#convolutions.version}`),
-        attention: this.#aiter.isInstalled()
-          ? `AITER ${this.#aiter.version ?? "of unknown version"}`
-          : `our own kernel; AITER is faster: ${INSTALL_AITER}`,
+        attention: versionOr(() => `AITER ${this.#aiter.version ?? "of unknown version"}`),
         other: `HIP kernels, compiled by ${compiler}`,
         driver: `HIP ${driverVersion}, ${this.driver.path}`,
       },
@@ -81,16 +81,27 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
     this.#convolutions.conv(plan);
   }
 
-  /** By AITER, where it is installed; the first time that it would be good for and is not, that is a warning. */
+  /**
+   * By AITER, where it is installed and has kernels that are known. The first attention that it would be good for without it
+   * is a warning, where it was not asked for by name; then that is an error.
+   */
   attention(plan: AttentionPlan): boolean {
     this.checkOpen();
     if (plan.library === "aiter") return this.#aiter.attention(plan);
-    if (plan.library !== undefined) return false; // another vendor's
-    if (this.#aiter.isInstalled()) return this.#aiter.attention(plan);
-    if (!this.#warned && plan.q.dtype === "bf16" && plan.q.shape[3] === 128) {
-      this.#warned = true;
-      this.onWarning(`attention is computed by our own kernel; AITER's is faster: ${INSTALL_AITER}`);
+    if (plan.library !== undefined || !aiterTakesPlan(plan)) return false;
+    if (this.#withoutAiter === undefined) {
+      try {
+        return this.#aiter.attention(plan);
+      } catch (error) {
+        if (!(error instanceof FfiError) || this.driver.isLost) throw error;
+        const { hint } = error;
+        this.#withoutAiter = `${briefly(error)}${hint === undefined ? "" : `; ${hint}`}`;
+      }
     }
+    if (!this.#warned) {
+      this.onWarning(`attention is our own kernel's, AITER's is faster: ${this.#withoutAiter}`);
+    }
+    this.#warned = true;
     return false;
   }
 

@@ -309,6 +309,18 @@ aiterTest(
   },
 );
 
+aiterTest("unasked, a kernel that is not known is a warning", { "fwd_hd128_bf16_rtne.co": 528 }, () => {
+  const warnings: string[] = [];
+  using device = openHip(0, { onWarning: (message) => warnings.push(message) });
+  const x = Tensor.empty(device, [1, 4, 2, 128], "bf16");
+  for (let i = 0; i < 2; i++) assert.equal(device.attention({ q: x, k: x, v: x, out: x, scale: 1 }), false);
+  assert.equal(warnings.length, 1);
+  assert.match(
+    warnings[0],
+    /our own kernel's.*fwd_hd128_bf16_rtne\.co takes 528 bytes.*report AITER's version/,
+  );
+});
+
 aiterTest("a missing file is an error that says how to get it back", { "fwd_hd128_fp8.co": 656 }, () => {
   using device = openHip(0);
   const x = Tensor.empty(device, [1, 4, 2, 128], "bf16");

@@ -62,7 +62,7 @@ hipTest("says what it is and what does its work", () => {
   assert.equal(nativeBfloat16, true);
   assert.equal(providers.matmul, "hipBLASLt 1.0.0");
   assert.equal(providers.convolution, "MIOpen 3.2.0");
-  assert.match(providers.attention, /our own kernel; AITER is faster: pip install amd-aiter/);
+  assert.match(providers.attention, /^AITER was not found \(looked for .*\); pip install amd-aiter$/);
   assert.match(providers.other, /compiled by hipRTC 9\.0 for gfx950/);
   assert.match(providers.driver, /^HIP 6\.2\.41133, /);
   const environment = device.environment();
@@ -192,7 +192,10 @@ hipTest(
     assert.deepEqual(warnings, [], "not for heads that AITER has no kernel for");
     for (let i = 0; i < 2; i++) assert.equal(device.attention(plan), false);
     assert.equal(warnings.length, 1);
-    assert.match(warnings[0], /our own kernel; AITER's is faster: pip install amd-aiter/);
+    assert.match(
+      warnings[0],
+      /our own kernel's, AITER's is faster: AITER was not found .*; pip install amd-aiter$/,
+    );
     assert.equal(device.attention({ ...plan, library: "fa3" }), false);
     assert.throws(() => device.attention({ ...plan, library: "aiter" }), {
       name: "LibraryNotFoundError",
