@@ -94,13 +94,17 @@ export function missingCompiler(): string | undefined {
   }
 }
 
-/** Runs the compiler, as one for C where nothing else is said. */
+/**
+ * Runs the compiler, as one for C where nothing else is said. It gets no LD_LIBRARY_PATH: Deno starts a program with one only
+ * where all programs may be started.
+ */
 export function compile(
   args: readonly string[],
   language: "c" | "c++" = "c",
 ): { success: boolean; text: string } {
-  const { success, stderr } = new Deno.Command("g++", { args: ["-x", language, ...args], stdout: "null" })
-    .outputSync();
+  const env = { PATH: Deno.env.get("PATH") ?? "/usr/bin:/bin" };
+  const options = { args: ["-x", language, ...args], env, clearEnv: true, stdout: "null" } as const;
+  const { success, stderr } = new Deno.Command("g++", options).outputSync();
   return { success, text: new TextDecoder().decode(stderr) };
 }
 

@@ -46,6 +46,7 @@ export function buildHipShim(folder: string, cudaLibraries: readonly string[]): 
     source,
     "-x",
     "none",
+    "-Wl,--no-as-needed",
     ...cudaLibraries.map((path) => path.includes("/") ? path : `-l:${path}`),
     ...[...new Set(folders)].map((folder) => `-Wl,-rpath,${folder}`),
     "-o",
