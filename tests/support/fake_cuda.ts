@@ -103,8 +103,13 @@ export function compile(
   language: "c" | "c++" = "c",
 ): { success: boolean; text: string } {
   const env = { PATH: Deno.env.get("PATH") ?? "/usr/bin:/bin" };
-  const options = { args: ["-x", language, ...args], env, clearEnv: true, stdout: "null" } as const;
-  const { success, stderr } = new Deno.Command("g++", options).outputSync();
+  const command = new Deno.Command("g++", {
+    args: ["-x", language, ...args],
+    env,
+    clearEnv: true,
+    stdout: "null",
+  });
+  const { success, stderr } = command.outputSync();
   return { success, text: new TextDecoder().decode(stderr) };
 }
 
