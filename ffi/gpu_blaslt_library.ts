@@ -11,7 +11,7 @@ import { type OpenedLibrary, openLibrary, type OpenOptions, pinLibrary } from ".
 import type { Scaling } from "./matmul_plan.ts";
 
 /** The C functions of a library whose names begin with `prefix` (handles and descriptors are pointers, enums ints). */
-function functionsOf(prefix: string) {
+export function functionsOf(prefix: string) {
   return {
     // Status Create(Handle *lightHandle)
     create: { name: `${prefix}Create`, parameters: ["buffer"], result: "i32" },

@@ -17,7 +17,8 @@ import type { Tensor } from "../tensor.ts";
 import type { HipContext } from "./context.ts";
 import { INSTALL_ROCM } from "./versions.ts";
 
-const MIOPEN = {
+/** The C functions that we call. */
+export const MIOPEN = {
   // miopenStatus_t miopenGetVersion(size_t *major, size_t *minor, size_t *patch)
   miopenGetVersion: { parameters: ["buffer", "buffer", "buffer"], result: "i32" },
   // const char *miopenGetErrorString(miopenStatus_t error)

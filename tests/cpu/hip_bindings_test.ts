@@ -5,7 +5,9 @@
 import assert from "node:assert/strict";
 import { FfiError } from "../../ffi/errors.ts";
 import { RESULTS } from "../../ffi/gpu_compiler.ts";
+import { functionsOf } from "../../ffi/gpu_blaslt_library.ts";
 import { HEADER as HIPBLASLT } from "../../ffi/hip/hipblaslt.ts";
+import { HEADER as MIOPEN_HEADER, MIOPEN } from "../../ffi/hip/miopen.ts";
 import { HEADER, HIP, HipRuntime, NEWER_HEADER, openHipLibrary } from "../../ffi/hip/runtime.ts";
 import { hipblasLtVersion, hipVersion, rocmSonames } from "../../ffi/hip/versions.ts";
 import { compareFunctions, compareWithHip, debiansHeaders, newerHeaders } from "../support/hip_headers.ts";
@@ -62,6 +64,27 @@ headerTest("data types of hipBLASLt are those of newer headers", newer.missing, 
   const types = { HIP_R_32F, HIP_R_16F, HIP_R_16BF, HIP_R_8F_E4M3, HIP_R_8F_E4M3_FNUZ };
   return compareWithHip(newer, ["hip/library_types.h"], types);
 });
+
+const BLASLT_API = ["hipblaslt/hipblaslt.h"];
+const blaslt = await newerHeaders(BLASLT_API[0]);
+headerTest("hipBLASLt's constants and functions are those of its header", blaslt.missing, async () => {
+  const text = await Deno.readTextFile(`${blaslt.folder}/hipblaslt/hipblaslt-version.h`);
+  const hasModes = Number(/VERSION_MAJOR\s+(\d+)/.exec(text)?.[1]) >= 1;
+  const absent = hasModes ? /_VEC_EXT$/ : /_SCALE_MODE$|_OUTER_VEC_32F$/;
+  const constants = Object.entries(HIPBLASLT).filter(([name]) => !absent.test(name));
+  return await compareWithHip(blaslt, BLASLT_API, Object.fromEntries(constants), "c++") ??
+    await compareFunctions(blaslt, BLASLT_API, functionsOf("hipblasLt"));
+});
+
+const MIOPEN_API = ["miopen/miopen.h"];
+const miopen = await newerHeaders(MIOPEN_API[0]);
+headerTest(
+  "MIOpen's constants and functions are those of its header",
+  miopen.missing,
+  async () =>
+    await compareWithHip(miopen, MIOPEN_API, MIOPEN_HEADER, "c++") ??
+      await compareFunctions(miopen, MIOPEN_API, MIOPEN),
+);
 
 headerTest("a wrong value, and a wrong parameter, would be found", debians.missing, async () => {
   const value = await compareWithHip(debians, API, { hipErrorNotReady: 601 });

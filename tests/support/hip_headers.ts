@@ -6,9 +6,9 @@ import { packagePlaces, readEnv } from "../../ffi/library.ts";
 import { compileC, missingHeaders } from "./cuda_headers.ts";
 
 const DEBIANS = "/usr/include";
-const NEWER_MARK = "include/hip/hip_runtime_api.h";
+const RUNTIME = "hip/hip_runtime_api.h";
 
-/** A folder with `hip/hip_runtime_api.h`. */
+/** A folder with headers. */
 export interface HipHeaders {
   readonly folder: string;
   /** Why they are not there, or undefined where they are. */
@@ -18,38 +18,39 @@ export interface HipHeaders {
 export async function debiansHeaders(): Promise<HipHeaders> {
   const compiler = await missingHeaders("stddef.h");
   const missing = compiler ??
-    (exists(`${DEBIANS}/hip/hip_runtime_api.h`)
-      ? undefined
-      : "no HIP headers; apt-get install libamdhip64-dev");
+    (exists(`${DEBIANS}/${RUNTIME}`) ? undefined : "no HIP headers; apt-get install libamdhip64-dev");
   return { folder: DEBIANS, missing };
 }
 
-export async function newerHeaders(): Promise<HipHeaders> {
+/** The first folder with HIP's headers and with `header`. */
+export async function newerHeaders(header = RUNTIME): Promise<HipHeaders> {
   const compiler = await missingHeaders("stddef.h");
-  const inPackages = packagePlaces([`triton/backends/amd/${NEWER_MARK}`], readEnv, list)
-    .flatMap(({ paths }) => paths);
-  const found = [...inPackages, ...(list("/opt") ?? []).map((name) => `/opt/${name}/${NEWER_MARK}`)].find(
-    exists,
+  const inPackages = packagePlaces(["triton/backends/amd/include"], readEnv, list).flatMap(({ paths }) =>
+    paths
   );
-  return {
-    folder: found?.slice(0, -"/hip/hip_runtime_api.h".length) ?? "",
-    missing: compiler ??
-      (found === undefined ? "no headers of ROCm 6 or newer; pip install triton has some" : undefined),
-  };
+  const folder = [...inPackages, ...(list("/opt") ?? []).map((name) => `/opt/${name}/include`)]
+    .find((path) => exists(`${path}/${RUNTIME}`) && exists(`${path}/${header}`));
+  const advice = header === RUNTIME
+    ? "no headers of ROCm 6 or newer; pip install triton has some"
+    : `no ${header} of ROCm 6 or newer`;
+  return { folder: folder ?? "", missing: compiler ?? (folder === undefined ? advice : undefined) };
 }
 
-/** What differs between `constants`, whose names are C expressions, and the headers; undefined where all are equal. */
+/**
+ * What differs between `constants`, whose names are C expressions, and the headers; undefined where all are equal. HIP's own are
+ * compiled as C, where pointers are constants, too; hipBLASLt's and MIOpen's have to be C++.
+ */
 export async function compareWithHip(
   { folder }: HipHeaders,
   headers: readonly string[],
   constants: Readonly<Record<string, number>>,
+  language: "c" | "c++" = "c",
 ): Promise<string | undefined> {
   const checks = Object.entries(constants).map(([name, value]) =>
     `_Static_assert((${name}) == ${value}, "${name} is not ${value}");\n`
   );
-  const includes = ["stddef.h", ...headers].map((header) => `#include <${header}>\n`);
-  const text = ["#define __HIP_PLATFORM_AMD__ 1\n", ...includes, ...checks].join("");
-  return await compileC(text, ["-fsyntax-only", `-I${folder}`]);
+  const text = `#ifdef __cplusplus\n#define _Static_assert static_assert\n#endif\n${checks.join("")}`;
+  return await compileWith(folder, ["stddef.h", ...headers], text, language);
 }
 
 /**
@@ -62,23 +63,33 @@ export async function compareFunctions(
   functions: Deno.ForeignLibraryInterface,
 ): Promise<string | undefined> {
   const checks = Object.entries(functions).map(([name, symbol]) => {
-    const { parameters, result } = symbol as Deno.ForeignFunction;
+    const { name: called = name, parameters, result } = symbol as Deno.ForeignFunction;
     const types = parameters.map((type) => SIZES[type as string]);
     // A template takes a function's type apart: C has nothing like it.
     return `static_assert(sizesAre<${
       [SIZES[result as string], ...types].join(", ")
-    }>(&${name}), "${name}");\n`;
+    }>(&${called}), "${called}");\n`;
   });
-  const includes = headers.map((header) => `#include <${header}>\n`);
-  const text = `#define __HIP_PLATFORM_AMD__ 1\n#define __HIP_DISABLE_CPP_FUNCTIONS__ 1\n${includes.join("")}
-template <typename T> constexpr int sizeOf() { return sizeof(T); }
+  const text = `template <typename T> constexpr int sizeOf() { return sizeof(T); }
 template <> constexpr int sizeOf<void>() { return 0; }
 template <int result, int... sizes, typename R, typename... P> constexpr bool sizesAre(R (*)(P...)) {
   if constexpr (sizeof...(sizes) != sizeof...(P)) return false;
   else return sizeOf<R>() == result && ((sizeOf<P>() == sizes) && ...);
 }
 ${checks.join("")}`;
-  return await compileC(text, ["-fsyntax-only", "-x", "c++", "-std=c++17", `-I${folder}`]);
+  return await compileWith(folder, headers, text, "c++");
+}
+
+function compileWith(
+  folder: string,
+  headers: readonly string[],
+  text: string,
+  language: "c" | "c++",
+): Promise<string | undefined> {
+  const defines = "#define __HIP_PLATFORM_AMD__ 1\n#define __HIP_DISABLE_CPP_FUNCTIONS__ 1\n";
+  const includes = headers.map((header) => `#include <${header}>\n`).join("");
+  const dialect = language === "c" ? [] : ["-x", "c++", "-std=c++17"];
+  return compileC(defines + includes + text, ["-fsyntax-only", ...dialect, `-I${folder}`]);
 }
 
 /** Bytes of what Deno passes. */
@@ -88,6 +99,7 @@ const SIZES: Readonly<Record<string, number>> = {
   i32: 4,
   u32: 4,
   u64: 8,
+  i64: 8,
   usize: 8,
   buffer: 8,
   pointer: 8,
