@@ -22,11 +22,25 @@ export class Float {
   constructor(readonly value: number) {}
 }
 
+/** How a matrix lies in memory, for kernels that copy tiles of it: see {@link GpuDevice.tensorMap}. */
+export class TensorMap {
+  /** @param matrix that it describes, which has to live as long. @param bytes as the GPU reads them. */
+  constructor(readonly matrix: Tensor, readonly bytes: Uint8Array<ArrayBuffer>) {}
+}
+
 /**
  * A kernel's argument: a tensor is the address of its first element, undefined a null pointer, a whole number an `int`,
- * a bigint a `long long`, a {@link Float} a `float`.
+ * a bigint a `long long`, a {@link Float} a `float`, a {@link TensorMap} itself, a list of tensors and bigints a struct of
+ * them.
  */
-export type KernelArgument = Tensor | undefined | number | bigint | Float;
+export type KernelArgument =
+  | Tensor
+  | undefined
+  | number
+  | bigint
+  | Float
+  | TensorMap
+  | readonly (Tensor | undefined | bigint)[];
 
 /** Blocks of a grid or threads of a block: x, or x and more. */
 export type Dim3 = number | readonly [number, number] | readonly [number, number, number];
@@ -121,6 +135,15 @@ export interface GpuDevice extends Device {
    */
   kernel(source: KernelSource, entry: string): GpuKernel;
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void;
+
+  /**
+   * For a kernel that copies tiles of `rows` rows and 128 bytes of a matrix to shared memory, swizzled for the matrix units
+   * (Hopper's bulk tensor copies).
+   *
+   * @param matrix `[m, n]` with dense rows that start at multiples of 16 bytes. @param rows at most 256.
+   * @throws FfiError where the driver refuses it
+   */
+  tensorMap(matrix: Tensor, rows: number): TensorMap;
 
   /** Whether the library has an algorithm for this product of float8 matrices; what is not float8 it takes always. */
   takesMatmul(plan: MatmulPlan): boolean;

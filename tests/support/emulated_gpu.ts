@@ -57,6 +57,7 @@ import {
   type KernelArgument,
   type KernelSource,
   type Launch,
+  type TensorMap,
 } from "../../ffi/gpu.ts";
 import { type OpenedLibrary, openLibrary } from "../../ffi/library.ts";
 import { MemoryScopes } from "../../ffi/scope.ts";
@@ -330,6 +331,10 @@ class EmulatedGpu implements GpuDevice {
       this.#kernels.set(path, kernel);
     }
     return kernel;
+  }
+
+  tensorMap(): TensorMap {
+    throw new FfiError(`${this.name} has no copies of tiles`);
   }
 
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void {
@@ -639,7 +644,7 @@ function packArguments(name: string, args: readonly KernelArgument[], parameters
     else if (arg instanceof Float) values.setFloat32(8 * i, arg.value, true);
     else if (typeof arg === "bigint") values.setBigInt64(8 * i, arg, true);
     else if (arg !== undefined) {
-      if (!Number.isInteger(arg) || Math.abs(arg) >= 2 ** 31) {
+      if (typeof arg !== "number" || !Number.isInteger(arg) || Math.abs(arg) >= 2 ** 31) {
         throw new FfiError(`${name}: argument ${i} is ${arg}, no int; give a bigint or a Float`);
       }
       values.setInt32(8 * i, arg, true);
