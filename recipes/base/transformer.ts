@@ -1,9 +1,9 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
-import { qkvStream } from "../../kernels/joint_qk_norm_rope.ts";
+import type { JointTurn, StreamLayers } from "../../kernels/double_block.ts";
 import type { ParallelLayers } from "../../kernels/parallel_branches.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
-import { type DoubleModulation, modulationsOf, TIME_CHANNELS } from "./modulations.ts";
+import { modulationsOf, TIME_CHANNELS } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
 import { dense, layerOf, under, type Weights, WeightShapes } from "./weights.ts";
@@ -59,140 +59,101 @@ export function fluxTransformer(
   const { device } = inputs.hiddenStates;
   const { dtype } = weights.get("x_embedder.weight");
   const textTokens = inputs.encoderHiddenStates.shape[1];
+  const { num_attention_heads: heads } = config;
+  const { cos, sin } = inputs.rotary;
   return device.scope(() => {
+    const turn: JointTurn = { heads, cos, sin, pairs: ops.rotaryPairs(cos, sin), eps: NORM_EPS };
     const { doubles, singles, out } = modulationsOf(config, inputs.modulations);
-    let streams: Streams = {
-      hiddenStates: dense(ops, weights, "x_embedder", ops.cast(inputs.hiddenStates, dtype)),
-      encoderHiddenStates: dense(
-        ops,
-        weights,
-        "context_embedder",
-        ops.cast(inputs.encoderHiddenStates, dtype),
-      ),
+    const embed = (module: string, x: Tensor) => dense(ops, weights, module, ops.cast(x, dtype));
+    // Text first, as the rotary tables have it.
+    let streams = [
+      embed("context_embedder", inputs.encoderHiddenStates),
+      embed("x_embedder", inputs.hiddenStates),
+    ];
+    const replaceBy = (next: Tensor[]) => {
+      for (const stream of streams) stream.dispose();
+      streams = next;
     };
     for (let layer = 0; layer < config.num_layers; layer++) {
       const block = under(weights, `transformer_blocks.${layer}`);
-      const next = doubleBlock(config, block, ops, streams, doubles[layer], inputs.rotary);
-      disposeStreams(streams);
-      streams = next;
+      const [text, image] = streams;
+      const { text: textModulation, image: imageModulation } = doubles[layer];
+      replaceBy(ops.doubleBlock(
+        [
+          { x: text, layers: textLayers(block), modulation: textModulation },
+          { x: image, layers: imageLayers(block), modulation: imageModulation },
+        ],
+        turn,
+        ops,
+      ));
     }
-    // Text first, as the rotary tables have it.
-    let joint = ops.concat([streams.encoderHiddenStates, streams.hiddenStates], 1);
-    disposeStreams(streams);
+    const sum = ops.concat(streams, 1);
+    replaceBy([]);
     // A block's residual connection and the norm of the next one stand side by side. After the last block that is
     // norm_out, which keeps scale before shift, unlike the blocks.
     const norms = [...singles, out];
     const blocks = singles.map((_, layer) =>
-      singleLayers(config, under(weights, `single_transformer_blocks.${layer}`))
+      singleLayers(heads, under(weights, `single_transformer_blocks.${layer}`))
     );
     const readers = [...blocks.map(({ q, k, v, mlp }) => [q, k, v, mlp]), [layerOf(weights, "proj_out")]];
-    const { cos, sin } = inputs.rotary;
-    let normed = ops.adaLayerNorm(joint, norms[0].scale, norms[0].shift, NORM_EPS, readers[0]);
+    let joint = { sum, normed: ops.adaLayerNorm(sum, norms[0].scale, norms[0].shift, NORM_EPS, readers[0]) };
     singles.forEach(({ gate }, layer) => {
       const { scale, shift } = norms[layer + 1];
-      const next = device.scope(() => {
-        const branch = ops.parallelBranches(normed, blocks[layer], cos, sin, NORM_EPS, ops);
-        return ops.gatedAdaLayerNorm(joint, branch, gate, scale, shift, NORM_EPS, readers[layer + 1]);
-      });
-      joint.dispose();
-      normed.dispose();
-      ({ sum: joint, normed } = next);
-    });
-    return dense(ops, weights, "proj_out", normed.narrow(1, textTokens, normed.shape[1] - textTokens));
-  });
-}
-
-/** The two streams of the double blocks, both `[batch, tokens, hidden]`. */
-export interface Streams {
-  readonly hiddenStates: Tensor;
-  readonly encoderHiddenStates: Tensor;
-}
-
-function disposeStreams({ hiddenStates, encoderHiddenStates }: Streams): void {
-  hiddenStates.dispose();
-  encoderHiddenStates.dispose();
-}
-
-/** One block with separate weights for image and text and joint attention (diffusers' FluxTransformerBlock). */
-export function doubleBlock(
-  config: TransformerConfig,
-  weights: Weights,
-  ops: Ops,
-  { hiddenStates, encoderHiddenStates }: Streams,
-  { image, text }: { readonly image: DoubleModulation; readonly text: DoubleModulation },
-  rotary: Rotary,
-): Streams {
-  const { num_attention_heads: heads, attention_head_dim: headDim } = config;
-  const textTokens = encoderHiddenStates.shape[1];
-  const imageTokens = hiddenStates.shape[1];
-  const attn = under(weights, "attn");
-
-  return hiddenStates.device.scope(() => {
-    const attended = hiddenStates.device.scope(() => {
-      const stream = (x: Tensor, m: DoubleModulation, names: readonly string[], norms: readonly string[]) => {
-        const layers = names.map((name) => layerOf(attn, name));
-        const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS, layers);
-        return qkvStream(ops.linears(normed, layers), heads, {
-          normQ: attn.get(`${norms[0]}.weight`),
-          normK: attn.get(`${norms[1]}.weight`),
-        });
-      };
-      // Text first, as the rotary tables have it.
-      return ops.jointAttention(
-        [
-          stream(encoderHiddenStates, text, ["add_q_proj", "add_k_proj", "add_v_proj"], [
-            "norm_added_q",
-            "norm_added_k",
-          ]),
-          stream(hiddenStates, image, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"]),
-        ],
-        rotary.cos,
-        rotary.sin,
-        NORM_EPS,
+      const next = device.scope(() =>
+        ops.singleBlock(joint, blocks[layer], { gate, scale, shift }, turn, readers[layer + 1], ops)
       );
-    }).reshape([hiddenStates.shape[0], textTokens + imageTokens, heads * headDim]);
-
-    const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: DoubleModulation) =>
-      hiddenStates.device.scope(() => {
-        const branch = dense(ops, attn, projection, attended);
-        const mlp = {
-          up: layerOf(weights, `${module}.net.0.proj`),
-          down: layerOf(weights, `${module}.net.2`),
-        };
-        const { sum, normed } = ops.gatedAdaLayerNorm(
-          x,
-          branch,
-          m.gateMsa,
-          m.scaleMlp,
-          m.shiftMlp,
-          NORM_EPS,
-          [mlp.up],
-        );
-        return ops.gatedResidual(sum, ops.feedForward(normed, mlp, ops), m.gateMlp);
-      });
-    const imageAttended = attended.narrow(1, textTokens, imageTokens);
-    const textAttended = attended.narrow(1, 0, textTokens);
-    return {
-      hiddenStates: rest(hiddenStates, imageAttended, "to_out.0", "ff", image),
-      encoderHiddenStates: rest(encoderHiddenStates, textAttended, "to_add_out", "ff_context", text),
-    };
+      joint.sum.dispose();
+      joint.normed.dispose();
+      joint = next;
+    });
+    return dense(
+      ops,
+      weights,
+      "proj_out",
+      joint.normed.narrow(1, textTokens, joint.normed.shape[1] - textTokens),
+    );
   });
 }
 
-/**
- * The layers of one block over the joint sequence, attention and MLP in parallel with one output projection
- * (diffusers' FluxSingleTransformerBlock).
- */
-function singleLayers(config: TransformerConfig, weights: Weights): ParallelLayers {
+/** The layers of the image's stream in a block that keeps it apart from the text's (diffusers' FluxTransformerBlock). */
+function imageLayers(block: Weights): StreamLayers {
   return {
-    q: layerOf(weights, "attn.to_q"),
-    k: layerOf(weights, "attn.to_k"),
-    v: layerOf(weights, "attn.to_v"),
-    mlp: layerOf(weights, "proj_mlp"),
-    out: layerOf(weights, "proj_out"),
-    normQ: weights.get("attn.norm_q.weight"),
-    normK: weights.get("attn.norm_k.weight"),
-    heads: config.num_attention_heads,
+    q: layerOf(block, "attn.to_q"),
+    k: layerOf(block, "attn.to_k"),
+    v: layerOf(block, "attn.to_v"),
+    out: layerOf(block, "attn.to_out.0"),
+    up: layerOf(block, "ff.net.0.proj"),
+    down: layerOf(block, "ff.net.2"),
+    normQ: block.get("attn.norm_q.weight"),
+    normK: block.get("attn.norm_k.weight"),
+  };
+}
+
+/** The layers of the text's stream. */
+function textLayers(block: Weights): StreamLayers {
+  return {
+    q: layerOf(block, "attn.add_q_proj"),
+    k: layerOf(block, "attn.add_k_proj"),
+    v: layerOf(block, "attn.add_v_proj"),
+    out: layerOf(block, "attn.to_add_out"),
+    up: layerOf(block, "ff_context.net.0.proj"),
+    down: layerOf(block, "ff_context.net.2"),
+    normQ: block.get("attn.norm_added_q.weight"),
+    normK: block.get("attn.norm_added_k.weight"),
+  };
+}
+
+/** The layers of a block over the joint sequence (diffusers' FluxSingleTransformerBlock). */
+function singleLayers(heads: number, block: Weights): ParallelLayers {
+  return {
+    q: layerOf(block, "attn.to_q"),
+    k: layerOf(block, "attn.to_k"),
+    v: layerOf(block, "attn.to_v"),
+    mlp: layerOf(block, "proj_mlp"),
+    out: layerOf(block, "proj_out"),
+    normQ: block.get("attn.norm_q.weight"),
+    normK: block.get("attn.norm_k.weight"),
+    heads,
   };
 }
 
