@@ -10,6 +10,7 @@ import {
 } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import COMMON from "./common.cuh" with { type: "text" };
+import HOPPER from "./hopper.cuh" with { type: "text" };
 
 /** The names of dtypes in common.cuh. */
 const C_TYPES: Partial<Record<DType, string>> = {
@@ -24,6 +25,8 @@ const C_TYPES: Partial<Record<DType, string>> = {
 
 /** Where a .cu file takes in common.cuh, and, behind it, the types and constants that a launch chooses. */
 const INCLUDE = '#include "common.cuh"';
+/** Where it takes in hopper.cuh, if it does: in the next line. */
+const INCLUDE_HOPPER = '#include "hopper.cuh"';
 
 export interface GpuLaunch {
   readonly entry: string;
@@ -79,9 +82,13 @@ export function specialize(
     lines.push(`using ${name} = ${known};`);
   }
   for (const [name, value] of Object.entries(constants)) lines.push(`constexpr int ${name} = ${value};`);
-  const includeAt = source.text.split(INCLUDE, 1)[0].split("\n").length;
-  lines.push(`#line ${includeAt + 1} "${source.name}"`);
-  return { name: source.name, text: source.text.replace(INCLUDE, () => lines.join("\n")) };
+  const both = `${INCLUDE}\n${INCLUDE_HOPPER}`;
+  const hopper = source.text.includes(both);
+  if (hopper) lines.push('#line 1 "hopper.cuh"', HOPPER);
+  const included = hopper ? both : INCLUDE;
+  const next = source.text.split(included, 1)[0].split("\n").length + included.split("\n").length;
+  lines.push(`#line ${next} "${source.name}"`);
+  return { name: source.name, text: source.text.replace(included, () => lines.join("\n")) };
 }
 
 /**

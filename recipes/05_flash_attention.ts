@@ -22,6 +22,7 @@ import { flashAttention3Takes, hasFlashAttention3 } from "../kernels/flash_atten
 import {
   jointAttentionByFlashAttention3,
   jointAttentionByLibrary,
+  jointAttentionFused,
   jointAttentionTiled,
   jointAttentionTiledTakes,
 } from "../kernels/joint_attention.ts";
@@ -35,6 +36,8 @@ export type AttentionProvider = (typeof ATTENTION_PROVIDERS)[number];
 type JointAttention = Ops["jointAttention"];
 /** Those that multiply in float8. */
 const inFloat8 = new WeakSet<JointAttention>();
+/** Those by our kernel, and what they multiply in. */
+const ours = new WeakMap<JointAttention, AttentionDType>();
 
 /** @param dtype what q, k and v are multiplied in; "cudnn" has bf16 only. */
 export function flashAttention(
@@ -60,6 +63,7 @@ export function flashAttention(
         ? byFlashAttention3(device, dtype, ops.jointAttention)
         : byOurKernel(device, dtype, ops.jointAttention);
       if (dtype === "f8e4m3") inFloat8.add(attend);
+      if (provider !== "fa3") ours.set(attend, dtype);
       return { ...plan, ops: { ...ops, jointAttention: attend } };
     },
   };
@@ -68,6 +72,15 @@ export function flashAttention(
 /** Whether a plan's attention multiplies in float8. */
 export function attendsInFloat8({ ops }: Plan): boolean {
   return inFloat8.has(ops.jointAttention);
+}
+
+/**
+ * What a plan's attention by our kernel multiplies in; undefined where another's attends. Where 07_tuning may choose, ours
+ * counts.
+ */
+export function ownAttention({ device, ops: { jointAttention } }: Plan): AttentionDType | undefined {
+  if (!isGpu(device) || !hasFlashAttention(device)) return undefined;
+  return jointAttention === jointAttentionFused ? "bf16" : ours.get(jointAttention);
 }
 
 function byOurKernel(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAttention): JointAttention {

@@ -42,6 +42,9 @@ export interface Float8Options {
   readonly granularity?: "row" | "tensor";
 }
 
+/** A long sum for a few hundred text tokens: cuBLASLt (13.1) has no kernel for it with scales for rows. */
+const NO_LIBRARY_KERNEL = /\.ff_context\.net\.2$/;
+
 /** The Linear layers of the transformer that stay as they are. */
 const KEPT: readonly RegExp[] = [
   /^x_embedder$/, // 64 numbers in: to quantize the latents would cost more than it saves
@@ -51,8 +54,7 @@ const KEPT: readonly RegExp[] = [
   /\.norm(1|1_context)?\.linear$/,
   /^norm_out\.linear$/,
   /^proj_out$/, // 64 numbers out, and they are the result
-  // A long sum for a few hundred text tokens: cuBLASLt (13.1) has no kernel for it with scales for rows.
-  /\.ff_context\.net\.2$/,
+  NO_LIBRARY_KERNEL,
 ];
 
 /** What float8 matrix units read at a time: sizes are multiples of it. */
@@ -65,8 +67,26 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
     exact: false,
     devices: ["cpu", "cuda", "hip"],
     options: { granularity },
-    apply: (plan) => quantizePlan(plan, granularity === "row"),
+    apply: (plan) => quantizePlan(plan, granularity === "row", KEPT),
   };
+}
+
+/**
+ * Quantizes, by rows, what {@link float8} has left to the library in bfloat16 for lack of a kernel.
+ *
+ * @throws UsageError for a plan that is not quantized by rows.
+ */
+export function quantizeRest(plan: Plan): Plan {
+  if (!isQuantizedByRows(plan)) throw new UsageError("the plan's weights are not in float8 by rows");
+  return quantizePlan(plan, true, KEPT.filter((kept) => kept !== NO_LIBRARY_KERNEL));
+}
+
+/** Whether a plan's transformer has weights in float8, with a scale for each row. */
+export function isQuantizedByRows({ weights: { transformer } }: Plan): boolean {
+  return transformer.names.some((name) =>
+    transformer.has(scaleName(name)) &&
+    transformer.get(scaleName(name)).size === transformer.get(name).shape[0]
+  );
 }
 
 /**
@@ -75,9 +95,14 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
  *
  * @throws UsageError where they are of another dtype.
  */
-function quantizeWeights(device: Device, transformer: Weights, rowwise: boolean): Weights {
+function quantizeWeights(
+  device: Device,
+  transformer: Weights,
+  rowwise: boolean,
+  kept: readonly RegExp[],
+): Weights {
   const names = transformer.names.filter((name) =>
-    isQuantized(name, transformer.get(name)) && !transformer.has(scaleName(name))
+    isQuantized(name, transformer.get(name), kept) && !transformer.has(scaleName(name))
   );
   for (const name of names) {
     const { dtype } = transformer.get(name);
@@ -115,7 +140,7 @@ function weightOf(tensor: Tensor): Tensor {
 }
 
 /** The float8 matrices of quantized weights, by what the model knows of them: the values. */
-function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Float8Matrix> {
+export function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Float8Matrix> {
   const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)));
   return new WeakMap(quantized.map((name) => {
     const values = transformer.get(name);
@@ -123,9 +148,9 @@ function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Flo
   }));
 }
 
-function quantizePlan(plan: Plan, rowwise: boolean): Plan {
+function quantizePlan(plan: Plan, rowwise: boolean, kept: readonly RegExp[]): Plan {
   const { device, ops } = plan;
-  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise);
+  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise, kept);
   const matrices = matricesOf(transformer, rowwise);
   const products = float8Products(ops, matrices);
   return {
@@ -184,10 +209,10 @@ function float8Producers(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
 }
 
 /** Whether a weight is a Linear layer's that gains from float8. */
-function isQuantized(name: string, { shape }: Tensor): boolean {
+function isQuantized(name: string, { shape }: Tensor, kept: readonly RegExp[]): boolean {
   if (!name.endsWith(".weight") || shape.length !== 2) return false;
   const module = name.slice(0, -".weight".length);
-  return shape.every((size) => size % MULTIPLE === 0) && !KEPT.some((kept) => kept.test(module));
+  return shape.every((size) => size % MULTIPLE === 0) && !kept.some((one) => one.test(module));
 }
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(float8().name));

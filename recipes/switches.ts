@@ -15,6 +15,7 @@ import { fuseQkv } from "./03_fuse_qkv.ts";
 import { channelsLast } from "./04_channels_last.ts";
 import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./05_flash_attention.ts";
 import { float8 } from "./06_float8.ts";
+import { fusedBlocks } from "./13_fused_blocks.ts";
 import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
@@ -29,6 +30,7 @@ export interface Switches {
   readonly disable_channels_last?: true | undefined;
   readonly disable_fa3?: true | undefined;
   readonly disable_quant?: true | undefined;
+  readonly disable_fused_blocks?: true | undefined;
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
   readonly cache_dit_config?: string | undefined;
@@ -104,6 +106,13 @@ export const LADDER: readonly Rung[] = [
     ...exportMode(),
   },
   { name: "09_first_block_cache", recipe: undefined, devices: [], ...askedBy("cache_dit_config") },
+  {
+    name: "13_fused_blocks",
+    recipe: () => fusedBlocks,
+    devices: ["cuda"],
+    needs: ["01_bfloat16", "02_compile", "03_fuse_qkv"],
+    ...unless("disable_fused_blocks"),
+  },
 ];
 
 type Behaviour = Pick<Rung, "flag" | "off" | "wishes">;
@@ -307,6 +316,9 @@ export function createPictureParser(name: string, description: string) {
         .choices(ATTENTION_PROVIDERS),
     )
     .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8"))
+    .addOption(
+      toggle("--disable_fused_blocks", "what comes behind the transformer's products in kernels of its own"),
+    )
     .addOption(toggle("--disable_inductor_tuning_flags", "libraries' own choices instead of measured ones"))
     .addOption(
       toggle(
