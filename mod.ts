@@ -29,6 +29,7 @@ export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";
 export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";
+export { preferredSize, type Size } from "./recipes/base/kontext.ts";
 export { type LoadOptions, Model } from "./recipes/base/model.ts";
 export { eagerOps, type Ops } from "./recipes/base/ops.ts";
 export {
@@ -40,4 +41,6 @@ export {
 } from "./recipes/base/pipeline.ts";
 export { compose, eagerPlan, type Plan, type Recipe } from "./recipes/base/plan.ts";
 export { Generator } from "./recipes/base/random.ts";
+export { decodePicture, readPicture } from "./recipes/base/read_picture.ts";
 export { SafetensorsError, SafetensorsFile, writeSafetensors } from "./recipes/base/safetensors.ts";
+export { recipesFor, type Switches } from "./recipes/switches.ts";

@@ -301,7 +301,7 @@ export function createPictureParser(name: string, description: string) {
       "--cache-dir after the picture, by default the first time only; disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
-    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
+    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .addOption(mode.hideHelp(!written("--compile_export_mode")))
@@ -330,14 +330,6 @@ export function createPictureParser(name: string, description: string) {
     .addOption(
       toggle("--cache_dit_config <file>", "skip blocks whose input hardly changes, as this file says"),
     );
-}
-
-/** Throws a {@link UsageError} where a picture to edit is given. */
-export function refuseImage({ image }: { readonly image?: string | undefined }): void {
-  if (image === undefined) return;
-  throw new UsageError(
-    "--image is for FLUX.1-Kontext checkpoints, which this version does not edit with yet",
-  );
 }
 
 /** An option that the help shows as soon as its recipe is written. */

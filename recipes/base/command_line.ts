@@ -138,7 +138,7 @@ export function createParser(name: string, description: string) {
       "--random-weights",
       "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
     )
-    .option("--json", "print one JSON object instead of text")
+    .option("--json", "print one JSON object instead of text, on a line for each picture")
     .option("--verbose", "say what runs where, and how long each part took")
     .configureOutput({ outputError: (text, write) => write(text) })
     .showHelpAfterError("(--help lists all flags with examples)")

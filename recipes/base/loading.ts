@@ -1,8 +1,12 @@
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { openDevice } from "../../ffi/open.ts";
+import { resolveModelFolder } from "./checkpoint.ts";
 import { definedOnly, EMBEDDED_MODEL, Progress } from "./command_line.ts";
-import { Model } from "./model.ts";
+import { UsageError } from "./errors.ts";
+import { isKontext, Model, modelName } from "./model.ts";
+import type { GenerateOptions } from "./pipeline.ts";
+import { readPicture } from "./read_picture.ts";
 
 /** Which device a program's user wants, and where it keeps what it compiles. */
 export interface DeviceChoice {
@@ -27,6 +31,24 @@ export interface ModelChoice {
   /** A model folder; the embedded model when left out. */
   readonly ckpt?: string | undefined;
   readonly randomWeights?: true | undefined;
+}
+
+/**
+ * The picture that the flags name, for the model that they name: before that is loaded, so that a wrong one shows at once.
+ *
+ * @throws UsageError where the model edits no pictures; what {@link readPicture} throws.
+ */
+export async function pictureToEdit(
+  { image, ckpt = EMBEDDED_MODEL }: ModelChoice & { readonly image?: string | undefined },
+): Promise<Pick<GenerateOptions, "image">> {
+  if (image === undefined) return {};
+  const folder = resolveModelFolder(ckpt);
+  if (!isKontext(folder)) {
+    throw new UsageError(`--image is for FLUX.1-Kontext checkpoints, and ${modelName(folder)} is none`, {
+      hint: "leave --image out, or give a Kontext checkpoint with --ckpt",
+    });
+  }
+  return { image: await readPicture(image) };
 }
 
 /**

@@ -36,9 +36,11 @@ export interface LoadOptions {
   readonly onWarning?: ((message: string) => void) | undefined;
 }
 
+const KONTEXT = "FluxKontextPipeline";
+
 /** `model_index.json`: only FluxPipeline's parts, each of the class that is implemented here. */
 const modelIndexSchema = z.looseObject({
-  _class_name: z.literal(["FluxPipeline", "FluxKontextPipeline"], {
+  _class_name: z.literal(["FluxPipeline", KONTEXT], {
     error: (issue) =>
       `${printable(String(issue.input))} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
   }),
@@ -58,6 +60,8 @@ interface ModelParts {
   readonly scheduler: FlowMatchEulerScheduler;
   readonly clipTokenizer: TextTokenizer;
   readonly t5Tokenizer: TextTokenizer;
+  /** Whether it edits pictures. */
+  readonly kontext: boolean;
 }
 
 /**
@@ -71,6 +75,8 @@ export class Model implements Disposable {
   readonly scheduler: FlowMatchEulerScheduler;
   readonly clipTokenizer: TextTokenizer;
   readonly t5Tokenizer: TextTokenizer;
+  /** Whether it is a FLUX.1-Kontext, which takes a picture to edit. */
+  readonly kontext: boolean;
 
   private constructor(
     parts: ModelParts,
@@ -82,6 +88,7 @@ export class Model implements Disposable {
     this.scheduler = parts.scheduler;
     this.clipTokenizer = parts.clipTokenizer;
     this.t5Tokenizer = parts.t5Tokenizer;
+    this.kontext = parts.kontext;
   }
 
   /**
@@ -224,7 +231,7 @@ function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
 /** Configs, schedule and tokenizers of a model folder, checked against each other. */
 function readParts(path: string): ModelParts {
   const folder = resolveModelFolder(path);
-  readJson(folder, "model_index.json", modelIndexSchema);
+  const kontext = isKontext(folder);
   const configs: ModelConfigs = {
     text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
     text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
@@ -237,7 +244,17 @@ function readParts(path: string): ModelParts {
   const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
   const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
   checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer };
+  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer, kontext };
+}
+
+/**
+ * Whether a model folder has a FLUX.1-Kontext, which takes a picture to edit; it has the weights of other models' names and
+ * shapes, and only its index tells.
+ *
+ * @throws ModelError for a folder whose index is no FLUX.1's.
+ */
+export function isKontext(folder: string): boolean {
+  return readJson(folder, "model_index.json", modelIndexSchema)._class_name === KONTEXT;
 }
 
 /** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */

@@ -38,6 +38,8 @@ export interface TransformerInputs {
   readonly modulations: Tensor;
   /** Rotary tables of text tokens, then image tokens. */
   readonly rotary: Rotary;
+  /** Of how many of the image tokens, from the first, the velocity is wanted; of all when left out. */
+  readonly wantedTokens?: number | undefined;
 }
 
 const NORM_EPS = 1e-6;
@@ -48,7 +50,7 @@ const MLP_RATIO = 4;
  * and image that attend jointly (Esser et al. 2024, MM-DiT), then blocks with one stream that run attention and MLP
  * side by side (Dehghani et al. 2023), all modulated by timestep, guidance and pooled text (adaLN-Zero).
  *
- * @returns the velocity `noise - image`, `[batch, imageTokens, out_channels]`, in the weights' dtype.
+ * @returns the velocity `noise - image`, `[batch, wantedTokens, out_channels]`, in the weights' dtype.
  */
 export function fluxTransformer(
   config: TransformerConfig,
@@ -106,12 +108,8 @@ export function fluxTransformer(
       joint.normed.dispose();
       joint = next;
     });
-    return dense(
-      ops,
-      weights,
-      "proj_out",
-      joint.normed.narrow(1, textTokens, joint.normed.shape[1] - textTokens),
-    );
+    const wanted = inputs.wantedTokens ?? inputs.hiddenStates.shape[1];
+    return dense(ops, weights, "proj_out", joint.normed.narrow(1, textTokens, wanted));
   });
 }
 

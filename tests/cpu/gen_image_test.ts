@@ -186,7 +186,7 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
       /--compile_export_mode disabled clashes with --use-cached-model/,
     ],
     [["--trace-file", "t.json"], 2, /--trace-file is for benchmarks/],
-    [["--image", "photo.png"], 2, /Kontext/],
+    [["--image", "photo.png"], 2, /Kontext checkpoints, and schnell-like is none/],
     [["--output-file", "picture.jpg"], 2, /PNG/],
     [["--output-file", join(folder, "missing", "a.png")], 1, /missing does not exist/],
     [["--output-file", join(file, "a.png")], 1, /is not a folder/],
