@@ -301,7 +301,6 @@ export function createPictureParser(name: string, description: string) {
       "--cache-dir after the picture, by default the first time only; disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
-    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .addOption(mode.hideHelp(!written("--compile_export_mode")))
