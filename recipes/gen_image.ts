@@ -88,7 +88,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   const onWarning = onlyOnce(note);
   for (const [number, prompt] of prompts.entries()) {
     let bar: Progress | undefined;
-    const { images, settings, milliseconds } = await pipeline.generate({
+    const { images, settings, milliseconds, reusedSteps } = await pipeline.generate({
       ...drawingOptions(flags),
       ...edited,
       prompt,
@@ -118,6 +118,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
           settings.image ? `image ${image.toFixed(0)} ms, ` : ""
         }steps ${steps.map((ms) => ms.toFixed(0)).join(" ")} ms, decode ${decode.toFixed(0)} ms`,
       );
+      if (reusedSteps) note(`steps that reused the blocks' result: ${reusedSteps.length} of ${steps.length}`);
       note(
         `memory: weights ${gigabytes(memory.weights)} GB, activations ${gigabytes(memory.peak)} GB at most`,
       );
@@ -137,6 +138,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
         seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
         seconds: Number(seconds.toFixed(3)),
         milliseconds: { load, ...milliseconds },
+        ...(reusedSteps && { reusedSteps }),
         memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved }, // in bytes
       }));
     });

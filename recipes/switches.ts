@@ -15,12 +15,14 @@ import { fuseQkv } from "./03_fuse_qkv.ts";
 import { channelsLast } from "./04_channels_last.ts";
 import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./05_flash_attention.ts";
 import { float8 } from "./06_float8.ts";
-import { fusedBlocks } from "./13_fused_blocks.ts";
 import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
+import { firstBlockCache, type FirstBlockCacheOptions } from "./09_first_block_cache.ts";
+import { fusedBlocks } from "./13_fused_blocks.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Recipe } from "./base/plan.ts";
+import { cacheDitConfig } from "./cache_dit_config.ts";
 
 /** The switches as commander parses them; undefined where the user said nothing. */
 export interface Switches {
@@ -33,7 +35,7 @@ export interface Switches {
   readonly disable_fused_blocks?: true | undefined;
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
-  readonly cache_dit_config?: string | undefined;
+  readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
   readonly attention?: AttentionProvider | undefined;
 }
 
@@ -105,7 +107,12 @@ export const LADDER: readonly Rung[] = [
     drawsTheSame: true,
     ...exportMode(),
   },
-  { name: "09_first_block_cache", recipe: undefined, devices: [], ...askedBy("cache_dit_config") },
+  {
+    name: "09_first_block_cache",
+    recipe: ({ cache_dit_config }) => firstBlockCache(cache_dit_config),
+    devices: [],
+    ...askedBy("cache_dit_config"),
+  },
   {
     name: "13_fused_blocks",
     recipe: () => fusedBlocks,
@@ -327,7 +334,11 @@ export function createPictureParser(name: string, description: string) {
       ),
     )
     .addOption(
-      toggle("--cache_dit_config <file>", "skip blocks whose input hardly changes, as this file says"),
+      new Option(
+        "--cache_dit_config <x>",
+        "reuse the blocks' result in steps where the first block hardly changes (dev and Kontext): the threshold, " +
+          "e.g. 0.08, or a file with it as cache-dit has them",
+      ).argParser(cacheDitConfig),
     );
 }
 

@@ -6,6 +6,7 @@
 import type { Device } from "../../ffi/device.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { resizeLanczos } from "./lanczos.ts";
+import type { Ops } from "./ops.ts";
 import type { Picture } from "./pipeline.ts";
 
 /** In pixels. */
@@ -55,6 +56,13 @@ export function fitReference(picture: Picture, multiple: number, resize: boolean
   const { width, height } = resize ? preferredSize(own) : own;
   const rgb = resizeLanczos(picture.rgb, picture.width, picture.height, width, height);
   return { width, height, rgb };
+}
+
+/** The noise's tokens `[batch, tokens, channels]` with those of the picture to edit behind them, where there is one. */
+export function withReference(ops: Ops, latents: Tensor, imageLatents: Tensor | undefined): Tensor {
+  return imageLatents === undefined
+    ? latents
+    : ops.concat([latents, ops.cast(imageLatents, latents.dtype)], 1);
 }
 
 /** 8-bit RGB as the autoencoder's input: f32 `[1, 3, height, width]`, -1..1. */

@@ -7,12 +7,12 @@ import { BOX_MULLER_BLOCK, boxMuller } from "../../kernels/box_muller.ts";
 import { decode, encode, spatialFactor } from "./autoencoder.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "./clip.ts";
 import { ModelError, UsageError } from "./errors.ts";
-import { fitReference, pixelTensor, type Size } from "./kontext.ts";
+import { fitReference, pixelTensor, type Size, withReference } from "./kontext.ts";
 import { packLatents, positionIds, type TokenGrid, unpackLatents } from "./latents.ts";
 import type { Model } from "./model.ts";
 import { fluxModulations } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
-import type { Plan } from "./plan.ts";
+import type { Plan, StepInputs } from "./plan.ts";
 import { Generator } from "./random.ts";
 import { type Rotary, rotaryEmbedding } from "./rotary.ts";
 import { relativePositionBuckets, t5Encoder } from "./t5.ts";
@@ -103,19 +103,8 @@ export interface GenerateResult {
     readonly steps: readonly number[];
     readonly decode: number;
   };
-}
-
-/** What a step reads beside the latents. */
-interface Conditions {
-  /** T5's output `[batch, tokens, joint_attention_dim]`. */
-  readonly embeds: Tensor;
-  /** The picture to edit, as {@link FluxPipeline.encodeImage} gives it. */
-  readonly imageLatents: Tensor | undefined;
-  readonly rotary: Rotary;
-  /** This step's `[batch, modulations]`. */
-  readonly modulations: Tensor;
-  /** Change of the noise level. */
-  readonly change: number;
+  /** The steps, counted from 0, that were not computed in full, where a recipe allows it. */
+  readonly reusedSteps?: readonly number[];
 }
 
 /** T5 knows no more positions in FLUX.1's training. */
@@ -220,6 +209,7 @@ export class FluxPipeline {
       const stepTimes: number[] = [];
       const together = Math.max(1, Math.floor(MODULATION_ROWS / batch));
       let modulations: Tensor | undefined;
+      using stepper = this.plan.stepper?.(this.plan, configs.transformer);
       for (let step = 0; step < steps; step++) {
         await pause();
         const start = performance.now();
@@ -227,15 +217,17 @@ export class FluxPipeline {
           const times = [...schedule.timesteps.slice(step, step + together)];
           modulations = replace(modulations, this.#modulations(pooled, times, settings.guidanceScale));
         }
-        const next = device.scope(() =>
-          this.#denoise(latents, {
-            embeds,
-            imageLatents,
-            rotary,
-            modulations: modulations!.narrow(0, step % together * batch, batch),
-            change: schedule.sigmas[step + 1] - schedule.sigmas[step],
-          })
-        );
+        const inputs: StepInputs = {
+          latents,
+          embeds,
+          imageLatents,
+          rotary,
+          modulations: modulations!.narrow(0, step % together * batch, batch),
+          change: schedule.sigmas[step + 1] - schedule.sigmas[step],
+        };
+        const next = stepper === undefined
+          ? device.scope(() => this.#denoise(inputs))
+          : await stepper.step(inputs);
         latents = replace(latents, next);
         await device.synchronize();
         stepTimes.push(performance.now() - start);
@@ -265,6 +257,7 @@ export class FluxPipeline {
           steps: stepTimes,
           decode: performance.now() - decodeStart,
         },
+        ...(stepper && { reusedSteps: stepper.reused }),
       };
     } finally {
       for (const tensor of owned) tensor.dispose();
@@ -413,7 +406,7 @@ export class FluxPipeline {
   }
 
   /** One Euler step. */
-  #denoise(latents: Tensor, { embeds, imageLatents, rotary, modulations, change }: Conditions): Tensor {
+  #denoise({ latents, embeds, imageLatents, rotary, modulations, change }: StepInputs): Tensor {
     const { plan: { device, ops, weights, execute }, model: { configs: { transformer: config } } } = this;
     return execute(
       this.plan,
@@ -429,9 +422,7 @@ export class FluxPipeline {
       ],
       ([latents, encoderHiddenStates, modulations, cos, sin, step, imageLatents]) => {
         const velocity = fluxTransformer(config, weights.transformer, ops, {
-          hiddenStates: imageLatents === undefined
-            ? latents
-            : ops.concat([latents, ops.cast(imageLatents, latents.dtype)], 1),
+          hiddenStates: withReference(ops, latents, imageLatents),
           encoderHiddenStates,
           modulations,
           rotary: { cos, sin },

@@ -3,7 +3,6 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { readPngText } from "../../recipes/base/image.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
-import { LADDER } from "../../recipes/switches.ts";
 import { withModelCopy } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
 import { ROOT, runTask, taskCommand } from "../support/programs.ts";
@@ -12,17 +11,6 @@ const MODEL = goldenPath("schnell-like");
 
 const command = (args: readonly string[]) => taskCommand("generate", args);
 const run = (...args: string[]) => runTask("generate", ...args);
-
-/** Calls with the flags of recipes that are not written yet. */
-const UNWRITTEN = LADDER.filter(({ recipe }) => recipe === undefined).map((
-  { flag, name },
-): [string[], number, RegExp] => {
-  const values: Record<string, string> = {
-    "--compile_export_mode": "=compile",
-    "--cache_dit_config": "=a.yaml",
-  };
-  return [[`${flag}${values[flag] ?? ""}`], 2, new RegExp(`${flag}.* not available yet.*${name}`)];
-});
 
 /** Size, from the PNG's header chunk. */
 function sizeOf(png: Uint8Array): [number, number] {
@@ -177,7 +165,6 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     [["--seed"], 2, /argument missing/],
     [["--device", "tpu"], 2, /--device.*'tpu'.*cpu/],
     [["--device", "hip"], 1, /hip/],
-    ...UNWRITTEN,
     [["--compile_export_mode", "export_aoti"], 2, /08_export, which runs on cuda and hip, not on cpu/],
     [["--use-cached-model"], 2, /--use-cached-model asks for recipe 08_export.*not on cpu/],
     [
@@ -185,6 +172,13 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
       2,
       /--compile_export_mode disabled clashes with --use-cached-model/,
     ],
+    [
+      ["--cache_dit_config", "0.1"],
+      2,
+      /09_first_block_cache is for FLUX\.1-dev and Kontext: this model has no guidance/,
+    ],
+    [["--cache_dit_config", "none.yaml"], 2, /Give a threshold.*none\.yaml: there is no such file/],
+    [["--cache_dit_config", "-1"], 2, /Give a threshold from 0/],
     [["--trace-file", "t.json"], 2, /--trace-file is for benchmarks/],
     [["--image", "photo.png"], 2, /Kontext checkpoints, and schnell-like is none/],
     [["--output-file", "picture.jpg"], 2, /PNG/],

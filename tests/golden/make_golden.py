@@ -4,7 +4,7 @@
     pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0
     python tests/golden/make_golden.py                 # all, a minute or two
     python tests/golden/make_golden.py --only NAME     # one of: models components pipelines scheduler random
-                                                       #         tokenizers packing pictures kontext tiny
+                                                       #         tokenizers packing pictures kontext cache tiny
 The models are small, with random weights made here from fixed seeds: every norm weight and bias is random and no gate
 is small, so that a missing branch shows. README.md beside this file lists every file and tensor.
 """
@@ -1187,6 +1187,88 @@ def make_kontext():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# cache
+
+CACHE_RUNS = {
+    "threshold": dict(threshold=0.72, warmup=3, seed=21, num_inference_steps=12),
+    "all": dict(threshold=1e9, warmup=2, seed=22, num_inference_steps=6),
+    "edit": dict(threshold=0.66, warmup=2, seed=23, num_inference_steps=12, image="photo.png"),
+}
+
+
+class FirstBlockCache:
+    """ParaAttention's rule, around the modules of FluxTransformer2DModel."""
+
+    def __init__(self, model, threshold, warmup):
+        self.model, self.threshold, self.warmup = model, threshold, warmup
+        self.steps, self.reused, self.changes = 0, [], []
+        self.residual = self.added = None
+
+    def __call__(self, hidden_states, timestep, guidance, pooled_projections, encoder_hidden_states, txt_ids, img_ids, **_):
+        model = self.model
+        embedded = model.x_embedder(hidden_states)
+        temb = model.time_text_embed(timestep.to(embedded.dtype) * 1000, guidance.to(embedded.dtype) * 1000, pooled_projections)
+        text = model.context_embedder(encoder_hidden_states)
+        rotary = model.pos_embed(torch.cat((txt_ids, img_ids)))
+        text, image = model.transformer_blocks[0](
+            hidden_states=embedded, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+        )
+        residual = image - embedded
+        near = False
+        if self.residual is not None:
+            change = ((residual - self.residual).abs().mean() / self.residual.abs().mean()).item()
+            self.changes.append(change)
+            near = self.steps >= self.warmup and change < self.threshold
+        if near:
+            self.reused.append(self.steps)
+            result = image + self.added
+        else:
+            self.residual, first = residual, image
+            for block in model.transformer_blocks[1:]:
+                text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+            for block in model.single_transformer_blocks:
+                text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+            result, self.added = image, image - first
+        self.steps += 1
+        return (model.proj_out(model.norm_out(result, temb)),)
+
+
+def make_cache():
+    """dev-like's pictures with a first-block cache in float32."""
+    runs = {}
+    for name, settings in CACHE_RUNS.items():
+        edits = "image" in settings
+        pipe = load_pipeline(HERE / "dev-like", torch.float32, FluxKontextPipeline if edits else FluxPipeline)
+        cache = FirstBlockCache(pipe.transformer, settings["threshold"], settings["warmup"])
+        forward, pipe.transformer.forward = pipe.transformer.forward, cache
+        if edits:
+            image = Image.open(HERE / "pictures" / settings["image"]).convert("RGB")
+            more = dict(image=image, _auto_resize=False, max_area=48 * 32)
+        else:
+            more = {}
+        latents = {}
+
+        def keep(pipe, step, timestep, kept):
+            latents[f"step{step}"] = kept["latents"]
+            return {}
+
+        shared = dict(prompt="a red apple", height=48, width=32, guidance_scale=3.5, max_sequence_length=16)
+        pipe(
+            **shared,
+            **more,
+            num_inference_steps=settings["num_inference_steps"],
+            generator=torch.Generator().manual_seed(settings["seed"]),
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+        pipe.transformer.forward = forward
+        write_tensors(HERE / "cache" / f"{name}.safetensors", latents)
+        print("  ", name, cache.reused, [round(change, 3) for change in cache.changes])
+        runs[name] = shared | settings | {"reused": cache.reused}
+    write_json(HERE / "cache" / "runs.json", runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tiny
 
 
@@ -1239,6 +1321,7 @@ TARGETS = {
     "packing": make_packing,
     "pictures": make_pictures,
     "kontext": make_kontext,
+    "cache": make_cache,
     "tiny": make_tiny,
 }
 

@@ -8,6 +8,7 @@ import { float8 } from "../../recipes/06_float8.ts";
 import { tuning } from "../../recipes/07_tuning.ts";
 import { autoencoderSuite, componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
 import { float8RecipeSuite, float8TinySuite } from "../support/golden_suite_float8.ts";
+import { firstBlockCacheSuite } from "../support/first_block_cache_suite.ts";
 import { kontextRecipesSuite, kontextSuite } from "../support/golden_suite_kontext.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
 import { tinySuite } from "../support/golden_suite_tiny.ts";
@@ -25,6 +26,8 @@ kontextRecipesSuite(
   [bfloat16, compile, fuseQkv, channelsLast, flashAttention(), float8(), tuning],
   42,
 );
+firstBlockCacheSuite(TEST_GPU);
+firstBlockCacheSuite(TEST_GPU, [compile, fuseQkv]);
 float8RecipeSuite(TEST_GPU);
 float8RecipeSuite(TEST_GPU, [compile, fuseQkv]);
 float8TinySuite(TEST_GPU);
