@@ -26,6 +26,7 @@ export { type AttentionDType, type AttentionProvider, flashAttention } from "./r
 export { float8, type Float8Options } from "./recipes/06_float8.ts";
 export { tuning } from "./recipes/07_tuning.ts";
 export { firstBlockCache, type FirstBlockCacheOptions } from "./recipes/09_first_block_cache.ts";
+export { float8TextEncoder, type TextEncoderFloat8 } from "./recipes/11_float8_text_encoder.ts";
 export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "./recipes/08_export.ts";
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";

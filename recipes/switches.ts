@@ -18,6 +18,7 @@ import { float8 } from "./06_float8.ts";
 import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
 import { firstBlockCache, type FirstBlockCacheOptions } from "./09_first_block_cache.ts";
+import { float8TextEncoder, TEXT_ENCODER_FLOAT8, type TextEncoderFloat8 } from "./11_float8_text_encoder.ts";
 import { fusedBlocks } from "./13_fused_blocks.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
@@ -36,6 +37,7 @@ export interface Switches {
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
   readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
+  readonly t5_float8?: TextEncoderFloat8 | undefined;
   readonly attention?: AttentionProvider | undefined;
 }
 
@@ -112,6 +114,13 @@ export const LADDER: readonly Rung[] = [
     recipe: ({ cache_dit_config }) => firstBlockCache(cache_dit_config),
     devices: [],
     ...askedBy("cache_dit_config"),
+  },
+  {
+    name: "11_float8_text_encoder",
+    recipe: ({ t5_float8 }) => float8TextEncoder(t5_float8),
+    devices: [],
+    needs: ["01_bfloat16"],
+    ...askedBy("t5_float8"),
   },
   {
     name: "13_fused_blocks",
@@ -339,6 +348,12 @@ export function createPictureParser(name: string, description: string) {
         "reuse the blocks' result in steps where the first block hardly changes (dev and Kontext): the threshold, " +
           "e.g. 0.08, or a file with it as cache-dit has them",
       ).argParser(cacheDitConfig),
+    )
+    .addOption(
+      new Option(
+        "--t5_float8 <what>",
+        "T5 in float8, for half of its memory: weights, multiplied in bfloat16; dynamic, multiplied in float8",
+      ).choices(TEXT_ENCODER_FLOAT8),
     );
 }
 

@@ -67,6 +67,11 @@ export interface Recipe {
   readonly devices: readonly DeviceKind[];
   /** What was chosen for it, by name; it then differs from the recipe with other options. */
   readonly options?: Readonly<Record<string, string>>;
+  /**
+   * It changes weights, those of a module without looking at others, and those that it has changed not once more: it may be
+   * applied to a part of them as soon as that is loaded, and to all of them again.
+   */
+  readonly preparesWeights?: true;
   /** Returns the changed plan; throws {@link UsageError} when it clashes with a recipe that is there already. */
   apply(plan: Plan): Plan;
 }

@@ -9,6 +9,7 @@ import { tuning } from "../../recipes/07_tuning.ts";
 import { autoencoderSuite, componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
 import { float8RecipeSuite, float8TinySuite } from "../support/golden_suite_float8.ts";
 import { firstBlockCacheSuite } from "../support/first_block_cache_suite.ts";
+import { float8TextEncoderSuite } from "../support/float8_text_encoder_suite.ts";
 import { kontextRecipesSuite, kontextSuite } from "../support/golden_suite_kontext.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
 import { tinySuite } from "../support/golden_suite_tiny.ts";
@@ -28,6 +29,8 @@ kontextRecipesSuite(
 );
 firstBlockCacheSuite(TEST_GPU);
 firstBlockCacheSuite(TEST_GPU, [compile, fuseQkv]);
+float8TextEncoderSuite(TEST_GPU);
+float8TextEncoderSuite(TEST_GPU, [compile, fuseQkv, float8()]);
 float8RecipeSuite(TEST_GPU);
 float8RecipeSuite(TEST_GPU, [compile, fuseQkv]);
 float8TinySuite(TEST_GPU);
