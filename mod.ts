@@ -28,6 +28,7 @@ export { tuning } from "./recipes/07_tuning.ts";
 export { firstBlockCache, type FirstBlockCacheOptions } from "./recipes/09_first_block_cache.ts";
 export { float8TextEncoder, type TextEncoderFloat8 } from "./recipes/11_float8_text_encoder.ts";
 export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "./recipes/08_export.ts";
+export { offload, piecesFor } from "./recipes/12_offload.ts";
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";
 export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";

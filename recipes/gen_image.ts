@@ -4,6 +4,7 @@
 import { Option } from "@commander-js/extra-typings";
 import { checkWritable } from "../ffi/files.ts";
 import { exportedModel } from "./08_export.ts";
+import { piecesFor } from "./12_offload.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -75,7 +76,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
   using model = await exported?.load() ??
-    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   if (flags.verbose) {

@@ -6,6 +6,7 @@ import { checkWritable } from "../ffi/files.ts";
 import { isGpu } from "../ffi/gpu.ts";
 import { attendsInFloat8 } from "./05_flash_attention.ts";
 import { exportedModel } from "./08_export.ts";
+import { piecesFor } from "./12_offload.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -77,7 +78,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
   using model = await exported?.load() ??
-    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const { description, providers } = device.properties();

@@ -19,6 +19,7 @@ import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
 import { firstBlockCache, type FirstBlockCacheOptions } from "./09_first_block_cache.ts";
 import { float8TextEncoder, TEXT_ENCODER_FLOAT8, type TextEncoderFloat8 } from "./11_float8_text_encoder.ts";
+import { offload } from "./12_offload.ts";
 import { fusedBlocks } from "./13_fused_blocks.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
@@ -37,6 +38,7 @@ export interface Switches {
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
   readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
+  readonly offload?: true | undefined;
   readonly t5_float8?: TextEncoderFloat8 | undefined;
   readonly attention?: AttentionProvider | undefined;
 }
@@ -122,6 +124,7 @@ export const LADDER: readonly Rung[] = [
     needs: ["01_bfloat16"],
     ...askedBy("t5_float8"),
   },
+  { name: "12_offload", recipe: () => offload, devices: [], ...askedBy("offload") },
   {
     name: "13_fused_blocks",
     recipe: () => fusedBlocks,
@@ -354,6 +357,12 @@ export function createPictureParser(name: string, description: string) {
         "--t5_float8 <what>",
         "T5 in float8, for half of its memory: weights, multiplied in bfloat16; dynamic, multiplied in float8",
       ).choices(TEXT_ENCODER_FLOAT8),
+    )
+    .addOption(
+      new Option(
+        "--offload",
+        "the text encoders are on the GPU only while they encode, and the model is loaded in pieces: for GPUs of 24 GB",
+      ),
     );
 }
 

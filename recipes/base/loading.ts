@@ -5,6 +5,7 @@ import { resolveModelFolder } from "./checkpoint.ts";
 import { definedOnly, EMBEDDED_MODEL, Progress } from "./command_line.ts";
 import { UsageError } from "./errors.ts";
 import { isKontext, Model, modelName } from "./model.ts";
+import type { Pieces } from "./pieces.ts";
 import type { GenerateOptions } from "./pipeline.ts";
 import { readPicture } from "./read_picture.ts";
 
@@ -55,14 +56,16 @@ export async function pictureToEdit(
  * Loads the model that the flags name, with a progress bar, or makes its weights up.
  *
  * @param dtype of weights that are made up. @param note is told what is worth knowing.
+ * @param pieces loads in pieces, with these recipes; all at once when left out.
  */
 export async function loadModel(
   { ckpt = EMBEDDED_MODEL, randomWeights }: ModelChoice,
   device: Device,
   dtype: DType,
   note: (message: string) => void,
+  pieces?: Pieces,
 ): Promise<Model> {
-  if (randomWeights) return await Model.random(ckpt, device, dtype);
+  if (randomWeights) return await Model.random(ckpt, device, dtype, 0, pieces);
   let bar: Progress | undefined;
   return await Model.load(ckpt, device, {
     onProgress: ({ loadedBytes, totalBytes }) => {
@@ -70,5 +73,6 @@ export async function loadModel(
       bar.update(loadedBytes);
     },
     onWarning: note,
+    pieces,
   }).finally(() => bar?.stop());
 }

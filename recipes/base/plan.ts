@@ -52,6 +52,8 @@ export interface Plan {
   readonly weights: Readonly<Record<Component, Weights>>;
   readonly ops: Ops;
   readonly execute: Execute;
+  /** Gives up what is kept for the running plan to be faster, where memory is needed for other things. */
+  readonly forget?: (running: Plan) => void;
   /** How a picture's steps are run, where it is not each by itself: begins a picture. `plan` is the one that runs. */
   readonly stepper?: (plan: Plan, config: TransformerConfig) => Stepper;
   /** Names of the recipes applied so far, in order. */
