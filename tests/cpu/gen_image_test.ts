@@ -123,6 +123,26 @@ Deno.test("gen_image --random-weights draws from configs and tokenizers alone, a
     );
   }));
 
+Deno.test("gen_image --t5_float8 and --cache_dit_config run their recipes, and say what was reused", async () => {
+  const folder = await Deno.makeTempDir();
+  const args = [
+    "--ckpt",
+    goldenPath("dev-like"),
+    "--output-file",
+    join(folder, "a.png"),
+    "--cache-dir",
+    folder,
+  ];
+  args.push("--height", "32", "--width", "32", "--num_inference_steps", "12", "--max_sequence_length", "16");
+  args.push("--t5_float8", "dynamic", "--cache_dit_config", "1000", "--json", "--verbose");
+  const { code, stdout, stderr } = await run(...args);
+  assert.equal(code, 0, stderr);
+  const { recipes, reusedSteps } = JSON.parse(stdout);
+  assert.deepEqual(recipes.slice(-2), ["09_first_block_cache", "11_float8_text_encoder"]);
+  assert.deepEqual(reusedSteps, [8, 9, 10, 11]);
+  assert.match(stderr, /steps that reused the blocks' result: 4 of 12/);
+});
+
 Deno.test("gen_image says in --verbose what runs where", async () => {
   const folder = await Deno.makeTempDir();
   const args = [
@@ -179,6 +199,9 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     ],
     [["--cache_dit_config", "none.yaml"], 2, /Give a threshold.*none\.yaml: there is no such file/],
     [["--cache_dit_config", "-1"], 2, /Give a threshold from 0/],
+    [["--offload"], 2, /--offload asks for recipe 12_offload, which runs on cuda and hip, not on cpu/],
+    [["--t5_float8", "all"], 2, /--t5_float8.*weights, dynamic/],
+    [["--t5_float8", "weights", "--disable_bf16"], 2, /--disable_bf16 clashes with --t5_float8/],
     [["--trace-file", "t.json"], 2, /--trace-file is for benchmarks/],
     [["--image", "photo.png"], 2, /Kontext checkpoints, and schnell-like is none/],
     [["--output-file", "picture.jpg"], 2, /PNG/],
