@@ -7,7 +7,8 @@
  * Changes: a step becomes two parts, each a graph of its own: the first block, then the others or the addition. Between them
  * one number goes to the host, which decides. Exact: no; with a threshold of 0 every step is computed in full.
  * Threshold, on `mean |residual - last| / mean |last|`: 0.08 by default, 0.05 is careful, 0.12 bold; docs/numerics.md has what
- * each does to the picture. The first 8 steps are always computed in full: there the picture is laid out.
+ * each does to the picture. The first 8 steps are always computed in full: there the picture is laid out. Of several
+ * pictures at a time all are reused, or none.
  * For models that draw in many steps, FLUX.1-dev and Kontext; refused for FLUX.1-schnell, whose four steps do not resemble each
  * other. Off unless `--cache_dit_config` asks for it.
  *
@@ -102,26 +103,26 @@ class FirstBlockCache implements Stepper {
   ) {}
 
   async step(inputs: StepInputs): Promise<Tensor> {
-    const { device } = this.plan;
     const first = this.#first(inputs);
     const { hiddenStates, encoderHiddenStates, residual } = first;
     try {
       if (await this.#isNear(residual)) {
+        const latents = this.#reuse(inputs, hiddenStates);
         this.reused.push(this.#steps);
         this.#continuous++;
-        residual.dispose();
-        return this.#reuse(device, inputs, hiddenStates);
+        return latents;
       }
-      this.#continuous = 0;
-      const { latents, added } = this.#compute(device, inputs, first);
+      const { latents, added } = this.#compute(inputs, first);
       this[Symbol.dispose]();
       this.#residual = residual;
       this.#added = added;
+      this.#continuous = 0;
       return latents;
     } finally {
       this.#steps++;
       hiddenStates.dispose();
       encoderHiddenStates.dispose();
+      if (this.#residual !== residual) residual.dispose();
     }
   }
 
@@ -153,8 +154,9 @@ class FirstBlockCache implements Stepper {
   }
 
   /** The other blocks. */
-  #compute(device: Device, { latents, modulations, rotary, change }: StepInputs, first: First) {
+  #compute({ latents, modulations, rotary, change }: StepInputs, first: First) {
     const { plan, config } = this;
+    const { device } = plan;
     return device.scope(() =>
       plan.execute(
         plan,
@@ -187,8 +189,9 @@ class FirstBlockCache implements Stepper {
   }
 
   /** What the other blocks added last, once more. */
-  #reuse(device: Device, { latents, modulations, change }: StepInputs, hiddenStates: Tensor): Tensor {
+  #reuse({ latents, modulations, change }: StepInputs, hiddenStates: Tensor): Tensor {
     const { plan, config } = this;
+    const { device } = plan;
     return device.scope(() =>
       plan.execute(
         plan,
