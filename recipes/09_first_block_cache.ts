@@ -61,21 +61,26 @@ export function firstBlockCache(
     exact: false,
     devices: ["cpu", "cuda", "hip"],
     options: Object.fromEntries(Object.entries(options).map(([name, value]) => [name, String(value)])),
-    apply: (plan: Plan) => {
-      const { transformer } = plan.weights;
-      if (!transformer.has("time_text_embed.guidance_embedder.linear_1.weight")) {
-        throw new UsageError(
-          "09_first_block_cache is for FLUX.1-dev and Kontext: this model has no guidance, like FLUX.1-schnell, " +
-            "whose few steps do not resemble each other",
-          { hint: "leave --cache_dit_config out" },
-        );
-      }
-      if (!transformer.has("transformer_blocks.0.attn.to_q.weight")) {
-        throw new UsageError("09_first_block_cache needs a model with a double block");
-      }
-      return { ...plan, stepper: (running, config) => new FirstBlockCache(running, config, options) };
-    },
+    check: refuseUnguided,
+    apply: (plan: Plan) => ({
+      ...plan,
+      stepper: (running, config) => {
+        refuseUnguided(config);
+        return new FirstBlockCache(running, config, options);
+      },
+    }),
   };
+}
+
+function refuseUnguided({ guidance_embeds: guided, num_layers: doubles }: TransformerConfig): void {
+  if (!guided) {
+    throw new UsageError(
+      "09_first_block_cache is for FLUX.1-dev and Kontext: this model has no guidance, like FLUX.1-schnell, " +
+        "whose few steps do not resemble each other",
+      { hint: "leave --cache_dit_config out" },
+    );
+  }
+  if (doubles === 0) throw new UsageError("09_first_block_cache needs a model with a double block");
 }
 
 /** What the first block gives. */

@@ -17,7 +17,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
+import { checkModel, loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
@@ -68,6 +68,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   const prompts = flags.promptFile === undefined ? [flags.prompt] : await readPrompts(flags.promptFile);
   const paths = numberedPaths(flags.outputFile, prompts.length * numImagesPerPrompt);
   for (const path of paths) await checkWritable(path); // before minutes of work, not after
+  checkModel(flags, recipes);
   const edited = await pictureToEdit(flags);
   let started = performance.now();
   const note = (message: string) => console.error(`${NAME}: ${message}`);

@@ -20,7 +20,7 @@ import {
 } from "./base/command_line.ts";
 import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
-import { loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
+import { checkModel, loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
 import {
   measure,
   type PartStatistics,
@@ -71,6 +71,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   for (const path of [output, traceFile]) {
     if (path !== undefined) await checkWritable(path); // before minutes of work, not after
   }
+  checkModel(flags, recipes);
   const edited = await pictureToEdit(flags);
   const note = (message: string) => console.error(`${NAME}: ${message}`);
 

@@ -1,13 +1,15 @@
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { openDevice } from "../../ffi/open.ts";
-import { resolveModelFolder } from "./checkpoint.ts";
+import { readJson, resolveModelFolder } from "./checkpoint.ts";
 import { definedOnly, EMBEDDED_MODEL, Progress } from "./command_line.ts";
 import { UsageError } from "./errors.ts";
 import { isKontext, Model, modelName } from "./model.ts";
 import type { Pieces } from "./pieces.ts";
 import type { GenerateOptions } from "./pipeline.ts";
+import type { Recipe } from "./plan.ts";
 import { readPicture } from "./read_picture.ts";
+import { transformerConfigSchema } from "./transformer.ts";
 
 /** Which device a program's user wants, and where it keeps what it compiles. */
 export interface DeviceChoice {
@@ -50,6 +52,13 @@ export async function pictureToEdit(
     });
   }
   return { image: await readPicture(image) };
+}
+
+/** Lets recipes refuse the model that the flags name, before it is loaded. Throws {@link UsageError}. */
+export function checkModel({ ckpt = EMBEDDED_MODEL }: ModelChoice, recipes: readonly Recipe[]): void {
+  if (recipes.every(({ check }) => check === undefined)) return;
+  const config = readJson(resolveModelFolder(ckpt), "transformer/config.json", transformerConfigSchema);
+  for (const recipe of recipes) recipe.check?.(config);
 }
 
 /**

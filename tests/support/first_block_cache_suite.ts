@@ -129,10 +129,16 @@ export function firstBlockCacheSuite(target: TestDevice, rest: readonly Recipe[]
 
   test("refused for models without guidance, and for thresholds without sense", async (device) => {
     using model = await Model.load(goldenPath("schnell-like"), device);
-    const plan = compose(eagerPlan(device, model.weights), baselineFp32, ...rest);
+    const plan = compose(eagerPlan(device, model.weights), baselineFp32, ...rest, firstBlockCache());
+    const refused = (error: Error) =>
+      error instanceof UsageError && /for FLUX\.1-dev and Kontext.*schnell/.test(error.message);
+    await assert.rejects(new FluxPipeline(model, plan).generate(await optionsOf(RUNS.all)), refused);
+    assert.equal(device.memoryUse().current, 0);
+    assert.throws(() => firstBlockCache().check!(model.configs.transformer), refused);
+    firstBlockCache().check!({ ...model.configs.transformer, guidance_embeds: true });
     assert.throws(
-      () => compose(plan, firstBlockCache()),
-      (error) => error instanceof UsageError && /for FLUX\.1-dev and Kontext.*schnell/.test(error.message),
+      () => firstBlockCache().check!({ ...model.configs.transformer, guidance_embeds: true, num_layers: 0 }),
+      /double block/,
     );
     for (const threshold of [-1, NaN, Infinity]) {
       assert.throws(() => firstBlockCache({ threshold }), UsageError);
