@@ -2,7 +2,7 @@
  * What a GPU has beyond a {@link Device}: modules of compiled kernels, launches, library attention, events and recorded
  * graphs. CUDA and HIP have the same verbs; kernels/ and recipes/ know this interface only.
  */
-import type { Device, MatmulPlan } from "./device.ts";
+import type { Device, MatmulPlan, Memory } from "./device.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** A kernel file: its name for messages and cache entries, and its text. */
@@ -22,11 +22,25 @@ export class Float {
   constructor(readonly value: number) {}
 }
 
+/** How a matrix lies in memory, for kernels that copy tiles of it: see {@link GpuDevice.tensorMap}. */
+export class TensorMap {
+  /** @param matrix that it describes, which has to live as long. @param bytes as the GPU reads them. */
+  constructor(readonly matrix: Tensor, readonly bytes: Uint8Array<ArrayBuffer>) {}
+}
+
 /**
  * A kernel's argument: a tensor is the address of its first element, undefined a null pointer, a whole number an `int`,
- * a bigint a `long long`, a {@link Float} a `float`.
+ * a bigint a `long long`, a {@link Float} a `float`, a {@link TensorMap} itself, a list of tensors and bigints a struct of
+ * them.
  */
-export type KernelArgument = Tensor | undefined | number | bigint | Float;
+export type KernelArgument =
+  | Tensor
+  | undefined
+  | number
+  | bigint
+  | Float
+  | TensorMap
+  | readonly (Tensor | undefined | bigint)[];
 
 /** Blocks of a grid or threads of a block: x, or x and more. */
 export type Dim3 = number | readonly [number, number] | readonly [number, number, number];
@@ -67,6 +81,28 @@ export interface GpuEvent extends Disposable {
 /** Recorded work. Replaying runs the same kernels on the same addresses. */
 export interface Graph extends Disposable {
   replay(): void;
+}
+
+/**
+ * Weights that lie in page-locked memory of the host, and on the GPU from {@link bring} to {@link leave} only: at the same
+ * addresses each time, so that graphs that were recorded with them stay good.
+ */
+export interface Deposit {
+  /**
+   * Takes a weight's memory over: its bytes go to the host, and its place on the GPU is free. Not between `bring` and `leave`.
+   *
+   * @returns the memory from now on: what frees it frees it here, and with the last one all that the deposit has.
+   * @throws OutOfMemoryError where the host has not enough
+   */
+  add(memory: Memory): Memory;
+  /**
+   * Copies all to the GPU: work that is issued from now on may use it. Does nothing where it is there.
+   *
+   * @throws OutOfMemoryError
+   */
+  bring(): void;
+  /** Waits for the work so far, and gives the GPU's memory back. Does nothing where that was done. */
+  leave(): void;
 }
 
 /** Something that a GPU did, as its own clock has timed it. */
@@ -127,6 +163,15 @@ export interface GpuDevice extends Device {
   kernel(source: KernelSource, entry: string): GpuKernel;
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void;
 
+  /**
+   * For a kernel that copies tiles of `rows` rows and 128 bytes of a matrix to shared memory, swizzled for the matrix units
+   * (Hopper's bulk tensor copies).
+   *
+   * @param matrix `[m, n]` with dense rows that start at multiples of 16 bytes. @param rows at most 256.
+   * @throws FfiError where the driver refuses it
+   */
+  tensorMap(matrix: Tensor, rows: number): TensorMap;
+
   /** Whether the library has an algorithm for this product of float8 matrices; what is not float8 it takes always. */
   takesMatmul(plan: MatmulPlan): boolean;
 
@@ -161,6 +206,9 @@ export interface GpuDevice extends Device {
    * Takes what was {@link prepared} in an equal {@link environment}: it is not found out again. Anything else still is.
    */
   adopt(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffer>>): void;
+
+  /** An empty place for weights that are not always on the GPU. */
+  deposit(): Deposit;
 
   /** Marks the end of the work issued so far. */
   event(): GpuEvent;

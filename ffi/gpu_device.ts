@@ -4,18 +4,20 @@ import type { DiskCache } from "./cache.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "./device.ts";
 import { checkDownload } from "./download.ts";
 import { briefly, FfiError } from "./errors.ts";
-import type {
-  AttentionPlan,
-  Dim3,
-  GpuDevice,
-  GpuEvent,
-  GpuKernel,
-  GpuLimits,
-  GpuProfiler,
-  Graph,
-  KernelArgument,
-  KernelSource,
-  Launch,
+import {
+  type AttentionPlan,
+  type Deposit,
+  type Dim3,
+  type GpuDevice,
+  type GpuEvent,
+  type GpuKernel,
+  type GpuLimits,
+  type GpuProfiler,
+  type Graph,
+  type KernelArgument,
+  type KernelSource,
+  type Launch,
+  TensorMap,
 } from "./gpu.ts";
 import type { GpuContext } from "./gpu_context.ts";
 import { RuntimeEvent } from "./gpu_event.ts";
@@ -156,6 +158,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   abstract environment(): Readonly<Record<string, string>>;
   abstract conv(plan: ConvPlan): void;
   abstract attention(plan: AttentionPlan): boolean;
+  abstract tensorMap(matrix: Tensor, rows: number): TensorMap;
   abstract openProfiler(): Promise<GpuProfiler>;
 
   /** The library for matrix products, opened at its first use. */
@@ -210,6 +213,14 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
 
   scope<T>(body: () => T): T {
     return this.#heap.scope(body);
+  }
+
+  deposit(): Deposit {
+    this.checkOpen();
+    return this.#heap.deposit(this.stream, (what) => {
+      this.checkOpen();
+      this.refuseRecording(what);
+    });
   }
 
   async placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]> {
@@ -297,8 +308,22 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
     if (shared > kernel.dynamicShared) this.#raiseShared(kernel, shared);
     const bytes = this.#arguments.pack(args, name, this);
     this.#argumentBytes[0] = BigInt(bytes);
-    const extra = bytes === 0 ? null : this.#extra;
-    this.driver.launchKernel(kernel.handle, this.#grid, this.#block, shared, this.stream, extra, name);
+    // Of a kernel with a parameter at a multiple of 64 NVIDIA's driver (580) takes the arguments' addresses only: all of them
+    // as one buffer arrive as zeros.
+    const mapped = args.some((arg) => arg instanceof TensorMap);
+    const { address, starts } = this.#arguments;
+    const parameters = mapped ? BigUint64Array.from(starts, (start) => address + BigInt(start)) : null;
+    const extra = mapped || bytes === 0 ? null : this.#extra;
+    this.driver.launchKernel(
+      kernel.handle,
+      this.#grid,
+      this.#block,
+      shared,
+      this.stream,
+      parameters,
+      extra,
+      name,
+    );
   }
 
   measuring<T>(body: () => T): T {

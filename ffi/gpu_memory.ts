@@ -1,5 +1,7 @@
 import type { Device, Memory, MemoryPurpose, MemoryUse } from "./device.ts";
 import { FfiError, OutOfMemoryError } from "./errors.ts";
+import { DepositSegment } from "./gpu_deposit.ts";
+import type { Deposit } from "./gpu.ts";
 import type { GpuRuntime } from "./gpu_runtime.ts";
 import { ALIGNMENT, Segment } from "./gpu_segment.ts";
 import { MemoryScopes } from "./scope.ts";
@@ -12,7 +14,7 @@ const WEIGHT_CHUNK = 256 * MIB;
 /** How many bytes the segments held. */
 export type MemoryPlan = Record<"activations" | "recorded" | "weights", number>;
 
-/** GPU memory: a block of one of the device's segments. */
+/** GPU memory: a block of one of the device's segments, or of a deposit. */
 export class GpuMemory implements Memory {
   readonly pointer: bigint;
   /** Whether it was not freed so far. */
@@ -21,7 +23,7 @@ export class GpuMemory implements Memory {
   constructor(
     readonly device: Device,
     readonly byteLength: number,
-    readonly segment: Segment,
+    readonly segment: Segment | DepositSegment,
     readonly offset: number,
   ) {
     this.pointer = segment.pointer(offset);
@@ -56,6 +58,8 @@ export class GpuHeap {
   readonly #weights: Segment;
   /** What recorded work allocates while it is recorded: the same for all recordings, and used by nothing else. */
   readonly #recorded: Segment;
+  /** With what frees a deposit's memory when nothing refers to it any more. */
+  readonly #deposits = new Map<DepositSegment, FinalizationRegistry<number>>();
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
   readonly #collected = new FinalizationRegistry<number>((offset) => this.#weights.free(offset));
   /** The libraries' scratch, and smaller ones before it that graphs still use. They lie among the weights. */
@@ -72,16 +76,17 @@ export class GpuHeap {
   }
 
   /** To be disposed, each, when no work uses them any more. */
-  get segments(): readonly Segment[] {
-    return [this.#activations, this.#weights, this.#recorded];
+  get segments(): readonly Disposable[] {
+    return [...this.#growing, ...this.#deposits.keys()];
   }
 
   use(): MemoryUse {
+    const deposited = this.#deposits.keys().reduce((sum, { mapped }) => sum + mapped, 0);
     return {
       current: this.#activations.used,
       peak: this.#peak,
       reserved: this.#activations.mapped + this.#recorded.mapped + this.#workspaceBytes,
-      weights: this.#weights.used - this.#workspaceBytes,
+      weights: this.#weights.used - this.#workspaceBytes + deposited,
     };
   }
 
@@ -102,12 +107,44 @@ export class GpuHeap {
     if (!mine.live) throw new FfiError(`${this.#owner.device.name}: memory was freed twice`);
     mine.live = false;
     if (mine.segment === this.#weights) this.#collected.unregister(mine);
+    else if (mine.segment instanceof DepositSegment) this.#deposits.get(mine.segment)?.unregister(mine);
     else this.#scopes.remove(mine);
     mine.segment.free(mine.offset);
   }
 
   scope<T>(body: () => T): T {
     return this.#scopes.run(body);
+  }
+
+  /** See {@link GpuDevice.deposit}. @param stream that copies. @param check called before each of its steps, with a word for it. */
+  deposit(stream: bigint, check: (what: string) => void): Deposit {
+    const { device, driver, totalBytes } = this.#owner;
+    const segment = new DepositSegment(driver, stream, totalBytes);
+    const collected = new FinalizationRegistry<number>((offset) => segment.free(offset));
+    this.#deposits.set(segment, collected);
+    return {
+      add: (memory) => {
+        check("offloading");
+        const { pointer, byteLength } = this.own(memory);
+        if (segment.mapped > 0) {
+          throw new FfiError(`${device.name}: weights are added to a deposit that is on the GPU`);
+        }
+        const moved = new GpuMemory(device, byteLength, segment, segment.add(pointer, byteLength));
+        collected.register(moved, moved.offset, moved);
+        this.free(memory);
+        return moved;
+      },
+      bring: () => {
+        check("bringing weights");
+        if (!segment.bring() && !(this.#trim() && segment.bring())) {
+          throw this.#outOfMemory(segment.end, "weights that were offloaded");
+        }
+      },
+      leave: () => {
+        check("offloading");
+        segment.leave();
+      },
+    };
   }
 
   /** Throws {@link FfiError} for memory of another device. */
@@ -162,7 +199,11 @@ export class GpuHeap {
     // Waiting would break a recording, and recorded work may use what is free outside of it.
     if (this.#owner.isRecording() || this.#owner.hasGraphs()) return false;
     this.#owner.wait();
-    return this.segments.reduce((bytes, segment) => bytes + segment.trim(), 0) > 0;
+    return this.#growing.reduce((bytes, segment) => bytes + segment.trim(), 0) > 0;
+  }
+
+  get #growing(): readonly Segment[] {
+    return [this.#activations, this.#weights, this.#recorded];
   }
 
   #outOfMemory(byteLength: number, what: string): OutOfMemoryError {

@@ -69,8 +69,8 @@ export interface GpuRuntime extends Disposable {
   /** @param file of the module, for messages. */
   moduleGetFunction(module: bigint, name: string, file: string): bigint;
   /**
-   * @param extra markers and addresses of the arguments, all of which are read before it returns; null for a kernel without
-   *   parameters.
+   * @param parameters addresses of the arguments, or null. @param extra markers and the address of all arguments in one
+   *   buffer, or null: one of both, unless the kernel has no parameters. All is read before it returns.
    * @param name the kernel's, for messages
    */
   launchKernel(
@@ -79,6 +79,7 @@ export interface GpuRuntime extends Disposable {
     block: readonly [number, number, number],
     shared: number,
     stream: bigint,
+    parameters: BigUint64Array<ArrayBuffer> | null,
     extra: BigUint64Array<ArrayBuffer> | null,
     name: string,
   ): void;

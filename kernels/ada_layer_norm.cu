@@ -1,7 +1,7 @@
 // Adaptive layer norm: (x - mean) / sqrt(variance + eps) * (1 + scale) + shift, one scale and shift for each sample.
 //
 //   out   [batch, tokens, hidden] O, dense      x   the same of T with any strides of batch and tokens
-//   rowScales   [batch * tokens] f32 where O is E4M3, else null
+//   rowScales   [batch * tokens] f32 where O is E4M3, else null; rowLengths the same or null: each row's Euclidean length
 //   scale [batch, hidden] S, shift [batch, hidden] B, with any stride of batch
 //
 // THREADS threads share a row and keep it in registers, so that it is read once. A sample's scale and shift (12 KB at
@@ -13,7 +13,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-adaLayerNorm(O* out, float* rowScales, const T* x, const S* scale, const B* shift, int tokens, int hidden,
+adaLayerNorm(O* out, float* rowScales, float* rowLengths, const T* x, const S* scale, const B* shift, int tokens, int hidden,
              long long xBatch, long long xRow, long long scaleBatch, long long shiftBatch, float eps) {
   __shared__ float partials[2][32];
   const long long sample = blockIdx.y;
@@ -24,6 +24,6 @@ adaLayerNorm(O* out, float* rowScales, const T* x, const S* scale, const B* shif
   const long long row = sample * tokens + token;
   Vec<T, N> held[VECTORS];
   loadRow<THREADS>(held, x + sample * xBatch + token * xRow, lane, length);
-  storeAdaLayerNorm<THREADS>(out, rowScales, row, held, scale + sample * scaleBatch, shift + sample * shiftBatch, lane,
+  storeAdaLayerNorm<THREADS>(out, rowScales, rowLengths, row, held, scale + sample * scaleBatch, shift + sample * shiftBatch, lane,
                              length, hidden, eps, partials);
 }

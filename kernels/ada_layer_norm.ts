@@ -3,7 +3,7 @@ import { Tensor } from "../ffi/tensor.ts";
 import ADA_LAYER_NORM_CU from "./ada_layer_norm.cu" with { type: "text" };
 import { expectShape } from "./check.ts";
 import { denseRows } from "./contiguous.ts";
-import { Float8Tensor, rowScalesOf } from "./float8_tensor.ts";
+import { Float8Tensor, rowLengthsOf, rowScalesOf } from "./float8_tensor.ts";
 import { gpuOf, vectorWidth } from "./gpu.ts";
 import { layerNorm } from "./layer_norm.ts";
 import type { Readers } from "./linears.ts";
@@ -40,11 +40,19 @@ export function adaLayerNormFused(x: Tensor, scale: Tensor, shift: Tensor, eps: 
 /**
  * {@link adaLayerNorm} in E4M3 with a scale for each row, as {@link quantizeRows} gives it. On a GPU in one kernel, which
  * rounds to E4M3 alone; on the CPU the one after the other.
+ *
+ * @param measured whether the result has the lengths of its rows, too; on a GPU only.
  */
-export function adaLayerNormFloat8(x: Tensor, scale: Tensor, shift: Tensor, eps: number): Float8Tensor {
+export function adaLayerNormFloat8(
+  x: Tensor,
+  scale: Tensor,
+  shift: Tensor,
+  eps: number,
+  measured = false,
+): Float8Tensor {
   const gpu = gpuOf(x);
   if (gpu === undefined) return x.device.scope(() => quantizeRows(adaLayerNorm(x, scale, shift, eps)));
-  return launchInto(() => Float8Tensor.alloc(gpu, x.shape, x.dtype), gpu, x, scale, shift, eps);
+  return launchInto(() => Float8Tensor.alloc(gpu, x.shape, x.dtype, { measured }), gpu, x, scale, shift, eps);
 }
 
 function launchInto<O extends Tensor>(
@@ -72,7 +80,7 @@ function launchInto<O extends Tensor>(
       batch,
       out,
       inputs: [xs],
-      args: [out, rowScalesOf(out), xs, a, b, tokens, hidden, ...strides, new Float(eps)],
+      args: [out, rowScalesOf(out), rowLengthsOf(out), xs, a, b, tokens, hidden, ...strides, new Float(eps)],
     });
   });
   return out;

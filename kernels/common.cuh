@@ -379,16 +379,17 @@ __device__ __forceinline__ void storeRow(f8e4m3* row, float* scale, const Vec<T,
 
 // Stores the norm of row `row` of out, which has `hidden` elements, modulated by scale and shift.
 template <int THREADS, typename T, int N, int VECTORS, typename S, typename B>
-__device__ __forceinline__ void storeAdaLayerNorm(T* out, float*, long long row, Vec<T, N> (&held)[VECTORS],
+__device__ __forceinline__ void storeAdaLayerNorm(T* out, float*, float*, long long row, Vec<T, N> (&held)[VECTORS],
                                                   const S* scale, const B* shift, int lane, int length, int hidden,
                                                   float eps, float (&partials)[2][32]) {
   const RowNorm norm = normOfRow<THREADS>(held, lane, length, hidden, eps, partials);
   modulateRow<THREADS>(held, norm, scale, shift, lane, length);
   storeRow<THREADS>(out + row * hidden, held, lane, length);
 }
-// The same in E4M3, with the rows' scales. The row is held in float, neither rounded nor converted in between.
+// The same in E4M3, with the rows' scales, and with their lengths where they are wanted. The row is held in float, neither
+// rounded nor converted in between.
 template <int THREADS, typename T, int N, int VECTORS, typename S, typename B>
-__device__ __forceinline__ void storeAdaLayerNorm(f8e4m3* out, float* rowScales, long long row,
+__device__ __forceinline__ void storeAdaLayerNorm(f8e4m3* out, float* rowScales, float* rowLengths, long long row,
                                                   const Vec<T, N> (&loaded)[VECTORS], const S* scale,
                                                   const B* shift, int lane, int length, int hidden,
                                                   float eps, float (&partials)[2][32]) {
@@ -398,4 +399,7 @@ __device__ __forceinline__ void storeAdaLayerNorm(f8e4m3* out, float* rowScales,
   modulateRow<THREADS>(held, norm, scale, shift, lane, length);
   // Who has met for the second sum has read the partials of the first.
   storeRow<THREADS>(out + row * hidden, rowScales + row, held, lane, length, partials[0]);
+  if (rowLengths == nullptr) return;
+  const float squares = sumOfRow<THREADS>(held, lane, length, partials[1], [](float x) { return x * x; });
+  if (lane == 0 && length > 0) rowLengths[row] = sqrtf(squares);
 }

@@ -1,6 +1,7 @@
 // Attention on Hopper from tiles in float8 or bfloat16: softmax(scale * q k^T) v for heads of 128, no mask.
 //
-//   out [batch, queries, heads, 128] bf16, with any strides but a dense last dimension
+//   out [batch, queries, heads, 128] O, with any strides but a dense last dimension; outScales [queries] f32 or null: what
+//       results are divided by, in E4M3
 //   q   [batch * heads, query tiles, 128 x 128] E      k, v   [batch * heads, key tiles, 128 x 128] E
 //   partial [split tiles * parts, 128, 128] f32 and moments [split tiles * parts, 128, 2] f32: see below
 //
@@ -18,61 +19,25 @@
 // FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352: 0.118 ms at 1979 TFLOP/s in float8, 0.236 in
 // bfloat16. The exponentials take 0.12 ms: 16 a clock and multiprocessor. Bytes: a tile of q, and of k and v for each 128
 // keys, mostly from the L2 cache.
-// sm_90a only (wgmma). 384 threads. E: f8e4m3 or bf16. BYTES: of E. STAGES: tiles of k, and of v, that are on their way or
+// sm_90a only (wgmma). 384 threads. E, O: f8e4m3 or bf16. BYTES: of E. STAGES: tiles of k, and of v, that are on their way or
 // in use.
 #include "common.cuh"
+#include "hopper.cuh"
 
 constexpr int HEAD_DIM = 128, KEYS = 128, QUERIES = 128, ROWS = 64;
-// Rows of a tile in shared memory have 128 bytes: in bfloat16 a tile is two halves of 64 columns.
-constexpr int ROW_BYTES = 128, HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
+// In bfloat16 a tile is two halves of 64 columns.
+constexpr int HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
 constexpr float RANGE = BYTES == 1 ? 8.0f : 0.0f;
 // Products of q and k sum 32 bytes of a row at a time; those of P and v as many keys: 32 in float8, 16 in bfloat16.
 constexpr int LOGIT_STEPS = 4 * BYTES, SUM_STEPS = 4 * BYTES;
 
-// -- barriers and copies in shared memory ------------------------------------------------------------------------------
-
-__device__ __forceinline__ unsigned sharedAddress(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void initBarrier(unsigned barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(unsigned barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
-}
-// Waits for the end of the barrier's phase of this parity. The phase before the first counts as ended.
-__device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
-  unsigned done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  } while (!done);
-}
 // One tile from global to shared memory; it completes the barrier's phase.
-__device__ __forceinline__ void copyTile(unsigned to, const unsigned char* from, unsigned barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(TILE_BYTES) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               : : "r"(to), "l"(from), "r"(TILE_BYTES), "r"(barrier) : "memory");
+__device__ __forceinline__ void bringTile(unsigned to, const unsigned char* from, unsigned barrier) {
+  arriveExpecting(barrier, TILE_BYTES);
+  copyBulk(to, from, TILE_BYTES, barrier);
 }
 
 // -- products ----------------------------------------------------------------------------------------------------------
-
-// Where rows of 128 bytes start in shared memory, for the matrix units: swizzled in groups of 8 rows. 32 bytes further
-// along the rows are 2 more. Rows are the summed dimension's own, or, for v in bfloat16, keys: then the other 64 columns are
-// half a tile further.
-__device__ __forceinline__ unsigned long long descriptor(unsigned address, int columns = 16) {
-  return (unsigned long long)((address & 0x3ffffu) >> 4) | (unsigned long long)(columns >> 4) << 16 | 64ull << 32 |
-         1ull << 62;
-}
-__device__ __forceinline__ void fenceProducts() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
-__device__ __forceinline__ void commitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
-template <int PENDING> __device__ __forceinline__ void waitProducts() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
-}
-// The compiler must not move reads of an accumulator before the wait.
-__device__ __forceinline__ void hold(float (&d)[64]) {
-#pragma unroll
-  for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
-}
 
 // The 64 sums of an instruction, as its text names them (%0 to %63) and as its operands.
 #define SUMS                                                                                                  \
@@ -153,14 +118,17 @@ __device__ __forceinline__ void packRows(unsigned (&p)[4 * SUM_STEPS], const flo
         p[4 * step + part] = (unsigned)toFloat8Pair(s[i], s[i + 1]) | (unsigned)toFloat8Pair(s[i + 4], s[i + 5]) << 16;
       } else {
         const int i = 8 * step + 2 * part;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(p[4 * step + part]) : "f"(s[i + 1]), "f"(s[i]));
+        p[4 * step + part] = toBfloat16Pair(s[i], s[i + 1]);
       }
     }
   }
 }
 
+// What a query's results are divided by before they are rounded.
+__device__ __forceinline__ float scaleOfRow(const float* scales, int query) { return scales == nullptr ? 1.0f : scales[query]; }
+
 extern "C" __global__ void __launch_bounds__(384, 1)
-flashAttention(bf16* out, float* partial, float* moments, const unsigned char* q, const unsigned char* k,
+flashAttention(O* out, const float* outScales, float* partial, float* moments, const unsigned char* q, const unsigned char* k,
                const unsigned char* v, int queries, int queryTiles, int keys, int keyTiles, int heads, int whole, int parts,
                long long outBatch, long long outToken, long long outHead, float scale) {
   extern __shared__ unsigned char dynamicShared[];
@@ -184,23 +152,23 @@ flashAttention(bf16* out, float* partial, float* moments, const unsigned char* q
       initBarrier(kEmpty + 8 * stage, 2);  // both warpgroups are done with it
       initBarrier(vEmpty + 8 * stage, 2);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+    fenceBarriers();
   }
   __syncthreads();
 
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) {
-      copyTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
+      bringTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
       const unsigned char* kTile = k + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
       const unsigned char* vTile = v + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
       for (int i = 0; i < endKeys - firstKeys; i++, kTile += TILE_BYTES, vTile += TILE_BYTES) {
         const int stage = i % STAGES;
         const unsigned before = i / STAGES % 2 ^ 1;
         wait(kEmpty + 8 * stage, before);
-        copyTile(kTiles + stage * TILE_BYTES, kTile, kFull + 8 * stage);
+        bringTile(kTiles + stage * TILE_BYTES, kTile, kFull + 8 * stage);
         wait(vEmpty + 8 * stage, before);
-        copyTile(vTiles + stage * TILE_BYTES, vTile, vFull + 8 * stage);
+        bringTile(vTiles + stage * TILE_BYTES, vTile, vFull + 8 * stage);
       }
     }
   } else {
@@ -300,14 +268,37 @@ flashAttention(bf16* out, float* partial, float* moments, const unsigned char* q
         }
         continue;
       }
-      if (query >= queries) continue;
-      const float factor = 1.0f / sum;
+      // Rows behind the last query take part in the exchange.
+      const bool inside = query < queries;
+      const float factor = inside ? 1.0f / (sum * scaleOfRow(outScales, query)) : 0.0f;
+      O* to = out + query * outToken;
+      if constexpr (sizeof(O) == 1) {
 #pragma unroll
-      for (int block = 0; block < 16; block++) {
-        Vec<bf16, 2> pair;
-        pair.v[0] = fromFloat<bf16>(o[4 * block + 2 * row] * factor);
-        pair.v[1] = fromFloat<bf16>(o[4 * block + 2 * row + 1] * factor);
-        storeVec(out + query * outToken + block * 8 + 2 * (lane % 4), pair);
+        for (int group = 0; group < 16; group += 8) {
+          unsigned w[4];  // two blocks of 8 columns each
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const float* x = o + 4 * (group + 2 * i) + 2 * row;
+            w[i] = toFloat8Quad(x[0] * factor, x[1] * factor, x[4] * factor, x[5] * factor);
+          }
+          transposeQuad(w);
+          const Vec<unsigned, 4> piece = {{__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410),
+                                           __byte_perm(w[0], w[1], 0x7632), __byte_perm(w[2], w[3], 0x7632)}};
+          if (inside) storeVec((unsigned*)(to + 8 * group + 16 * (lane % 4)), piece);
+        }
+      } else {
+#pragma unroll
+        for (int group = 0; group < 16; group += 4) {
+          unsigned w[4];  // a block of 8 columns each
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const float* x = o + 4 * (group + i) + 2 * row;
+            w[i] = toBfloat16Pair(x[0] * factor, x[1] * factor);
+          }
+          transposeQuad(w);
+          const Vec<unsigned, 4> piece = {{w[0], w[1], w[2], w[3]}};
+          if (inside) storeVec((unsigned*)(to + 8 * (group + lane % 4)), piece);
+        }
       }
     }
   }
@@ -315,7 +306,7 @@ flashAttention(bf16* out, float* partial, float* moments, const unsigned char* q
 
 // The rows of split tiles from their parts: a warp a row. Grid: split tiles, 16; 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
-mergeParts(bf16* out, const float* partial, const float* moments, int queries, int queryTiles, int heads, int whole,
+mergeParts(O* out, const float* outScales, const float* partial, const float* moments, int queries, int queryTiles, int heads, int whole,
            int parts, long long outBatch, long long outToken, long long outHead, float scale) {
   const int queryTile = whole + blockIdx.x, inTile = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head = queryTile / queryTiles, query = queryTile % queryTiles * QUERIES + inTile;
@@ -330,7 +321,10 @@ mergeParts(bf16* out, const float* partial, const float* moments, int queries, i
     const Vec<float, 4> values = loadVec<4>(partial + at * HEAD_DIM + lane * 4);
     for (int i = 0; i < 4; i++) o[i] = fmaf(values.v[i], weight, o[i]);
   }
-  Vec<bf16, 4> result;
-  for (int i = 0; i < 4; i++) result.v[i] = fromFloat<bf16>(o[i] / sum);
-  storeVec(out + head / heads * outBatch + head % heads * outHead + query * outToken + lane * 4, result);
+  out += head / heads * outBatch + head % heads * outHead + query * outToken + lane * 4;
+  const Vec<float, 4> result = {{o[0], o[1], o[2], o[3]}};
+  const float factor = 1.0f / (sum * scaleOfRow(outScales, query));
+  if constexpr (sizeof(O) == 1) storeQuantized((f8e4m3*)out, result, factor);
+  else storeVec((unsigned*)out, Vec<unsigned, 2>{{toBfloat16Pair(o[0] * factor, o[1] * factor),
+                                                  toBfloat16Pair(o[2] * factor, o[3] * factor)}});
 }

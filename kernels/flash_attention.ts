@@ -28,7 +28,9 @@ export function hasFlashAttention({ limits }: GpuDevice): boolean {
  * FlashAttention-3). What it computes is attentionReference in attention.ts; the softmax's weights are rounded to the
  * tiles' dtype.
  *
- * @param tiles of `batch * heads` heads. @param out `[batch, queries, heads, 128]` bf16 with a dense last dimension.
+ * @param tiles of `batch * heads` heads.
+ * @param out `[batch, queries, heads, 128]` with a dense last dimension and rows at multiples of 16 bytes: bf16, or f8e4m3
+ *   of one sample with `outScales`. @param outScales f32 `[queries]`: what each query's results are divided by.
  * @throws ShapeError where the sizes do not fit, or on a GPU without {@link hasFlashAttention}.
  */
 export function flashAttention(
@@ -36,6 +38,7 @@ export function flashAttention(
   { q, k, v, keys }: QkvTiles,
   scale: number,
   out: Tensor,
+  outScales?: Tensor,
 ): void {
   const [batch, queries, heads] = out.shape;
   if (!hasFlashAttention(gpu)) throw new ShapeError(`flashAttention: ${gpu.name} is no Hopper GPU`);
@@ -44,9 +47,15 @@ export function flashAttention(
   expectShape("flashAttention", "q", q, [batch * heads, queryTiles, TILE * TILE]);
   expectShape("flashAttention", "k", k, [batch * heads, keyTiles, TILE * TILE]);
   expectShape("flashAttention", "v", v, k.shape);
-  expect(out.dtype === "bf16", "flashAttention", () => `out is ${out}, expected bf16`);
+  const scaled = out.dtype === "f8e4m3" && batch === 1 && outScales !== undefined;
+  if (scaled) expectShape("flashAttention", "outScales", outScales, [queries]);
+  else expect(out.dtype === "bf16", "flashAttention", () => `out is ${out}, expected bf16`);
   const alike = [k, v].every(({ dtype }) => dtype === q.dtype) && q.dtype in STAGES;
   expect(alike, "flashAttention", () => `tiles are ${q}, ${k} and ${v}, expected one of f8e4m3 and bf16`);
+  const stored = out.strides.slice(0, 3).every((stride, dim) =>
+    out.shape[dim] === 1 || stride * dtypeBytes(out.dtype) % 16 === 0
+  );
+  expect(stored && out.pointer % 16n === 0n, "flashAttention", () => `${out} has rows at odd places`);
   if (out.size === 0 || keys === 0) throw new ShapeError(`flashAttention: nothing to attend for ${out}`);
   const bytes = dtypeBytes(q.dtype);
   const stages = STAGES[q.dtype as AttentionDType];
@@ -57,7 +66,7 @@ export function flashAttention(
     const moments = rows === 0 ? undefined : Tensor.empty(gpu, [rows, 2], "f32");
     const steps = out.strides.slice(0, 3).map(BigInt);
     const factor = new Float(scale * Math.LOG2E);
-    const kernel = { types: {}, constants: { BYTES: bytes, STAGES: stages } };
+    const kernel = { types: { O: out.dtype }, constants: { BYTES: bytes, STAGES: stages } };
     launch(gpu, SOURCE, {
       entry: "flashAttention",
       ...kernel,
@@ -66,6 +75,7 @@ export function flashAttention(
       shared: (1 + 2 * stages) * TILE * TILE * bytes + ALIGNMENT,
       args: [
         out,
+        outScales,
         partial,
         moments,
         q,
@@ -88,7 +98,7 @@ export function flashAttention(
       ...kernel,
       grid: [split, TILE / MERGED_ROWS],
       block: 32 * MERGED_ROWS,
-      args: [out, partial, moments, queries, queryTiles, heads, whole, parts, ...steps, factor],
+      args: [out, outScales, partial, moments, queries, queryTiles, heads, whole, parts, ...steps, factor],
     });
   });
 }

@@ -22,6 +22,8 @@ const ALIGNMENT = 256;
 export class Float8Tensor extends Tensor implements Float8Matrix {
   readonly values: Tensor;
   readonly scales: Tensor;
+  /** f32 `[rows]`: the Euclidean length of each row of what was quantized, where it was asked for. */
+  readonly lengths: Tensor | undefined;
 
   private constructor(
     memory: Memory,
@@ -29,22 +31,29 @@ export class Float8Tensor extends Tensor implements Float8Matrix {
     /** The dtype of what was quantized, in which products with it are given. */
     readonly source: DType,
     readonly rowwise: boolean,
+    measured: boolean,
   ) {
     super(memory, "f8e4m3", shape);
     const { scales, start } = layout(shape, rowwise);
     this.values = new Tensor(memory, "f8e4m3", shape);
     this.scales = new Tensor(memory, "f32", [scales], undefined, start / 4);
+    this.lengths = measured ? new Tensor(memory, "f32", [scales], undefined, start / 4 + scales) : undefined;
   }
 
-  /** Uninitialized, with a scale for each row of `shape` or one for all. @param source the dtype of what is quantized. */
+  /**
+   * Uninitialized, with a scale for each row of `shape` or one for all.
+   *
+   * @param source the dtype of what is quantized. @param measured whether it has the {@link lengths} of its rows.
+   */
   static alloc(
     device: Device,
     shape: readonly number[],
     source: DType,
-    rowwise = true,
+    { rowwise = true, measured = false } = {},
   ): Float8Tensor {
     const { scales, start } = layout(shape, rowwise);
-    return new Float8Tensor(device.alloc(start + 4 * scales), shape, source, rowwise);
+    const bytes = start + 4 * scales * (measured ? 2 : 1);
+    return new Float8Tensor(device.alloc(bytes), shape, source, rowwise, measured);
   }
 
   override reshape(): never {
@@ -72,6 +81,11 @@ export function sourceOf(x: Tensor): DType {
 /** The scales of a result's rows where it is quantized, for kernels that store either. */
 export function rowScalesOf(out: Tensor): Tensor | undefined {
   return out instanceof Float8Tensor ? out.scales : undefined;
+}
+
+/** The same for the lengths of its rows. */
+export function rowLengthsOf(out: Tensor): Tensor | undefined {
+  return out instanceof Float8Tensor ? out.lengths : undefined;
 }
 
 /** How many scales there are, and where they start, in bytes. */

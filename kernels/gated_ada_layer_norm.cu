@@ -2,7 +2,8 @@
 // normed = (sum - mean) / sqrt(variance + eps) * (1 + scale) + shift. One gate, scale and shift for each sample.
 //
 //   sum, normed   [batch, tokens, hidden] T and O, dense
-//   rowScales     [batch * tokens] f32, of normed where O is E4M3, else null
+//   rowScales     [batch * tokens] f32, of normed where O is E4M3, else null; rowLengths the same or null: each row's
+//                 Euclidean length
 //   residual      [batch, tokens, hidden] T, x the same in X, both with any strides of batch and tokens
 //   gate, scale, shift   [batch, hidden] G, S, B, with any stride of batch
 //
@@ -15,7 +16,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gatedAdaLayerNorm(T* sum, O* normed, float* rowScales, const T* residual, const X* x, const G* gate, const S* scale,
+gatedAdaLayerNorm(T* sum, O* normed, float* rowScales, float* rowLengths, const T* residual, const X* x, const G* gate, const S* scale,
                   const B* shift, int tokens, int hidden, long long residualBatch, long long residualRow,
                   long long xBatch, long long xRow, long long gateBatch, long long scaleBatch, long long shiftBatch,
                   float eps) {
@@ -42,6 +43,6 @@ gatedAdaLayerNorm(T* sum, O* normed, float* rowScales, const T* residual, const 
     }
   }
   storeRow<THREADS>(sum + row * hidden, held, lane, length);
-  storeAdaLayerNorm<THREADS>(normed, rowScales, row, held, scale + sample * scaleBatch, shift + sample * shiftBatch, lane,
+  storeAdaLayerNorm<THREADS>(normed, rowScales, rowLengths, row, held, scale + sample * scaleBatch, shift + sample * shiftBatch, lane,
                              length, hidden, eps, partials);
 }

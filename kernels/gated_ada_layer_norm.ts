@@ -3,7 +3,7 @@ import { Tensor } from "../ffi/tensor.ts";
 import { adaLayerNorm } from "./ada_layer_norm.ts";
 import { expectShape } from "./check.ts";
 import { denseRows } from "./contiguous.ts";
-import { Float8Tensor, rowScalesOf } from "./float8_tensor.ts";
+import { Float8Tensor, rowLengthsOf, rowScalesOf } from "./float8_tensor.ts";
 import GATED_ADA_LAYER_NORM_CU from "./gated_ada_layer_norm.cu" with { type: "text" };
 import { gatedResidual } from "./gated_residual.ts";
 import { gpuOf, vectorWidth } from "./gpu.ts";
@@ -58,6 +58,8 @@ export function gatedAdaLayerNormFused(
 /**
  * {@link gatedAdaLayerNorm} with `normed` in E4M3 and a scale for each row, as {@link quantizeRows} gives it. On a GPU in one
  * kernel, which rounds it to E4M3 alone; on the CPU the one after the other.
+ *
+ * @param measured whether `normed` has the lengths of its rows, too; on a GPU only.
  */
 export function gatedAdaLayerNormFloat8(
   residual: Tensor,
@@ -66,6 +68,7 @@ export function gatedAdaLayerNormFloat8(
   scale: Tensor,
   shift: Tensor,
   eps: number,
+  measured = false,
 ): Normed<Float8Tensor> {
   const gpu = gpuOf(residual);
   if (gpu === undefined) {
@@ -74,7 +77,7 @@ export function gatedAdaLayerNormFloat8(
       return { sum, normed: quantizeRows(normed) };
     });
   }
-  const empty = () => Float8Tensor.alloc(gpu, residual.shape, residual.dtype);
+  const empty = () => Float8Tensor.alloc(gpu, residual.shape, residual.dtype, { measured });
   return launchInto(empty, gpu, residual, x, { gate, scale, shift }, eps);
 }
 
@@ -122,6 +125,7 @@ function launchInto<O extends Tensor>(
         sum,
         normed,
         rowScalesOf(normed),
+        rowLengthsOf(normed),
         ...rows,
         ...vectors,
         tokens,

@@ -9,8 +9,9 @@ import {
   type KernelSource,
 } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
-import COMMON_CUH from "./common.cuh" with { type: "text" };
 import ARCHITECTURE_CUH from "./architecture.cuh" with { type: "text" };
+import COMMON_CUH from "./common.cuh" with { type: "text" };
+import HOPPER from "./hopper.cuh" with { type: "text" };
 
 /** The names of dtypes in common.cuh. */
 const C_TYPES: Partial<Record<DType, string>> = {
@@ -31,6 +32,8 @@ const COMMON = withInclude(COMMON_CUH, "common.cuh", '#include "architecture.cuh
 
 /** Where a .cu file takes in common.cuh, and, behind it, the types and constants that a launch chooses. */
 const INCLUDE = '#include "common.cuh"';
+/** Where it takes in hopper.cuh, if it does: in the next line. */
+const INCLUDE_HOPPER = '#include "hopper.cuh"';
 
 export interface GpuLaunch {
   readonly entry: string;
@@ -86,13 +89,16 @@ export function specialize(
     lines.push(`using ${name} = ${known};`);
   }
   for (const [name, value] of Object.entries(constants)) lines.push(`constexpr int ${name} = ${value};`);
-  return { name: source.name, text: withInclude(source.text, source.name, INCLUDE, lines) };
+  const both = `${INCLUDE}\n${INCLUDE_HOPPER}`;
+  const hopper = source.text.includes(both);
+  if (hopper) lines.push('#line 1 "hopper.cuh"', HOPPER);
+  return { name: source.name, text: withInclude(source.text, source.name, hopper ? both : INCLUDE, lines) };
 }
 
-/** A file's text with `lines` in the place of an include line, and its own lines numbered as before. */
+/** A file's text with `lines` in the place of lines that include, and its own lines numbered as before. */
 function withInclude(text: string, name: string, include: string, lines: readonly string[]): string {
-  const includeAt = text.split(include, 1)[0].split("\n").length;
-  return text.replace(include, () => [...lines, `#line ${includeAt + 1} "${name}"`].join("\n"));
+  const next = text.split(include, 1)[0].split("\n").length + include.split("\n").length;
+  return text.replace(include, () => [...lines, `#line ${next} "${name}"`].join("\n"));
 }
 
 /**

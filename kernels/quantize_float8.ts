@@ -95,7 +95,7 @@ function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Float8Tensor, x: Tens
 
 function emptyFor(op: string, x: Tensor, rowwise: boolean): Float8Tensor {
   expect(x.dtype === "f32" || x.dtype === "bf16", op, () => `takes f32 and bf16, not ${x}`);
-  return Float8Tensor.alloc(x.device, x.shape, x.dtype, rowwise);
+  return Float8Tensor.alloc(x.device, x.shape, x.dtype, { rowwise });
 }
 
 function onCpu({ values, scales }: Float8Tensor, x: Tensor, k: number): void {

@@ -24,6 +24,7 @@ import { hasLibraryAttention, libraryAttentionTakes } from "../kernels/library_a
 import {
   jointAttentionByLibrary,
   jointAttentionByNamed,
+  jointAttentionFused,
   jointAttentionPortable,
   jointAttentionTiled,
   jointAttentionTiledTakes,
@@ -38,6 +39,8 @@ export type AttentionProvider = (typeof ATTENTION_PROVIDERS)[number];
 type JointAttention = Ops["jointAttention"];
 /** Those that multiply in float8. */
 const inFloat8 = new WeakSet<JointAttention>();
+/** Those by our kernel, and what they multiply in. */
+const ours = new WeakMap<JointAttention, AttentionDType>();
 
 /** @param dtype what q, k and v are multiplied in; "cudnn" has bf16 only. */
 export function flashAttention(
@@ -132,12 +135,23 @@ const byPortable: JointAttention = (streams, cos, sin, eps, options = {}) =>
   jointAttentionPortable(streams, cos, sin, eps, options) ??
     jointAttentionByLibrary(streams, cos, sin, eps, options);
 
+/**
+ * What a plan's attention by our kernel multiplies in; undefined where another's attends. Where 07_tuning may choose, ours
+ * counts.
+ */
+export function ownAttention({ device, ops: { jointAttention } }: Plan): AttentionDType | undefined {
+  if (!isGpu(device) || !hasFlashAttention(device)) return undefined;
+  return jointAttention === jointAttentionFused ? "bf16" : ours.get(jointAttention);
+}
+
 function byOurKernel(gpu: GpuDevice, dtype: AttentionDType, otherwise: JointAttention): JointAttention {
   if (!hasFlashAttention(gpu)) throw noHopper(gpu, "our kernel is for");
-  return (streams, cos, sin, eps, options = {}) =>
+  const attend: JointAttention = (streams, cos, sin, eps, options = {}) =>
     jointAttentionTiledTakes(gpu, streams)
       ? jointAttentionTiled(gpu, streams, cos, sin, eps, dtype, options)
       : otherwise(streams, cos, sin, eps, options);
+  ours.set(attend, dtype);
+  return attend;
 }
 
 function byNamed(

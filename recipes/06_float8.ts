@@ -42,6 +42,9 @@ export interface Float8Options {
   readonly granularity?: "row" | "tensor";
 }
 
+/** A long sum for a few hundred text tokens: cuBLASLt (13.1) has no kernel for it with scales for rows. */
+const NO_LIBRARY_KERNEL = /\.ff_context\.net\.2$/;
+
 /** The Linear layers of the transformer that stay as they are. */
 const KEPT: readonly RegExp[] = [
   /^x_embedder$/, // 64 numbers in: to quantize the latents would cost more than it saves
@@ -51,8 +54,7 @@ const KEPT: readonly RegExp[] = [
   /\.norm(1|1_context)?\.linear$/,
   /^norm_out\.linear$/,
   /^proj_out$/, // 64 numbers out, and they are the result
-  // A long sum for a few hundred text tokens: cuBLASLt (13.1) has no kernel for it with scales for rows.
-  /\.ff_context\.net\.2$/,
+  NO_LIBRARY_KERNEL,
 ];
 
 /** What float8 matrix units read at a time: sizes are multiples of it. */
@@ -65,19 +67,44 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
     exact: false,
     devices: ["cpu", "cuda", "hip"],
     options: { granularity },
-    apply: (plan) => quantizePlan(plan, granularity === "row"),
+    preparesWeights: true,
+    apply: (plan) => quantizePlan(plan, granularity === "row", gainsFrom(KEPT)),
   };
+}
+
+/**
+ * Quantizes, by rows, what {@link float8} has left to the library in bfloat16 for lack of a kernel.
+ *
+ * @throws UsageError for a plan that is not quantized by rows.
+ */
+export function quantizeRest(plan: Plan): Plan {
+  if (!isQuantizedByRows(plan)) throw new UsageError("the plan's weights are not in float8 by rows");
+  return quantizePlan(plan, true, gainsFrom(KEPT.filter((kept) => kept !== NO_LIBRARY_KERNEL)));
+}
+
+/** Whether a plan's transformer has weights in float8, with a scale for each row. */
+export function isQuantizedByRows({ weights: { transformer } }: Plan): boolean {
+  return transformer.names.some((name) =>
+    transformer.has(scaleName(name)) &&
+    transformer.get(scaleName(name)).size === transformer.get(name).shape[0]
+  );
 }
 
 /**
  * The weights with those quantized that gain from it, and their scales beside them; quantized ones stay as they are. On a
  * GPU the bfloat16 weights are consumed, as by castPlan.
  *
+ * @param chosen whether a weight gains from it.
  * @throws UsageError where they are of another dtype.
  */
-function quantizeWeights(device: Device, transformer: Weights, rowwise: boolean): Weights {
+export function quantizeWeights(
+  device: Device,
+  transformer: Weights,
+  rowwise: boolean,
+  chosen: (name: string, weight: Tensor) => boolean,
+): Weights {
   const names = transformer.names.filter((name) =>
-    isQuantized(name, transformer.get(name)) && !transformer.has(scaleName(name))
+    chosen(name, transformer.get(name)) && !transformer.has(scaleName(name))
   );
   for (const name of names) {
     const { dtype } = transformer.get(name);
@@ -115,7 +142,7 @@ function weightOf(tensor: Tensor): Tensor {
 }
 
 /** The float8 matrices of quantized weights, by what the model knows of them: the values. */
-function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Float8Matrix> {
+export function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Float8Matrix> {
   const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)));
   return new WeakMap(quantized.map((name) => {
     const values = transformer.get(name);
@@ -123,9 +150,9 @@ function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Flo
   }));
 }
 
-function quantizePlan(plan: Plan, rowwise: boolean): Plan {
+function quantizePlan(plan: Plan, rowwise: boolean, chosen: (name: string, weight: Tensor) => boolean): Plan {
   const { device, ops } = plan;
-  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise);
+  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise, chosen);
   const matrices = matricesOf(transformer, rowwise);
   const products = float8Products(ops, matrices);
   return {
@@ -136,7 +163,7 @@ function quantizePlan(plan: Plan, rowwise: boolean): Plan {
 }
 
 /** The operators that multiply, by quantized weights; for all others those of `ops`. */
-function float8Products(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
+export function float8Products(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
   const linear: Ops["linear"] = (x, weight, ...rest) => {
     const matrix = matrices.get(weight);
     return matrix === undefined ? ops.linear(x, weight, ...rest) : linearFloat8(x, matrix, ...rest);
@@ -183,11 +210,13 @@ function float8Producers(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
   } satisfies Partial<Ops>;
 }
 
-/** Whether a weight is a Linear layer's that gains from float8. */
-function isQuantized(name: string, { shape }: Tensor): boolean {
-  if (!name.endsWith(".weight") || shape.length !== 2) return false;
-  const module = name.slice(0, -".weight".length);
-  return shape.every((size) => size % MULTIPLE === 0) && !KEPT.some((kept) => kept.test(module));
+/** Says whether a weight is a Linear layer's that gains from float8: those of some modules do not. */
+function gainsFrom(kept: readonly RegExp[]): (name: string, weight: Tensor) => boolean {
+  return (name, { shape }) => {
+    if (!name.endsWith(".weight") || shape.length !== 2) return false;
+    const module = name.slice(0, -".weight".length);
+    return shape.every((size) => size % MULTIPLE === 0) && !kept.some((one) => one.test(module));
+  };
 }
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(float8().name));

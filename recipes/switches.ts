@@ -17,9 +17,14 @@ import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./0
 import { float8 } from "./06_float8.ts";
 import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
+import { firstBlockCache, type FirstBlockCacheOptions } from "./09_first_block_cache.ts";
+import { float8TextEncoder, TEXT_ENCODER_FLOAT8, type TextEncoderFloat8 } from "./11_float8_text_encoder.ts";
+import { offload } from "./12_offload.ts";
+import { fusedBlocks } from "./13_fused_blocks.ts";
 import { createParser, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Recipe } from "./base/plan.ts";
+import { cacheDitConfig } from "./cache_dit_config.ts";
 
 /** The switches as commander parses them; undefined where the user said nothing. */
 export interface Switches {
@@ -29,9 +34,12 @@ export interface Switches {
   readonly disable_channels_last?: true | undefined;
   readonly disable_fa3?: true | undefined;
   readonly disable_quant?: true | undefined;
+  readonly disable_fused_blocks?: true | undefined;
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
-  readonly cache_dit_config?: string | undefined;
+  readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
+  readonly offload?: true | undefined;
+  readonly t5_float8?: TextEncoderFloat8 | undefined;
   readonly attention?: AttentionProvider | undefined;
 }
 
@@ -103,7 +111,27 @@ export const LADDER: readonly Rung[] = [
     drawsTheSame: true,
     ...exportMode(),
   },
-  { name: "09_first_block_cache", recipe: undefined, devices: [], ...askedBy("cache_dit_config") },
+  {
+    name: "09_first_block_cache",
+    recipe: ({ cache_dit_config }) => firstBlockCache(cache_dit_config),
+    devices: [],
+    ...askedBy("cache_dit_config"),
+  },
+  {
+    name: "11_float8_text_encoder",
+    recipe: ({ t5_float8 }) => float8TextEncoder(t5_float8),
+    devices: [],
+    needs: ["01_bfloat16"],
+    ...askedBy("t5_float8"),
+  },
+  { name: "12_offload", recipe: () => offload, devices: [], ...askedBy("offload") },
+  {
+    name: "13_fused_blocks",
+    recipe: () => fusedBlocks,
+    devices: ["cuda"],
+    needs: ["01_bfloat16", "02_compile", "03_fuse_qkv"],
+    ...unless("disable_fused_blocks"),
+  },
 ];
 
 type Behaviour = Pick<Rung, "flag" | "off" | "wishes">;
@@ -292,7 +320,6 @@ export function createPictureParser(name: string, description: string) {
       "--cache-dir after the picture, by default the first time only; disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
-    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .addOption(mode.hideHelp(!written("--compile_export_mode")))
@@ -308,6 +335,9 @@ export function createPictureParser(name: string, description: string) {
         .choices(ATTENTION_PROVIDERS),
     )
     .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8"))
+    .addOption(
+      toggle("--disable_fused_blocks", "what comes behind the transformer's products in kernels of its own"),
+    )
     .addOption(toggle("--disable_inductor_tuning_flags", "libraries' own choices instead of measured ones"))
     .addOption(
       toggle(
@@ -317,16 +347,24 @@ export function createPictureParser(name: string, description: string) {
       ),
     )
     .addOption(
-      toggle("--cache_dit_config <file>", "skip blocks whose input hardly changes, as this file says"),
+      new Option(
+        "--cache_dit_config <x>",
+        "reuse the blocks' result in steps where the first block hardly changes (dev and Kontext): the threshold, " +
+          "e.g. 0.08, or a file with it as cache-dit has them",
+      ).argParser(cacheDitConfig),
+    )
+    .addOption(
+      new Option(
+        "--t5_float8 <what>",
+        "T5 in float8, for half of its memory: weights, multiplied in bfloat16; dynamic, multiplied in float8",
+      ).choices(TEXT_ENCODER_FLOAT8),
+    )
+    .addOption(
+      new Option(
+        "--offload",
+        "the text encoders are on the GPU only while they encode, and the model is loaded in pieces: for GPUs of 24 GB",
+      ),
     );
-}
-
-/** Throws a {@link UsageError} where a picture to edit is given. */
-export function refuseImage({ image }: { readonly image?: string | undefined }): void {
-  if (image === undefined) return;
-  throw new UsageError(
-    "--image is for FLUX.1-Kontext checkpoints, which this version does not edit with yet",
-  );
 }
 
 /** An option that the help shows as soon as its recipe is written. */

@@ -1,9 +1,11 @@
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties } from "../device.ts";
+import { dtypeBytes } from "../dtype.ts";
 import { FfiError } from "../errors.ts";
-import type { AttentionPlan, GpuProfiler, KernelSource } from "../gpu.ts";
+import { type AttentionPlan, type GpuProfiler, type KernelSource, TensorMap } from "../gpu.ts";
 import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
 import { LibraryNotFoundError } from "../library.ts";
+import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
 import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
@@ -88,6 +90,22 @@ export class CudaDevice extends RuntimeDevice<Driver> {
     // cuDNN has none in float32: who computes in it needs no cuDNN for attention.
     if (plan.q.dtype === "f32") return false;
     return this.#convolutions.attention(plan);
+  }
+
+  tensorMap(matrix: Tensor, rows: number): TensorMap {
+    this.checkOpen();
+    const bytes = dtypeBytes(matrix.dtype);
+    const [count, length] = matrix.shape;
+    const stride = count === 1 ? length : matrix.strides[0];
+    const map = this.driver.tensorMapEncode(
+      matrix.pointer,
+      count,
+      length * bytes,
+      stride * bytes,
+      rows,
+      `${matrix}`,
+    );
+    return new TensorMap(matrix, map);
   }
 
   async openProfiler(): Promise<GpuProfiler> {

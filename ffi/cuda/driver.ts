@@ -1,7 +1,7 @@
 /**
  * The CUDA driver API by FFI: the C functions in use, and {@link Driver}, which checks every status.
  *
- * Source: `cuda.h` of CUDA 13.0; all functions are there since 11.4. Handles (streams, events, modules, ...) and device
+ * Source: `cuda.h` of CUDA 13.0; all functions are there since 12.0. Handles (streams, events, modules, ...) and device
  * addresses are 64-bit integers. A context is current per thread, so no call here is `nonblocking`, and every call
  * that needs the context makes it current first.
  */
@@ -119,6 +119,27 @@ const CUDA = {
     parameters: ["u64", "u32", "u32", "u32", "u32", "u32", "u32", "u32", "u64", "buffer", "buffer"],
     result: "i32",
   },
+  // CUresult cuTensorMapEncodeTiled(CUtensorMap *tensorMap, CUtensorMapDataType tensorDataType, cuuint32_t tensorRank,
+  //     void *globalAddress, const cuuint64_t *globalDim, const cuuint64_t *globalStrides, const cuuint32_t *boxDim,
+  //     const cuuint32_t *elementStrides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+  //     CUtensorMapL2promotion l2Promotion, CUtensorMapFloatOOBfill oobFill); since CUDA 12.0
+  cuTensorMapEncodeTiled: {
+    parameters: [
+      "u64",
+      "i32",
+      "u32",
+      "u64",
+      "buffer",
+      "buffer",
+      "buffer",
+      "buffer",
+      "i32",
+      "i32",
+      "i32",
+      "i32",
+    ],
+    result: "i32",
+  },
 
   // CUresult cuStreamBeginCapture_v2(CUstream hStream, CUstreamCaptureMode mode)
   cuStreamBeginCapture_v2: { parameters: ["u64", "i32"], result: "i32" },
@@ -205,6 +226,13 @@ export const HEADER = {
   "offsetof(CUmemAccessDesc, location.id)": 4,
   "offsetof(CUmemAccessDesc, flags)": 8,
 
+  CU_TENSOR_MAP_DATA_TYPE_UINT8: 0,
+  CU_TENSOR_MAP_INTERLEAVE_NONE: 0,
+  CU_TENSOR_MAP_SWIZZLE_128B: 3,
+  CU_TENSOR_MAP_L2_PROMOTION_L2_256B: 3,
+  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: 0,
+  "sizeof(CUtensorMap)": 128,
+
   CU_LAUNCH_PARAM_END_AS_INT: 0,
   CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT: 1,
   CU_LAUNCH_PARAM_BUFFER_SIZE_AS_INT: 2,
@@ -262,7 +290,7 @@ export function openDriver(): Driver {
   const library = openLibrary("the NVIDIA driver (libcuda)", CUDA, {
     sonames: ["libcuda.so.1"],
     hint:
-      "install the NVIDIA driver, 470 (CUDA 11.4) or newer: libcuda.so.1 comes with it and not with the toolkit",
+      "install the NVIDIA driver, 525 (CUDA 12.0) or newer: libcuda.so.1 comes with it and not with the toolkit",
   });
   pinLibrary(library.path); // its threads outlive this program's last look at it
   const driver = new Driver(library);
@@ -621,8 +649,8 @@ export class Driver implements GpuRuntime {
   }
 
   /**
-   * @param extra `CU_LAUNCH_PARAM_...` and addresses, see cuda.h; the driver reads all of it before it returns. Null
-   *   for a kernel without parameters.
+   * @param parameters addresses of the arguments, or null. @param extra `CU_LAUNCH_PARAM_...` and addresses, see cuda.h,
+   *   or null: one of both, unless the kernel has no parameters. The driver reads all of it before it returns.
    * @param name the kernel's, for messages
    */
   launchKernel(
@@ -631,6 +659,7 @@ export class Driver implements GpuRuntime {
     [blockX, blockY, blockZ]: readonly [number, number, number],
     shared: number,
     stream: bigint,
+    parameters: BigUint64Array<ArrayBuffer> | null,
     extra: BigUint64Array<ArrayBuffer> | null,
     name: string,
   ): void {
@@ -645,10 +674,48 @@ export class Driver implements GpuRuntime {
       blockZ,
       shared,
       stream,
-      null,
+      parameters,
       extra,
     );
     if (status !== 0) this.#fail(status, `cuLaunchKernel of ${name}`);
+  }
+
+  /**
+   * How to copy tiles of 128 bytes of `boxRows` rows, swizzled, from `rows` rows of `rowBytes` bytes each, `stride` bytes
+   * apart. What is outside becomes 0.
+   *
+   * @returns a CUtensorMap. @param what it describes, for messages.
+   */
+  tensorMapEncode(
+    address: bigint,
+    rows: number,
+    rowBytes: number,
+    stride: number,
+    boxRows: number,
+    what: string,
+  ): Uint8Array<ArrayBuffer> {
+    this.enter();
+    const bytes = HEADER["sizeof(CUtensorMap)"];
+    // The driver wants its address to be a multiple of 64.
+    const room = new Uint8Array(bytes + 64);
+    const start = Deno.UnsafePointer.value(Deno.UnsafePointer.of(room));
+    const offset = Number(-start & 63n);
+    const status = this.#cu.cuTensorMapEncodeTiled(
+      start + BigInt(offset),
+      HEADER.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+      2,
+      address,
+      BigUint64Array.of(BigInt(rowBytes), BigInt(rows)),
+      BigUint64Array.of(BigInt(stride)),
+      Uint32Array.of(128, boxRows),
+      Uint32Array.of(1, 1),
+      HEADER.CU_TENSOR_MAP_INTERLEAVE_NONE,
+      HEADER.CU_TENSOR_MAP_SWIZZLE_128B,
+      HEADER.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      HEADER.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    );
+    if (status !== 0) this.#fail(status, `cuTensorMapEncodeTiled of ${what}`);
+    return room.slice(offset, offset + bytes);
   }
 
   // -- graphs --

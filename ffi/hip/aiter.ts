@@ -230,7 +230,7 @@ export class Aiter implements Disposable {
     this.#arguments.set(packed);
     this.#bytes[0] = BigInt(packed.length);
     const grid = [Math.ceil(q.shape[1] / tile), q.shape[2], q.shape[0]] as const;
-    driver.launchKernel(handle, grid, [THREADS, 1, 1], 0, stream, this.#extra, name);
+    driver.launchKernel(handle, grid, [THREADS, 1, 1], 0, stream, null, this.#extra, name);
     return true;
   }
 

@@ -1,7 +1,7 @@
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties } from "../device.ts";
 import { briefly, FfiError } from "../errors.ts";
-import type { AttentionPlan, GpuProfiler, KernelSource } from "../gpu.ts";
+import type { AttentionPlan, GpuProfiler, KernelSource, TensorMap } from "../gpu.ts";
 import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
 import { Aiter, aiterTakesPlan } from "./aiter.ts";
 import type { HipContext } from "./context.ts";
@@ -103,6 +103,10 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
     }
     this.#warned = true;
     return false;
+  }
+
+  tensorMap(): TensorMap {
+    throw new FfiError(`${this.name}: AMD GPUs have no bulk copies of tiles, which are Hopper's`);
   }
 
   openProfiler(): Promise<GpuProfiler> {

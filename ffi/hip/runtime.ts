@@ -579,6 +579,7 @@ export class HipRuntime implements GpuRuntime {
     [blockX, blockY, blockZ]: readonly [number, number, number],
     shared: number,
     stream: bigint,
+    parameters: BigUint64Array<ArrayBuffer> | null,
     extra: BigUint64Array<ArrayBuffer> | null,
     name: string,
   ): void {
@@ -593,7 +594,7 @@ export class HipRuntime implements GpuRuntime {
       blockZ,
       shared,
       stream,
-      null,
+      parameters,
       extra,
     );
     if (status !== 0) this.#fail(status, `hipModuleLaunchKernel of ${name}`);

@@ -1,6 +1,6 @@
 import { z } from "zod";
 import type { Device } from "../../ffi/device.ts";
-import type { DType } from "../../ffi/dtype.ts";
+import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { elementCount } from "../../ffi/tensor.ts";
 import { type AutoencoderConfig, autoencoderConfigSchema, autoencoderWeightShapes } from "./autoencoder.ts";
 import {
@@ -12,8 +12,9 @@ import {
 } from "./checkpoint.ts";
 import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
+import { loadInPieces, type Pieces } from "./pieces.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
-import { randomWeights } from "./random_weights.ts";
+import { randomPart } from "./random_weights.ts";
 import { fileDTypeBits, printable } from "./safetensors.ts";
 import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
 import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
@@ -34,11 +35,15 @@ export interface LoadOptions {
   readonly onProgress?: ((event: { loadedBytes: number; totalBytes: number }) => void) | undefined;
   /** Called with things worth knowing that do not stop the loading. */
   readonly onWarning?: ((message: string) => void) | undefined;
+  /** Loads in pieces, with these recipes; all at once when left out. */
+  readonly pieces?: Pieces | undefined;
 }
+
+const KONTEXT = "FluxKontextPipeline";
 
 /** `model_index.json`: only FluxPipeline's parts, each of the class that is implemented here. */
 const modelIndexSchema = z.looseObject({
-  _class_name: z.literal(["FluxPipeline", "FluxKontextPipeline"], {
+  _class_name: z.literal(["FluxPipeline", KONTEXT], {
     error: (issue) =>
       `${printable(String(issue.input))} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
   }),
@@ -58,6 +63,8 @@ interface ModelParts {
   readonly scheduler: FlowMatchEulerScheduler;
   readonly clipTokenizer: TextTokenizer;
   readonly t5Tokenizer: TextTokenizer;
+  /** Whether it edits pictures. */
+  readonly kontext: boolean;
 }
 
 /**
@@ -71,6 +78,8 @@ export class Model implements Disposable {
   readonly scheduler: FlowMatchEulerScheduler;
   readonly clipTokenizer: TextTokenizer;
   readonly t5Tokenizer: TextTokenizer;
+  /** Whether it is a FLUX.1-Kontext, which takes a picture to edit. */
+  readonly kontext: boolean;
 
   private constructor(
     parts: ModelParts,
@@ -82,6 +91,7 @@ export class Model implements Disposable {
     this.scheduler = parts.scheduler;
     this.clipTokenizer = parts.clipTokenizer;
     this.t5Tokenizer = parts.t5Tokenizer;
+    this.kontext = parts.kontext;
   }
 
   /**
@@ -89,11 +99,35 @@ export class Model implements Disposable {
    * not looked at. It draws noise, in the time that the real one takes.
    *
    * @param dtype of the weights; the recipe's own saves a cast. @param seed the same one makes the same weights.
+   * @param pieces makes them in pieces, with these recipes; all at once when left out.
    * @throws ModelError that names the file and what is wrong with it; OutOfMemoryError.
    */
-  static async random(path: string, device: Device, dtype: DType, seed = 0): Promise<Model> {
+  static async random(
+    path: string,
+    device: Device,
+    dtype: DType,
+    seed = 0,
+    pieces?: Pieces,
+  ): Promise<Model> {
     const parts = readParts(path);
-    const weights = randomWeights(device, parts.configs, weightShapes(parts.configs), dtype, seed);
+    const shapes = weightShapes(parts.configs);
+    const make = (component: Component, names?: readonly string[]) =>
+      randomPart(device, parts.configs, component, shapes[component], dtype, seed, names);
+    const weights = pieces === undefined
+      ? Object.fromEntries(COMPONENTS.map((component) => [component, make(component)])) as Record<
+        Component,
+        Weights
+      >
+      : await loadInPieces(
+        device,
+        COMPONENTS.map((component) => ({
+          component,
+          names: [...shapes[component].keys()],
+          bytesOf: (name) => elementCount(shapes[component].get(name)!) * dtypeBytes(dtype),
+          place: (names) => Promise.resolve(make(component, names)),
+        })),
+        pieces,
+      );
     await device.synchronize();
     return new Model({ ...parts, name: withRandom(parts.name) }, weights, []);
   }
@@ -168,6 +202,22 @@ export class Model implements Disposable {
       const totalBytes = opened.reduce((sum, { checkpoint, shapes }) => sum + bytesOf(checkpoint, shapes), 0);
       const report = (loadedBytes: number) => options.onProgress?.({ loadedBytes, totalBytes });
       report(0);
+      const { pieces } = options;
+      if (pieces !== undefined) {
+        let loadedBytes = 0;
+        const unloaded = opened.map(({ component, checkpoint, shapes }) => ({
+          component,
+          names: [...shapes.keys()],
+          bytesOf: (name: string) => bytesOf(checkpoint, [[name, shapes.get(name)!]]),
+          place: async (names: readonly string[]) => {
+            const before = loadedBytes;
+            const report = (bytes: number) =>
+              options.onProgress?.({ loadedBytes: loadedBytes = before + bytes, totalBytes });
+            return (await placeWeights(device, [{ checkpoint, names }], report))[0];
+          },
+        }));
+        return new Model(own, await loadInPieces(device, unloaded, pieces), checkpoints);
+      }
       const parts = opened.map(({ checkpoint, shapes }) => ({ checkpoint, names: shapes.keys() }));
       const placed = await placeWeights(device, parts, report);
       const weights = Object.fromEntries(opened.map(({ component }, i) => [component, placed[i]]));
@@ -214,7 +264,7 @@ function checkWeights({ folder, configs }: ModelParts, component: Component, wei
 }
 
 /** Size of the weights that the model reads. */
-function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
+function bytesOf(checkpoint: ComponentWeights, shapes: Iterable<[string, readonly number[]]>): number {
   return [...shapes].reduce(
     (sum, [name, shape]) => sum + elementCount(shape) * fileDTypeBits(checkpoint.info(name).dtype) / 8,
     0,
@@ -224,7 +274,7 @@ function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
 /** Configs, schedule and tokenizers of a model folder, checked against each other. */
 function readParts(path: string): ModelParts {
   const folder = resolveModelFolder(path);
-  readJson(folder, "model_index.json", modelIndexSchema);
+  const kontext = isKontext(folder);
   const configs: ModelConfigs = {
     text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
     text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
@@ -237,7 +287,17 @@ function readParts(path: string): ModelParts {
   const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
   const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
   checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer };
+  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer, kontext };
+}
+
+/**
+ * Whether a model folder has a FLUX.1-Kontext, which takes a picture to edit; it has the weights of other models' names and
+ * shapes, and only its index tells.
+ *
+ * @throws ModelError for a folder whose index is no FLUX.1's.
+ */
+export function isKontext(folder: string): boolean {
+  return readJson(folder, "model_index.json", modelIndexSchema)._class_name === KONTEXT;
 }
 
 /** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */

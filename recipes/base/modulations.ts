@@ -1,4 +1,5 @@
 import type { Tensor } from "../../ffi/tensor.ts";
+import type { DoubleModulation } from "../../kernels/double_block.ts";
 import type { Ops } from "./ops.ts";
 import type { TransformerConfig } from "./transformer.ts";
 import { dense, denseAll, under, type Weights } from "./weights.ts";
@@ -68,16 +69,6 @@ function modulationLayers(config: TransformerConfig): string[] {
     ...blocks(config.num_single_layers, "single_transformer_blocks").map((block) => `${block}.norm.linear`),
     "norm_out.linear",
   ];
-}
-
-/** Shift, scale and gate of attention, then of the MLP: `[batch, hidden]` each. */
-export interface DoubleModulation {
-  readonly shiftMsa: Tensor;
-  readonly scaleMsa: Tensor;
-  readonly gateMsa: Tensor;
-  readonly shiftMlp: Tensor;
-  readonly scaleMlp: Tensor;
-  readonly gateMlp: Tensor;
 }
 
 /** One step's row of each sample as the numbers of each block: views of `[batch, hidden]`. */

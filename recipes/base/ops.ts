@@ -6,6 +6,7 @@ import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
 import { conv2d } from "../../kernels/conv2d.ts";
+import { doubleBlock } from "../../kernels/double_block.ts";
 import { embedding } from "../../kernels/embedding.ts";
 import { eulerStep } from "../../kernels/euler_step.ts";
 import { feedForward } from "../../kernels/feed_forward.ts";
@@ -23,8 +24,10 @@ import { multiply } from "../../kernels/multiply.ts";
 import { parallelBranches } from "../../kernels/parallel_branches.ts";
 import { quickGelu } from "../../kernels/quick_gelu.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
+import { noRotaryPairs } from "../../kernels/rotary_pairs.ts";
 import { scaleShift } from "../../kernels/scale_shift.ts";
 import { silu } from "../../kernels/silu.ts";
+import { singleBlock } from "../../kernels/single_block.ts";
 import { timestepEmbedding } from "../../kernels/timestep_embedding.ts";
 import { toPixels } from "../../kernels/to_pixels.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
@@ -57,6 +60,7 @@ export interface Ops {
 
   readonly adaLayerNorm: typeof adaLayerNorm;
   readonly addRmsNorm: typeof addRmsNorm;
+  readonly doubleBlock: typeof doubleBlock;
   readonly feedForward: typeof feedForward;
   readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
   readonly gatedResidual: typeof gatedResidual;
@@ -65,6 +69,8 @@ export interface Ops {
   readonly linearGelu: typeof linearGelu;
   readonly linears: typeof linears;
   readonly parallelBranches: typeof parallelBranches;
+  readonly rotaryPairs: typeof noRotaryPairs;
+  readonly singleBlock: typeof singleBlock;
 }
 
 /** The unoptimized table: one kernel after another, as PyTorch runs eagerly. */
@@ -92,6 +98,7 @@ export const eagerOps: Ops = {
 
   adaLayerNorm,
   addRmsNorm,
+  doubleBlock,
   feedForward,
   gatedAdaLayerNorm,
   gatedResidual,
@@ -100,4 +107,6 @@ export const eagerOps: Ops = {
   linearGelu,
   linears,
   parallelBranches,
+  rotaryPairs: noRotaryPairs,
+  singleBlock,
 };

@@ -9,12 +9,14 @@ export interface Origin {
   readonly settings: GenerateResult["settings"];
   readonly model: Model;
   readonly plan: Plan;
+  /** Which of several pictures of one prompt and seed it is: `"2 of 4"`. */
+  readonly place?: string | undefined;
 }
 
 /** A picture as PNG, with how it was made in its `parameters` text. */
 export async function encodePicture(
   { rgb, width, height }: Picture,
-  { prompt, settings, model, plan }: Origin,
+  { prompt, settings, model, plan, place }: Origin,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const parameters = parametersText({
     prompt,
@@ -24,7 +26,7 @@ export async function encodePicture(
     height: settings.height,
     model: model.name,
     ...(model.configs.transformer.guidance_embeds ? { guidance: settings.guidanceScale } : {}),
-    extra: { Recipes: plan.recipes.join(" "), Software: "flux-recipes" },
+    extra: { ...(place && { Picture: place }), Recipes: plan.recipes.join(" "), Software: "flux-recipes" },
   });
   return await encodePng(rgb, width, height, { parameters });
 }

@@ -1,9 +1,10 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
-import { qkvStream } from "../../kernels/joint_qk_norm_rope.ts";
+import type { JointTurn, StreamLayers } from "../../kernels/double_block.ts";
+import type { Normed } from "../../kernels/gated_ada_layer_norm.ts";
 import type { ParallelLayers } from "../../kernels/parallel_branches.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
-import { type DoubleModulation, modulationsOf, TIME_CHANNELS } from "./modulations.ts";
+import { modulationsOf, TIME_CHANNELS } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
 import type { Rotary } from "./rotary.ts";
 import { dense, layerOf, under, type Weights, WeightShapes } from "./weights.ts";
@@ -38,6 +39,8 @@ export interface TransformerInputs {
   readonly modulations: Tensor;
   /** Rotary tables of text tokens, then image tokens. */
   readonly rotary: Rotary;
+  /** Of how many of the image tokens, from the first, the velocity is wanted; of all when left out. */
+  readonly wantedTokens?: number | undefined;
 }
 
 const NORM_EPS = 1e-6;
@@ -48,7 +51,7 @@ const MLP_RATIO = 4;
  * and image that attend jointly (Esser et al. 2024, MM-DiT), then blocks with one stream that run attention and MLP
  * side by side (Dehghani et al. 2023), all modulated by timestep, guidance and pooled text (adaLN-Zero).
  *
- * @returns the velocity `noise - image`, `[batch, imageTokens, out_channels]`, in the weights' dtype.
+ * @returns the velocity `noise - image`, `[batch, wantedTokens, out_channels]`, in the weights' dtype.
  */
 export function fluxTransformer(
   config: TransformerConfig,
@@ -56,49 +59,11 @@ export function fluxTransformer(
   ops: Ops,
   inputs: TransformerInputs,
 ): Tensor {
-  const { device } = inputs.hiddenStates;
-  const { dtype } = weights.get("x_embedder.weight");
-  const textTokens = inputs.encoderHiddenStates.shape[1];
-  return device.scope(() => {
-    const { doubles, singles, out } = modulationsOf(config, inputs.modulations);
-    let streams: Streams = {
-      hiddenStates: dense(ops, weights, "x_embedder", ops.cast(inputs.hiddenStates, dtype)),
-      encoderHiddenStates: dense(
-        ops,
-        weights,
-        "context_embedder",
-        ops.cast(inputs.encoderHiddenStates, dtype),
-      ),
-    };
-    for (let layer = 0; layer < config.num_layers; layer++) {
-      const block = under(weights, `transformer_blocks.${layer}`);
-      const next = doubleBlock(config, block, ops, streams, doubles[layer], inputs.rotary);
-      disposeStreams(streams);
-      streams = next;
-    }
-    // Text first, as the rotary tables have it.
-    let joint = ops.concat([streams.encoderHiddenStates, streams.hiddenStates], 1);
-    disposeStreams(streams);
-    // A block's residual connection and the norm of the next one stand side by side. After the last block that is
-    // norm_out, which keeps scale before shift, unlike the blocks.
-    const norms = [...singles, out];
-    const blocks = singles.map((_, layer) =>
-      singleLayers(config, under(weights, `single_transformer_blocks.${layer}`))
-    );
-    const readers = [...blocks.map(({ q, k, v, mlp }) => [q, k, v, mlp]), [layerOf(weights, "proj_out")]];
-    const { cos, sin } = inputs.rotary;
-    let normed = ops.adaLayerNorm(joint, norms[0].scale, norms[0].shift, NORM_EPS, readers[0]);
-    singles.forEach(({ gate }, layer) => {
-      const { scale, shift } = norms[layer + 1];
-      const next = device.scope(() => {
-        const branch = ops.parallelBranches(normed, blocks[layer], cos, sin, NORM_EPS, ops);
-        return ops.gatedAdaLayerNorm(joint, branch, gate, scale, shift, NORM_EPS, readers[layer + 1]);
-      });
-      joint.dispose();
-      normed.dispose();
-      ({ sum: joint, normed } = next);
-    });
-    return dense(ops, weights, "proj_out", normed.narrow(1, textTokens, normed.shape[1] - textTokens));
+  return inputs.hiddenStates.device.scope(() => {
+    const embedded = embedTokens(weights, ops, inputs);
+    const streams = doubleBlocks(config, weights, ops, embedded, inputs, 0);
+    const { normed } = singleBlocks(config, weights, ops, streams, inputs);
+    return dense(ops, weights, "proj_out", normed);
   });
 }
 
@@ -113,86 +78,162 @@ function disposeStreams({ hiddenStates, encoderHiddenStates }: Streams): void {
   encoderHiddenStates.dispose();
 }
 
-/** One block with separate weights for image and text and joint attention (diffusers' FluxTransformerBlock). */
-export function doubleBlock(
+/** Image and text tokens as the first double block takes them. */
+export function embedTokens(
+  weights: Weights,
+  ops: Ops,
+  { hiddenStates, encoderHiddenStates }: Pick<TransformerInputs, "hiddenStates" | "encoderHiddenStates">,
+): Streams {
+  const { dtype } = weights.get("x_embedder.weight");
+  return hiddenStates.device.scope(() => ({
+    hiddenStates: dense(ops, weights, "x_embedder", ops.cast(hiddenStates, dtype)),
+    encoderHiddenStates: dense(ops, weights, "context_embedder", ops.cast(encoderHiddenStates, dtype)),
+  }));
+}
+
+/** What a block reads beside the tokens. */
+export type BlockInputs = Pick<TransformerInputs, "modulations" | "rotary">;
+
+function jointTurn(config: TransformerConfig, ops: Ops, { rotary: { cos, sin } }: BlockInputs): JointTurn {
+  return { heads: config.num_attention_heads, cos, sin, pairs: ops.rotaryPairs(cos, sin), eps: NORM_EPS };
+}
+
+/**
+ * The double blocks from `first` to `end`, which is behind the last one when left out.
+ *
+ * @param streams are freed, unless `keep` says that they are the caller's.
+ */
+export function doubleBlocks(
   config: TransformerConfig,
   weights: Weights,
   ops: Ops,
-  { hiddenStates, encoderHiddenStates }: Streams,
-  { image, text }: { readonly image: DoubleModulation; readonly text: DoubleModulation },
-  rotary: Rotary,
+  streams: Streams,
+  inputs: BlockInputs,
+  first: number,
+  { end = config.num_layers, keep = false }: { readonly end?: number; readonly keep?: boolean } = {},
 ): Streams {
-  const { num_attention_heads: heads, attention_head_dim: headDim } = config;
-  const textTokens = encoderHiddenStates.shape[1];
-  const imageTokens = hiddenStates.shape[1];
-  const attn = under(weights, "attn");
-
-  return hiddenStates.device.scope(() => {
-    const attended = hiddenStates.device.scope(() => {
-      const stream = (x: Tensor, m: DoubleModulation, names: readonly string[], norms: readonly string[]) => {
-        const layers = names.map((name) => layerOf(attn, name));
-        const normed = ops.adaLayerNorm(x, m.scaleMsa, m.shiftMsa, NORM_EPS, layers);
-        return qkvStream(ops.linears(normed, layers), heads, {
-          normQ: attn.get(`${norms[0]}.weight`),
-          normK: attn.get(`${norms[1]}.weight`),
-        });
-      };
+  return streams.hiddenStates.device.scope(() => {
+    const { doubles } = modulationsOf(config, inputs.modulations);
+    const turn = jointTurn(config, ops, inputs);
+    let current = streams;
+    for (let layer = first; layer < end; layer++) {
+      const block = under(weights, `transformer_blocks.${layer}`);
+      const { text, image } = doubles[layer];
       // Text first, as the rotary tables have it.
-      return ops.jointAttention(
+      const [encoderHiddenStates, hiddenStates] = ops.doubleBlock(
         [
-          stream(encoderHiddenStates, text, ["add_q_proj", "add_k_proj", "add_v_proj"], [
-            "norm_added_q",
-            "norm_added_k",
-          ]),
-          stream(hiddenStates, image, ["to_q", "to_k", "to_v"], ["norm_q", "norm_k"]),
+          { x: current.encoderHiddenStates, layers: textLayers(block), modulation: text },
+          { x: current.hiddenStates, layers: imageLayers(block), modulation: image },
         ],
-        rotary.cos,
-        rotary.sin,
-        NORM_EPS,
+        turn,
+        ops,
       );
-    }).reshape([hiddenStates.shape[0], textTokens + imageTokens, heads * headDim]);
-
-    const rest = (x: Tensor, attended: Tensor, projection: string, module: string, m: DoubleModulation) =>
-      hiddenStates.device.scope(() => {
-        const branch = dense(ops, attn, projection, attended);
-        const mlp = {
-          up: layerOf(weights, `${module}.net.0.proj`),
-          down: layerOf(weights, `${module}.net.2`),
-        };
-        const { sum, normed } = ops.gatedAdaLayerNorm(
-          x,
-          branch,
-          m.gateMsa,
-          m.scaleMlp,
-          m.shiftMlp,
-          NORM_EPS,
-          [mlp.up],
-        );
-        return ops.gatedResidual(sum, ops.feedForward(normed, mlp, ops), m.gateMlp);
-      });
-    const imageAttended = attended.narrow(1, textTokens, imageTokens);
-    const textAttended = attended.narrow(1, 0, textTokens);
-    return {
-      hiddenStates: rest(hiddenStates, imageAttended, "to_out.0", "ff", image),
-      encoderHiddenStates: rest(encoderHiddenStates, textAttended, "to_add_out", "ff_context", text),
-    };
+      if (!(keep && current === streams)) disposeStreams(current);
+      current = { hiddenStates, encoderHiddenStates };
+    }
+    return current;
   });
 }
 
 /**
- * The layers of one block over the joint sequence, attention and MLP in parallel with one output projection
- * (diffusers' FluxSingleTransformerBlock).
+ * The single blocks, and the norm behind them.
+ *
+ * @param streams are freed, unless `keep` says that they are the caller's.
+ * @returns of the wanted image tokens, the last block's `sum` and that `normed` and modulated, as `proj_out` reads it: both
+ *   `[batch, wantedTokens, hidden]`.
  */
-function singleLayers(config: TransformerConfig, weights: Weights): ParallelLayers {
+export function singleBlocks(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  streams: Streams,
+  inputs: BlockInputs & Pick<TransformerInputs, "wantedTokens">,
+  { keep = false }: { readonly keep?: boolean } = {},
+): Normed {
+  const { device, shape: [, imageTokens] } = streams.hiddenStates;
+  const textTokens = streams.encoderHiddenStates.shape[1];
+  return device.scope(() => {
+    const { singles, out } = modulationsOf(config, inputs.modulations);
+    const turn = jointTurn(config, ops, inputs);
+    // Text first, as the rotary tables have it.
+    const sum = ops.concat([streams.encoderHiddenStates, streams.hiddenStates], 1);
+    if (!keep) disposeStreams(streams);
+    // A block's residual connection and the norm of the next one stand side by side. After the last block that is
+    // norm_out, which keeps scale before shift, unlike the blocks.
+    const norms = [...singles, out];
+    const blocks = singles.map((_, layer) =>
+      singleLayers(turn.heads, under(weights, `single_transformer_blocks.${layer}`))
+    );
+    const readers = [...blocks.map(({ q, k, v, mlp }) => [q, k, v, mlp]), [layerOf(weights, "proj_out")]];
+    let joint = { sum, normed: ops.adaLayerNorm(sum, norms[0].scale, norms[0].shift, NORM_EPS, readers[0]) };
+    singles.forEach(({ gate }, layer) => {
+      const { scale, shift } = norms[layer + 1];
+      const next = device.scope(() =>
+        ops.singleBlock(joint, blocks[layer], { gate, scale, shift }, turn, readers[layer + 1], ops)
+      );
+      joint.sum.dispose();
+      joint.normed.dispose();
+      joint = next;
+    });
+    const wanted = (x: Tensor) => x.narrow(1, textTokens, inputs.wantedTokens ?? imageTokens);
+    return { sum: wanted(joint.sum), normed: wanted(joint.normed) };
+  });
+}
+
+/** The velocity of image tokens behind the last block: the norm, its modulation, and the output projection. */
+export function velocityOf(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  sum: Tensor,
+  modulations: Tensor,
+): Tensor {
+  return sum.device.scope(() => {
+    const { out } = modulationsOf(config, modulations);
+    const normed = ops.adaLayerNorm(sum, out.scale, out.shift, NORM_EPS, [layerOf(weights, "proj_out")]);
+    return dense(ops, weights, "proj_out", normed);
+  });
+}
+
+/** The layers of the image's stream in a block that keeps it apart from the text's (diffusers' FluxTransformerBlock). */
+function imageLayers(block: Weights): StreamLayers {
   return {
-    q: layerOf(weights, "attn.to_q"),
-    k: layerOf(weights, "attn.to_k"),
-    v: layerOf(weights, "attn.to_v"),
-    mlp: layerOf(weights, "proj_mlp"),
-    out: layerOf(weights, "proj_out"),
-    normQ: weights.get("attn.norm_q.weight"),
-    normK: weights.get("attn.norm_k.weight"),
-    heads: config.num_attention_heads,
+    q: layerOf(block, "attn.to_q"),
+    k: layerOf(block, "attn.to_k"),
+    v: layerOf(block, "attn.to_v"),
+    out: layerOf(block, "attn.to_out.0"),
+    up: layerOf(block, "ff.net.0.proj"),
+    down: layerOf(block, "ff.net.2"),
+    normQ: block.get("attn.norm_q.weight"),
+    normK: block.get("attn.norm_k.weight"),
+  };
+}
+
+/** The layers of the text's stream. */
+function textLayers(block: Weights): StreamLayers {
+  return {
+    q: layerOf(block, "attn.add_q_proj"),
+    k: layerOf(block, "attn.add_k_proj"),
+    v: layerOf(block, "attn.add_v_proj"),
+    out: layerOf(block, "attn.to_add_out"),
+    up: layerOf(block, "ff_context.net.0.proj"),
+    down: layerOf(block, "ff_context.net.2"),
+    normQ: block.get("attn.norm_added_q.weight"),
+    normK: block.get("attn.norm_added_k.weight"),
+  };
+}
+
+/** The layers of a block over the joint sequence (diffusers' FluxSingleTransformerBlock). */
+function singleLayers(heads: number, block: Weights): ParallelLayers {
+  return {
+    q: layerOf(block, "attn.to_q"),
+    k: layerOf(block, "attn.to_k"),
+    v: layerOf(block, "attn.to_v"),
+    mlp: layerOf(block, "proj_mlp"),
+    out: layerOf(block, "proj_out"),
+    normQ: block.get("attn.norm_q.weight"),
+    normK: block.get("attn.norm_k.weight"),
+    heads,
   };
 }
 

@@ -346,6 +346,37 @@ testFakeDevice("cuda: arguments of any kinds lie at multiples of their sizes", {
   }));
 });
 
+testFakeDevice(
+  "cuda: a kernel that takes maps gets them at multiples of 64, structs as their members",
+  {},
+  (device, fake) => {
+    const matrix = Tensor.empty(device, [6, 128], "bf16").narrow(0, 1, 4).narrow(1, 32, 64);
+    const map = device.tensorMap(matrix, 256);
+    const kernel = device.kernel(SOURCE, "probe");
+    device.launch(kernel, { grid: 1, block: 1 }, [5, map, [matrix, undefined, -7n], new Float(1.5), map]);
+    const { args } = fake.lastLaunch();
+    const view = new DataView(args.buffer, args.byteOffset);
+    const longs = (at: number, count: number) =>
+      Array.from({ length: count }, (_, i) => view.getBigInt64(at + 8 * i, true));
+    assert.equal(view.getInt32(0, true), 5);
+    // The fake driver writes what it was told: address, bytes of a row, rows, bytes from row to row, and the tile's sizes.
+    const told = [matrix.pointer, 128n, 4n, 256n, 128n, 256n];
+    assert.deepEqual(longs(64, 6), told);
+    assert.deepEqual(longs(192, 3), [matrix.pointer, 0n, -7n]);
+    assert.equal(view.getFloat32(216, true), 1.5);
+    assert.deepEqual(longs(256, 6), told);
+    const tooMany = new Array(33).fill(map);
+    assert.throws(() => device.launch(kernel, { grid: 1, block: 1 }, tooMany), /33 arguments are too many/);
+    assert.throws(
+      () => device.tensorMap(matrix.narrow(1, 1, 32), 8),
+      /cuTensorMapEncodeTiled of bf16 \[4, 32\]/,
+    );
+    using other = openCuda(0);
+    const there = other.tensorMap(Tensor.empty(other, [1, 64], "bf16"), 8);
+    assert.throws(() => device.launch(kernel, { grid: 1, block: 1 }, [there]), /lies on cuda:0/);
+  },
+);
+
 testFakeDevice("cuda: launches that cannot be are refused with the kernel's name", {}, (device, fake) => {
   const kernel = device.kernel(SOURCE, "probe");
   const refused = (

@@ -10,7 +10,7 @@ import { clangFor, type HipCompiler } from "../support/hip_compiler.ts";
 import { kernelSources, type UsedSource } from "../support/kernel_sources.ts";
 
 /** Kernels of instructions that one vendor has. */
-const NOT_PORTABLE: ReadonlySet<string> = new Set(["flash_attention.cu"]);
+const NOT_PORTABLE: ReadonlySet<string> = new Set(["flash_attention.cu", "fused_linear.cu"]);
 
 const limitsOf = (architecture: string) => ({
   architecture,

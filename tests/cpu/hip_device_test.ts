@@ -72,6 +72,25 @@ hipTest("says what it is and what does its work", () => {
   );
 });
 
+hipTest("a deposit's weights come back to the same addresses; maps of tiles are refused", async () => {
+  using device = openHip(0);
+  const deposit = device.deposit();
+  const memory = device.alloc(1000, "weights");
+  device.upload(new Uint8Array(1000).fill(7), memory);
+  const moved = deposit.add(memory);
+  assert.equal(device.memoryUse().weights, 0);
+  for (let time = 0; time < 2; time++) {
+    deposit.bring();
+    assert.ok(device.memoryUse().weights >= 1000);
+    const bytes = await device.download(new Tensor(moved, "u8", [1000]));
+    assert.ok(bytes.every((byte) => byte === 7));
+    deposit.leave();
+    assert.equal(device.memoryUse().weights, 0);
+  }
+  device.free(moved);
+  assert.throws(() => device.tensorMap(), { message: /hip:0: AMD GPUs have no bulk copies of tiles/ });
+});
+
 hipTest("an index that no GPU has is an error that lists those there are", () => {
   assert.throws(() => openHip(3), {
     name: "FfiError",

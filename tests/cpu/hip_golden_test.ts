@@ -5,9 +5,13 @@
 import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { channelsLast } from "../../recipes/04_channels_last.ts";
+import { float8 } from "../../recipes/06_float8.ts";
 import { openHip } from "../../ffi/hip/open.ts";
 import { missingCompiler } from "../support/fake_cuda.ts";
+import { firstBlockCacheSuite } from "../support/first_block_cache_suite.ts";
+import { float8TextEncoderSuite } from "../support/float8_text_encoder_suite.ts";
 import { componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
+import { kontextSuite } from "../support/golden_suite_kontext.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
 import { hipOnCpu } from "../support/hip_shim.ts";
 import { ownDevice } from "../support/test_device.ts";
@@ -21,3 +25,6 @@ const HIP = ownDevice("hip by the shim, on the CPU", () => {
 
 componentSuite(HIP, OTHER_ORDER);
 pipelineSuite(HIP, [compile, fuseQkv, channelsLast]);
+kontextSuite(HIP, [compile, fuseQkv, channelsLast], false);
+firstBlockCacheSuite(HIP, [compile, fuseQkv]);
+float8TextEncoderSuite(HIP, [compile, fuseQkv, float8()]);

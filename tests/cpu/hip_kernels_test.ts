@@ -7,9 +7,11 @@ import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
+import { relativeChangeSuite } from "../support/kernel_suites/relative_change.ts";
 
 checksumSuite();
 convolutionSuite();
 normsSuite();
 float8Suite();
 fusedSuite();
+relativeChangeSuite();

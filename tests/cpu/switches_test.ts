@@ -20,6 +20,7 @@ const RUNS_ON: Readonly<Record<string, readonly DeviceKind[]>> = {
   "04_channels_last": ["cuda", "hip"],
   "05_flash_attention": ["cuda", "hip"],
   "08_export": ["cuda", "hip"],
+  "13_fused_blocks": ["cuda"],
 };
 
 /** The ladder with all rungs written. */
@@ -94,6 +95,9 @@ function expected(
       ...(given.disable_quant || given.disable_bf16 || !gpu ? [] : ["06_float8"]),
       ...(given.disable_inductor_tuning_flags || mode === "disabled" ? [] : ["07_tuning"]),
       ...(mode === "compile" || mode === "disabled" || !gpu ? [] : ["08_export"]),
+      ...(kind === "cuda" && mode !== "disabled" && !given.disable_bf16 && !given.disable_fused_projections
+        ? ["13_fused_blocks"]
+        : []),
     ],
   };
 }
@@ -129,12 +133,12 @@ for (const { kind, what: recipes, ladder } of CASES) {
 }
 
 Deno.test("everything is on by default, as far as the device runs it", () => {
-  const all = COMPLETE.map(({ name }) => name).filter((name) => !/^0[09]/.test(name));
+  const all = COMPLETE.map(({ name }) => name).filter((name) => !/^(0[09]|1[12])/.test(name));
   assert.deepEqual(names({}, "cuda"), all);
   assert.deepEqual(names({}, "cpu"), ["01_bfloat16", "02_compile", "03_fuse_qkv", "07_tuning"]);
   assert.deepEqual(
-    names({ cache_dit_config: "a.yaml" }, "cuda"),
-    [...all, "09_first_block_cache"],
+    names({ cache_dit_config: { threshold: 0.1 } }, "cuda"),
+    [...all, "09_first_block_cache"].toSorted(),
     "what has to be asked for",
   );
 });
@@ -147,7 +151,8 @@ Deno.test("a recipe's file runs the ladder up to itself, itself for sure and not
   // On a CPU float8 is emulated, and on by this wish only.
   assert.deepEqual(of("06_float8", {}, "cpu").at(-1), "06_float8");
   assert.deepEqual(of("07_tuning", {}, "cpu").at(-1), "07_tuning");
-  assert.deepEqual(of("08_export", {}, "cuda"), names({}, "cuda"));
+  assert.deepEqual(of("08_export", {}, "cuda"), names({ disable_fused_blocks: true }, "cuda"));
+  assert.deepEqual(of("13_fused_blocks", {}, "cuda"), names({}, "cuda"));
   const refused = (name: string, given: Switches, kind: DeviceKind, message: RegExp) =>
     assert.throws(() => of(name, given, kind), (error) => {
       assert.ok(error instanceof UsageError);
@@ -231,7 +236,7 @@ Deno.test("flags of rungs that are not written are refused by name, and a recipe
     ["07_tuning", { disable_inductor_tuning_flags: true }, /^--disable_inductor_tuning_flags is.*07_tuning$/],
     ["08_export", { useCachedModel: true }, /^--use-cached-model is not available yet.*08_export$/],
     ["08_export", { compile_export_mode: "export_aoti" }, /^--compile_export_mode export_aoti.*08_export$/],
-    ["09_first_block_cache", { cache_dit_config: "a" }, /^--cache_dit_config is.*09_first_block_cache$/],
+    ["09_first_block_cache", { cache_dit_config: {} }, /^--cache_dit_config is.*09_first_block_cache$/],
   ];
   for (const [missing, given, message] of refusals) {
     assert.throws(() => recipesFor(given, "cuda", without(missing)), { name: "UsageError", message });
@@ -243,13 +248,14 @@ Deno.test("flags of rungs that are not written are refused by name, and a recipe
   assert.ok(names({ compile_export_mode: "compile" }, "cuda", without("08_export")).includes("02_compile"));
   // What builds on a rung that is not written waits for it.
   assert.deepEqual(names({}, "cuda", without("02_compile")).slice(-1), ["06_float8"]);
+  assert.ok(!names({ disable_fused_blocks: true }, "cuda").includes("13_fused_blocks"));
 });
 
 Deno.test("the measured ladder adds one recipe at a time", () => {
   const rungs = (kind: DeviceKind, ladder: readonly Rung[] = COMPLETE) =>
     cumulativeRungs(kind, ladder).map((rung) => rung.map(({ name }) => name.slice(0, 2)).join("+"));
   assert.deepEqual(rungs("cuda").slice(0, 4), ["00", "01", "01+02", "01+02+03"]);
-  assert.equal(rungs("cuda").at(-1), "01+02+03+04+05+06+07", "08 changes nothing in the drawing");
+  assert.equal(rungs("cuda").at(-1), "01+02+03+04+05+06+07+13", "08 changes nothing in the drawing");
   assert.equal(
     rungs("cpu").at(-1),
     "01+02+03+06+07",
@@ -277,11 +283,12 @@ Deno.test("the parser knows flux-fast's switches with its spelling, and shows th
   const flags = parser().parse([
     ...["--disable_bf16", "--disable_fused_projections", "--disable_channels_last", "--disable_fa3"],
     ...["--disable_quant", "--disable_inductor_tuning_flags", "--use-cached-model"],
-    ...["--compile_export_mode", "export_aoti", "--cache_dit_config", "c.yaml"],
+    ...["--compile_export_mode", "export_aoti", "--cache_dit_config", "0.1"],
   ], { from: "user" }).opts();
   const switches: Switches = flags;
   for (const name of TOGGLES) assert.equal(switches[name], true, name);
   assert.equal(switches.compile_export_mode, "export_aoti");
+  assert.deepEqual(switches.cache_dit_config, { threshold: 0.1 });
   const defaults: Switches = parser().parse([], { from: "user" }).opts();
   for (const name of TOGGLES) assert.equal(defaults[name], undefined, name);
   const help = parser().helpInformation();

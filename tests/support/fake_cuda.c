@@ -560,10 +560,13 @@ int cuLaunchKernel(u64 function, unsigned gx, unsigned gy, unsigned gz, unsigned
                    unsigned shared, u64 stream, void **parameters, u64 *extra) {
   ENTER(1);
   CHECK(find(function, FUNCTION), BAD_HANDLE);
-  CHECK(parameters == NULL && (int)shared <= objects[function].shared, INVALID);
+  CHECK((parameters == NULL || extra == NULL) && (int)shared <= objects[function].shared, INVALID);
   struct launch launch = {.grid = {gx, gy, gz}, .block = {bx, by, bz}, .shared = shared};
   snprintf(launch.name, sizeof launch.name, "%s", objects[function].name);
-  if (extra != NULL) {
+  if (parameters != NULL) {  // they lie behind one another, and sizes are the kernel's to know
+    launch.bytes = ARGUMENTS;
+    memcpy(launch.arguments, parameters[0], ARGUMENTS);
+  } else if (extra != NULL) {
     CHECK(extra[0] == 1 && extra[2] == 2 && extra[4] == 0, INVALID);
     u64 bytes = *(u64 *)extra[3];
     CHECK(bytes > 0 && bytes <= ARGUMENTS, INVALID);
@@ -576,6 +579,19 @@ int cuLaunchKernel(u64 function, unsigned gx, unsigned gy, unsigned gz, unsigned
   *operation.launch = last = launch;
   launches++;
   return issue(stream, operation);
+}
+
+// Its address, sizes and tile, instead of what a GPU reads.
+int cuTensorMapEncodeTiled(u64 *map, int type, unsigned rank, u64 address, const u64 *sizes, const u64 *strides,
+                           const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion,
+                           int fill) {
+  ENTER(1);
+  CHECK((u64)map % 64 == 0 && type == 0 && rank == 2 && interleave == 0 && swizzle == 3 && fill == 0, INVALID);
+  CHECK(address % 16 == 0 && strides[0] % 16 == 0 && sizes[0] <= strides[0], INVALID);
+  CHECK(box[0] == 128 && box[1] > 0 && box[1] <= 256 && steps[0] == 1 && steps[1] == 1, INVALID);
+  u64 told[16] = {address, sizes[0], sizes[1], strides[0], box[0], box[1], (u64)promotion};
+  memcpy(map, told, sizeof told);
+  return OK;
 }
 
 // -- graphs ------------------------------------------------------------------------------------------------------

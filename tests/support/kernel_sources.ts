@@ -17,8 +17,11 @@ import { contiguous } from "../../kernels/contiguous.ts";
 import { dequantize } from "../../kernels/dequantize_float8.ts";
 import { valueTiles } from "../../kernels/attention_tiles.ts";
 import { multiply } from "../../kernels/multiply.ts";
+import { layerBound, outputScales } from "../../kernels/output_scales.ts";
 import { portableAttention } from "../../kernels/portable_attention.ts";
 import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
+import { relativeChange } from "../../kernels/relative_change.ts";
+import { rotaryPairs } from "../../kernels/rotary_pairs.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { float8 } from "../../recipes/06_float8.ts";
@@ -119,11 +122,15 @@ export async function kernelSources(limits: GpuLimits): Promise<UsedSource[]> {
     contiguous(of([4, 6, 8], dtype).permute([2, 1, 0]));
     concat([of([1, 4, 8], dtype), of([1, 3, 8], dtype)], 1);
     multiply(of([64], dtype), of([64], dtype));
+    await relativeChange(of([64], dtype), of([64], dtype));
     attention(of([1, 5, 2, 64], dtype), of([1, 7, 2, 64], dtype), of([1, 7, 2, 64], dtype));
   }
   const x = of([1, 40, 2, 128], "bf16");
   portableAttention(gpu, { q: x, k: x, v: x, out: x, scale: 1 });
   boxMuller(of([32], "f32"), "bf16");
+  layerBound(gpu, quantizeRows(of([4, 64], "bf16")));
+  outputScales(gpu, of([4], "f32"), undefined);
+  rotaryPairs(gpu, of([4, 128], "f32"), of([4, 128], "f32"));
   await checksums(gpu, [of([64], "f32").memory]);
   return [...sources.values()];
 }

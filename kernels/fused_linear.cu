@@ -1,0 +1,529 @@
+// Linear layers on Hopper for one stream of tokens or two with weights of their own, and in their epilogues what follows:
+//
+//   y = (a b^T) * rowScales * columnScales + bias     a [rows, k] E, b [columns, k] E, sums in f32; scales in float8 only
+//
+//   LINEAR    out = y
+//   RESIDUAL  out = residual + gate * y, y rounded to bf16 with its gate
+//   GELU      out = gelu(y), in float8 with outScales, which the rows' results are known to stay below
+//   QKV       columns of q, k and v, heads of 128: RMS norm of each head of q and k, rotary embedding, and to the tiles that
+//             flash_attention.cu reads (attention_tiles.ts says how they lie)
+//   QKV_GELU  the first 3 * hidden columns as QKV, the others as GELU
+//
+//   out [rows, columns] O (bf16, or E4M3 for GELU in float8), rows `outRow` apart; residual, gate [columns], bias bf16
+//   turns [tokens, 64, 2] f32: cosine and sine of each pair; normQ, normK [128] bf16; q, k, v [heads, tiles, 128 x 128] in what attention multiplies
+//
+// Blocks stay and take tile after tile of 128 x TILE_N, two of a cluster the same columns: each brings half of b's rows to
+// both. A warp brings tiles of 128 bytes of the summed dimension, STAGES of them at a time; two warpgroups multiply, 64 rows
+// each. They leave their sums as bf16 in shared memory and go on with the next tile, while three warps finish this one: a
+// row a warp at a time, 8 columns a thread, so that what belongs to the columns stays in registers, and rows are read
+// and written as a whole.
+// FLOP: 2 * rows * columns * k; FLUX's 4352 x 21504 x 3072 0.575 T, 0.29 ms at 1979 TFLOP/s. Bytes: a once, b once or more
+// often, as the L2 cache can keep them.
+// sm_90a only (wgmma). 384 threads, clusters of 2. E: f8e4m3 or bf16, BYTES of it; TILED_BYTES of the tiles'. EPILOGUE: one
+// of those above.
+#include "common.cuh"
+#include "hopper.cuh"
+
+constexpr int LINEAR = 0, RESIDUAL = 1, GELU = 2, QKV = 3, QKV_GELU = 4;
+constexpr int TILE_M = 128, ROWS = 64, HEAD_DIM = 128;
+// Columns that a thread finishes of a row.
+constexpr int WIDTH = 8;
+// Warps that finish them.
+constexpr int FINISHERS = 3, ALL_WARPS = FINISHERS + 8;
+constexpr int A_BYTES = TILE_M * ROW_BYTES, B_BYTES = TILE_N * ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
+// The sums of a thread, and of a block of 8 columns.
+constexpr int SUMS = TILE_N / 2, BLOCKS = TILE_N / 8;
+constexpr bool FLOAT8 = BYTES == 1;
+// From row to row of the finished sums: 16 bytes more than they have, against conflicts of banks.
+constexpr int SUM_PITCH = TILE_N * 2 + 16;
+
+// What a stream of tokens has of its own. Members have 8 bytes each, as a launch packs them.
+struct Stream {
+  const float *rowScales, *columnScales;
+  const bf16* bias;
+  unsigned char* out;
+  const bf16 *residual, *gate;
+  const float* outScales;
+  const bf16 *normQ, *normK;
+  // Rows of a, and which of all streams' tokens is the first.
+  long long rows, start;
+};
+// What all streams have in common.
+struct Joint {
+  unsigned char *q, *k, *v;
+  const float* turns;
+  long long tiles, hidden, outRow, residualRow;
+};
+
+// -- products ----------------------------------------------------------------------------------------------------------
+
+#define NAMES_96                                                                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "  \
+  "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, "  \
+  "%90, %91, %92, %93, %94, %95"
+#define NAMES_104 NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define NAMES_128                                                                                                   \
+  NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "    \
+            "%120, %121, %122, %123, %124, %125, %126, %127"
+#define EIGHT(i)                                                                                                     \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),       \
+      "+f"(d[i + 7])
+#define SUMS_96                                                                                                      \
+  EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56), EIGHT(64), EIGHT(72),       \
+      EIGHT(80), EIGHT(88)
+#define SUMS_104 SUMS_96, EIGHT(96)
+#define SUMS_128 SUMS_104, EIGHT(104), EIGHT(112), EIGHT(120)
+// d = a b^T (+ d): 64 x 32 bytes of a and TILE_N x 32 of b. Behind the sums are the operands %A, %B and %ADD.
+#define PRODUCT(n, kind, count, A, B, ADD, tail)                                                                     \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0; wgmma.mma_async.sync.aligned.m64n" n kind " {"            \
+               NAMES_##count "}, %" A ", %" B ", p, 1, 1" tail "; }" : SUMS_##count : "l"(a), "l"(b), "r"(add))
+#define PRODUCT_OF(n, count, A, B, ADD)                                                                              \
+  if constexpr (FLOAT8) PRODUCT(n, "k32.f32.e4m3.e4m3", count, A, B, ADD, "");                                      \
+  else PRODUCT(n, "k16.f32.bf16.bf16", count, A, B, ADD, ", 0, 0")
+
+template <int N>
+__device__ __forceinline__ void multiply(float (&d)[N], unsigned long long a, unsigned long long b, int add) {
+  if constexpr (N == 128) {
+    PRODUCT_OF("256", 128, "128", "129", "130");
+  } else if constexpr (N == 104) {
+    PRODUCT_OF("208", 104, "104", "105", "106");
+  } else {
+    static_assert(N == 96, "a width that has its instruction here");
+    PRODUCT_OF("192", 96, "96", "97", "98");
+  }
+}
+
+// Leaves a warpgroup's sums as bf16 in shared memory: `to` is its first row.
+__device__ __forceinline__ void leaveSums(unsigned to, const float (&d)[SUMS], int thread) {
+  const int lane = thread % 32, block = lane / 8;
+  const unsigned row = to + (thread / 32 * 16 + lane % 8 + block % 2 * 8) * SUM_PITCH + block / 2 * 16;
+#pragma unroll
+  for (int j = 0; j < BLOCKS; j += 2) {
+    const float* x = d + 4 * j;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 : : "r"(row + 16 * j), "r"(toBfloat16Pair(x[0], x[1])), "r"(toBfloat16Pair(x[2], x[3])),
+                     "r"(toBfloat16Pair(x[4], x[5])), "r"(toBfloat16Pair(x[6], x[7])) : "memory");
+  }
+}
+
+// -- epilogues ---------------------------------------------------------------------------------------------------------
+
+// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). In float8 by the units' own tanh, which is good to 2^-11.
+__device__ __forceinline__ float gelu(float x) {
+  const float inner = x * fmaf(x * x, 0.7978845608f * 0.044715f, 0.7978845608f);
+  if constexpr (!FLOAT8) return timesSigmoid(x, 2.0f * inner);
+  float turned;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(turned) : "f"(inner));
+  return fmaf(0.5f * x, turned, 0.5f * x);
+}
+
+template <typename X> __device__ __forceinline__ void loadWide(float (&to)[WIDTH], const X* p) {
+  const Vec<X, WIDTH> x = loadVec<WIDTH>(p);
+#pragma unroll
+  for (int i = 0; i < WIDTH; i++) to[i] = toFloat(x.v[i]);
+}
+template <> __device__ __forceinline__ void loadWide<float>(float (&to)[WIDTH], const float* p) { loadFloats<WIDTH>(to, p); }
+
+// Stores are not told to the compiler, so that it may move what the next rows need in front of them: nothing here reads what
+// it has written.
+__device__ __forceinline__ void store16(void* p, const unsigned (&w)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" : : "l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]));
+}
+__device__ __forceinline__ void storeBfloat16(void* p, const float (&y)[WIDTH]) {
+  unsigned w[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) w[i] = toBfloat16Pair(y[2 * i], y[2 * i + 1]);
+  store16(p, w);
+}
+__device__ __forceinline__ void storeFloat8(void* p, const float (&y)[WIDTH]) {
+  const unsigned low = toFloat8Quad(y[0], y[1], y[2], y[3]), high = toFloat8Quad(y[4], y[5], y[6], y[7]);
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(p), "r"(low), "r"(high));
+}
+template <int EACH> __device__ __forceinline__ void storeElements(void* p, const float (&y)[WIDTH]) {
+  if constexpr (EACH == 1) storeFloat8(p, y);
+  else storeBfloat16(p, y);
+}
+
+// What a thread knows of its 8 columns.
+struct Columns {
+  float scale[WIDTH], bias[WIDTH];
+
+  __device__ __forceinline__ void load(const Stream& s, int column) {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) bias[i] = 0.0f, scale[i] = 1.0f;
+    if (s.bias != nullptr) loadWide(bias, s.bias + column);
+    if constexpr (FLOAT8) loadWide(scale, s.columnScales + column);
+  }
+  // y in the place of the sums.
+  __device__ __forceinline__ void finish(float (&y)[WIDTH], float rowScale) const {
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) y[i] = FLOAT8 ? fmaf(y[i] * rowScale, scale[i], bias[i]) : y[i] + bias[i];
+  }
+};
+
+// Piece `piece` of 16 bytes of a row of a tile of a head.
+__device__ __forceinline__ unsigned char* pieceOf(unsigned char* tiles, long long tile, int row, int piece) {
+  return tiles + (tile * TILED_BYTES + piece / 8) * (TILE_M * ROW_BYTES) + row * ROW_BYTES + (piece % 8 ^ row % 8) * 16;
+}
+
+// One thread's place in the half of a tile that a warpgroup has left: rows from `row` on, counted in its stream.
+struct Half {
+  unsigned sums;  // of the first row, in shared memory
+  unsigned left, parity;  // the barrier that says that they are there
+  int row, firstColumn, columns, warp, warps, lane;
+  float eps;
+};
+
+// A thread's 8 sums of a row, two a word.
+struct Sums {
+  unsigned w[4];
+
+  __device__ __forceinline__ void load(const Half& at, int row) {
+    const unsigned from = at.sums + row * SUM_PITCH + at.lane * WIDTH * 2;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(from));
+  }
+  __device__ __forceinline__ void widen(float (&y)[WIDTH]) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      y[2 * i] = __uint_as_float(w[i] << 16);
+      y[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+    }
+  }
+};
+
+// Each warp takes every `warps`th row, BATCH of them at a time. load(b, row) fetches what a row needs from memory into place b,
+// and is called for the next rows before finish(b, row, y) of these; the first are fetched before the sums are there. There
+// are no branches between rows, so that they are computed side by side: behind the last row it is done once more.
+template <int BATCH, typename H, typename L, typename F>
+__device__ __forceinline__ void eachRow(const Half& at, int count, L load, F finish) {
+  H held[2][BATCH];
+  const int last = count - 1, step = BATCH * at.warps;
+  const auto loadBatch = [&](int first, H (&to)[BATCH]) {
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) load(min(first + b * at.warps, last), to[b]);
+  };
+  const auto finishBatch = [&](int first, const H (&from)[BATCH]) {
+    Sums sums[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) sums[b].load(at, min(first + b * at.warps, last));
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      float y[WIDTH];
+      sums[b].widen(y);
+      finish(min(first + b * at.warps, last), from[b], y);
+    }
+  };
+  loadBatch(at.warp, held[0]);
+  wait(at.left, at.parity);
+#pragma unroll 1
+  for (int i = at.warp; i < count; i += 2 * step) {
+    loadBatch(i + step, held[1]);
+    finishBatch(i, held[0]);
+    if (i + step >= count) break;
+    loadBatch(i + 2 * step, held[0]);
+    finishBatch(i + step, held[1]);
+  }
+}
+
+__device__ __forceinline__ void storeLinear(const Half& at, const Stream& s, const Joint& joint) {
+  struct Held { Vec<bf16, WIDTH> before; float rowScale; };
+  const int column = at.firstColumn + at.lane * WIDTH, count = min(ROWS, (int)s.rows - at.row);
+  if (at.lane >= TILE_N / WIDTH || column >= at.columns || count <= 0) return wait(at.left, at.parity);
+  Columns own;
+  own.load(s, column);
+  float gate[WIDTH];
+  if constexpr (EPILOGUE == RESIDUAL) loadWide(gate, s.gate + column);
+  const bf16* before = s.residual + at.row * joint.residualRow + column;
+  bf16* out = reinterpret_cast<bf16*>(s.out) + at.row * joint.outRow + column;
+  const auto load = [&](int i, Held& held) {
+    if constexpr (FLOAT8) held.rowScale = s.rowScales[at.row + i];
+    if constexpr (EPILOGUE == RESIDUAL) held.before = loadVec<WIDTH>(before + i * joint.residualRow);
+  };
+  eachRow<8, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+    own.finish(y, held.rowScale);
+    if constexpr (EPILOGUE == RESIDUAL) {
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) y[e] = fmaf(gate[e], y[e], toFloat(held.before.v[e]));
+    }
+    storeBfloat16(out + i * joint.outRow, y);
+  });
+}
+
+// `before`: columns in front of the first that GELU has.
+__device__ __forceinline__ void storeGelu(const Half& at, const Stream& s, const Joint& joint, int before) {
+  struct Held { float rowScale, outScale; };
+  const int column = at.firstColumn + at.lane * WIDTH, count = min(ROWS, (int)s.rows - at.row);
+  if (at.lane >= TILE_N / WIDTH || column >= at.columns || count <= 0) return wait(at.left, at.parity);
+  Columns own;
+  own.load(s, column);
+  unsigned char* out = s.out + (at.row * joint.outRow + column - before) * BYTES;
+  const auto load = [&](int i, Held& held) {
+    if constexpr (FLOAT8) held.rowScale = s.rowScales[at.row + i], held.outScale = s.outScales[at.row + i];
+  };
+  eachRow<8, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+    own.finish(y, held.rowScale);
+    const float factor = FLOAT8 ? __frcp_rn(held.outScale) : 1.0f;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) y[e] = gelu(y[e]) * factor;
+    storeElements<BYTES>(out + i * joint.outRow * BYTES, y);
+  });
+}
+
+// 16 threads share a head.
+__device__ __forceinline__ void storeQueryOrKey(bool key, int head, const Half& at, const Stream& s, const Joint& joint) {
+  struct Held { float rowScale, turns[WIDTH]; };
+  const int firstToken = (int)s.start + at.row, rows = (int)s.rows - at.row, tile = firstToken / TILE_M;
+  // A tile that none of the stream's tokens is in is another's, or nobody's.
+  if (tile * TILE_M >= s.start + s.rows) return wait(at.left, at.parity);
+  const int dim = at.lane % 16 * WIDTH, byte = dim * TILED_BYTES;
+  unsigned char* out = pieceOf(key ? joint.k : joint.q, (head + at.lane / 16) * joint.tiles + tile, 0, byte / 128 * 8) + byte % 16;
+  Columns own;
+  own.load(s, at.firstColumn + at.lane * WIDTH);
+  float weight[WIDTH];
+  loadWide(weight, (key ? s.normK : s.normQ) + dim);
+  const float* turns = joint.turns + s.start * HEAD_DIM + dim;
+  const auto load = [&](int i, Held& held) {
+    const int row = min(at.row + i, (int)s.rows - 1);
+    if constexpr (FLOAT8) held.rowScale = s.rowScales[row];
+    loadFloats<WIDTH>(held.turns, turns + row * HEAD_DIM);
+  };
+  eachRow<4, Held>(at, ROWS, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+    own.finish(y, held.rowScale);
+    float squares = 0.0f;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) squares = fmaf(y[e], y[e], squares);
+#pragma unroll
+    for (int mask = 1; mask < 16; mask *= 2) squares += shuffleXor(squares, mask);
+    // Behind the last token there are zeros.
+    const float factor = i < rows ? rsqrtf(fmaf(squares, 1.0f / HEAD_DIM, at.eps)) : 0.0f;
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) y[e] *= factor * weight[e];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e += 2) {
+      const float former = y[e], latter = y[e + 1], c = held.turns[e], turn = held.turns[e + 1];
+      y[e] = fmaf(former, c, -latter * turn);
+      y[e + 1] = fmaf(latter, c, former * turn);
+    }
+    int row = firstToken % TILE_M + i;
+    if (key && TILED_BYTES == 1) row = row / 16 * 16 + row % 4 / 2 * 8 + row % 16 / 4 * 2 + row % 2;
+    storeElements<TILED_BYTES>(out + row * ROW_BYTES + (byte / 16 % 8 ^ row % 8) * 16, y);
+  });
+}
+
+__device__ __forceinline__ void storeValues(int head, const Half& at, const Stream& s, const Joint& joint) {
+  const int firstToken = (int)s.start + at.row, rows = (int)s.rows - at.row, tile = firstToken / TILE_M;
+  // A tile that none of the stream's tokens is in is another's, or nobody's.
+  if (tile * TILE_M >= s.start + s.rows) return wait(at.left, at.parity);
+  if constexpr (TILED_BYTES == 1) {
+    // The tile is transposed: a thread makes pieces of 16 tokens for two of its dimensions, from words of both.
+    constexpr int PARTS = TILE_N / 64, UNITS = ROWS / 16 * PARTS;
+    struct Held { float bias[2], scale[2], rowScale[16]; };
+    const auto load = [&](int unit, Held& held) {
+      const int column = at.firstColumn + unit % PARTS * 64 + 2 * at.lane, first = unit / PARTS * 16;
+      held.bias[0] = held.bias[1] = 0.0f;
+      if (s.bias != nullptr) {
+        const Vec<bf16, 2> pair = loadVec<2>(s.bias + column);
+        held.bias[0] = toFloat(pair.v[0]), held.bias[1] = toFloat(pair.v[1]);
+      }
+      held.scale[0] = held.scale[1] = 1.0f;
+      if constexpr (FLOAT8) loadFloats<2>(held.scale, s.columnScales + column);
+#pragma unroll
+      for (int i = 0; i < 16; i++) held.rowScale[i] = FLOAT8 ? s.rowScales[min(at.row + first + i, (int)s.rows - 1)] : 1.0f;
+    };
+    const auto finish = [&](int unit, const Held& held) {
+      const int column = unit % PARTS * 64 + 2 * at.lane, first = unit / PARTS * 16;
+      unsigned pairs[16], pieces[2][4];
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pairs[i]) : "r"(at.sums + (first + i) * SUM_PITCH + 2 * column));
+      }
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        float y[2][4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const bool inside = first + i + e < rows;
+          const float x[2] = {__uint_as_float(pairs[i + e] << 16), __uint_as_float(pairs[i + e] & 0xffff0000u)};
+#pragma unroll
+          for (int d = 0; d < 2; d++) {
+            const float value = fmaf(x[d] * held.rowScale[i + e], held.scale[d], held.bias[d]);
+            y[d][e] = inside ? value : 0.0f;
+          }
+        }
+#pragma unroll
+        for (int d = 0; d < 2; d++) pieces[d][i / 4] = toFloat8Quad(y[d][0], y[d][1], y[d][2], y[d][3]);
+      }
+#pragma unroll
+      for (int d = 0; d < 2; d++) {
+        store16(pieceOf(joint.v, (head + column / HEAD_DIM) * joint.tiles + tile, column % HEAD_DIM + d,
+                        (firstToken + first) % TILE_M / 16), pieces[d]);
+      }
+    };
+    Held held[2];
+    load(at.warp, held[0]);
+    wait(at.left, at.parity);
+#pragma unroll 1
+    for (int unit = at.warp; unit < UNITS; unit += 2 * at.warps) {
+      load(min(unit + at.warps, UNITS - 1), held[1]);
+      finish(unit, held[0]);
+      if (unit + at.warps >= UNITS) break;
+      load(min(unit + 2 * at.warps, UNITS - 1), held[0]);
+      finish(unit + at.warps, held[1]);
+    }
+  } else {
+    struct Held { float rowScale; };
+    const int dim = at.lane % 16 * WIDTH, piece = dim / WIDTH;
+    unsigned char* out = pieceOf(joint.v, (head + at.lane / 16) * joint.tiles + tile, 0, piece / 8 * 8);
+    Columns own;
+    own.load(s, at.firstColumn + at.lane * WIDTH);
+    const auto load = [&](int i, Held& held) {
+      if constexpr (FLOAT8) held.rowScale = s.rowScales[min(at.row + i, (int)s.rows - 1)];
+    };
+    eachRow<8, Held>(at, ROWS, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+      own.finish(y, held.rowScale);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) y[e] = i < rows ? y[e] : 0.0f;
+      const int row = firstToken % TILE_M + i;
+      storeBfloat16(out + row * ROW_BYTES + (piece % 8 ^ row % 8) * 16, y);
+    });
+  }
+}
+
+__device__ __forceinline__ void storeHalf(const Half& at, const Stream& s, const Joint& joint) {
+  if constexpr (EPILOGUE == LINEAR || EPILOGUE == RESIDUAL) storeLinear(at, s, joint);
+  if constexpr (EPILOGUE == GELU) storeGelu(at, s, joint, 0);
+  if constexpr (EPILOGUE == QKV || EPILOGUE == QKV_GELU) {
+    static_assert(TILE_N % HEAD_DIM == 0 || EPILOGUE < QKV, "tiles of whole heads");
+    const int hidden = joint.hidden, which = at.firstColumn / hidden, head = at.firstColumn % hidden / HEAD_DIM;
+    if (which < 2) storeQueryOrKey(which == 1, head, at, s, joint);
+    else if (EPILOGUE == QKV || which == 2) storeValues(head, at, s, joint);
+    else if constexpr (EPILOGUE == QKV_GELU) storeGelu(at, s, joint, 3 * hidden);
+  }
+}
+
+// A tile of columns for a pair of tiles of rows.
+struct Item { int pair, columnTile; };
+
+// The `item`th of all: slabs of rows one after another, so that a slab of a stays in the L2 cache while b goes by.
+__device__ __forceinline__ Item itemOf(int item, int pairs, int slab, int columnTiles) {
+  const int first = item / (slab * columnTiles) * slab, count = min(slab, pairs - first);
+  const int inSlab = item - first * columnTiles;
+  return {first + inSlab % count, inSlab / count};
+}
+
+// pairs: of tiles of rows, of the first stream `pairs0`, `slab` of them at a time. kTiles: of 128 bytes.
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+fusedLinear(const __grid_constant__ TensorMap a0, const __grid_constant__ TensorMap b0, const __grid_constant__ TensorMap a1,
+            const __grid_constant__ TensorMap b1, const __grid_constant__ Stream s0, const __grid_constant__ Stream s1,
+            const __grid_constant__ Joint joint, int pairs0, int pairs, int slab, int columns, int columnTiles, int kTiles,
+            float eps) {
+  extern __shared__ unsigned char dynamicShared[];
+  __shared__ unsigned long long barriers[2 * STAGES + 4];
+  const unsigned stages = (sharedAddress(dynamicShared) + 1023u) & ~1023u, sums = stages + STAGES * STAGE_BYTES;
+  const unsigned full = sharedAddress(barriers), empty = full + 8 * STAGES;
+  // Of a warpgroup's finished sums.
+  const unsigned left = empty + 8 * STAGES, taken = left + 16;
+  const unsigned rank = blockInCluster();
+  const int group = threadIdx.x / 128, work = pairs * columnTiles, step = gridDim.x / 2;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; stage++) {
+      initBarrier(full + 8 * stage, 1);
+      initBarrier(empty + 8 * stage, 4);  // two warpgroups of two blocks are done with it
+    }
+    for (int half = 0; half < 2; half++) {
+      initBarrier(left + 8 * half, 128);
+      initBarrier(taken + 8 * half, 32 * FINISHERS);
+    }
+    fenceBarriers();
+  }
+  meetCluster();
+
+  if (group == 0) {
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) {
+      int stage = 0;
+      unsigned parity = 1;
+      for (int item = blockIdx.x / 2; item < work; item += step) {
+        const auto [pair, columnTile] = itemOf(item, pairs, slab, columnTiles);
+        const bool second = pair >= pairs0;
+        const TensorMap* a = second ? &a1 : &a0;
+        const TensorMap* b = second ? &b1 : &b0;
+        const int row = (2 * (second ? pair - pairs0 : pair) + rank) * TILE_M;
+        const int column = columnTile * TILE_N + rank * (TILE_N / 2);
+        for (int k = 0; k < kTiles; k++) {
+          const unsigned to = stages + stage * STAGE_BYTES, barrier = full + 8 * stage;
+          wait(empty + 8 * stage, parity);
+          arriveExpecting(barrier, STAGE_BYTES);
+          copyTile(to, a, k * ROW_BYTES, row, barrier);
+          copyTileTo(3, to + A_BYTES + rank * (B_BYTES / 2), b, k * ROW_BYTES, column, barrier);
+          if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+      }
+    } else if (warp > 0) {
+      unsigned parity = 0;
+      for (int item = blockIdx.x / 2; item < work; item += step, parity ^= 1) {
+        const auto [pair, columnTile] = itemOf(item, pairs, slab, columnTiles);
+        const bool second = pair >= pairs0;
+        const Stream& s = second ? s1 : s0;
+        const int tile = 2 * (second ? pair - pairs0 : pair) + rank;
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+          const Half at = {sums + half * ROWS * SUM_PITCH, left + 8 * half, parity, tile * TILE_M + half * ROWS, columnTile * TILE_N, columns,
+                           warp - 1, item + step < work ? FINISHERS : ALL_WARPS, (int)threadIdx.x % 32, eps};
+          storeHalf(at, s, joint);
+          arrive(taken + 8 * half);
+        }
+      }
+    }
+  } else {
+    const int thread = threadIdx.x % 128, half = group - 1;
+    const unsigned long long aRows = descriptor(stages + half * ROWS * ROW_BYTES);
+    const unsigned long long bRows = descriptor(stages + A_BYTES);
+    float d[SUMS];
+    int stage = 0;
+    unsigned parity = 0, takenParity = 1, leftParity = 1;
+    for (int item = blockIdx.x / 2; item < work; item += step) {
+      int before = 0;
+      for (int k = 0; k < kTiles; k++) {
+        wait(full + 8 * stage, parity);
+        hold(d);
+        fenceProducts();
+#pragma unroll
+        for (int part = 0; part < 4; part++) {
+          const unsigned long long along = stage * (unsigned long long)(STAGE_BYTES / 16) + 2 * part;
+          multiply(d, aRows + along, bRows + along, k > 0 || part > 0);
+        }
+        commitProducts();
+        if (k > 0) {
+          waitProducts<1>();
+          if (thread < 2) arriveAt(empty + 8 * before, thread);
+        }
+        before = stage;
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+      }
+      waitProducts<0>();
+      hold(d);
+      if (thread < 2) arriveAt(empty + 8 * before, thread);
+      wait(taken + 8 * half, takenParity);
+      takenParity ^= 1;
+      leaveSums(sums + half * ROWS * SUM_PITCH, d, thread);
+      arrive(left + 8 * half);
+      leftParity ^= 1;
+      if (item + step < work) continue;
+      // The last tile: all warps finish it.
+      const auto [pair, columnTile] = itemOf(item, pairs, slab, columnTiles);
+      const bool second = pair >= pairs0;
+      const int tile = 2 * (second ? pair - pairs0 : pair) + rank;
+#pragma unroll 1
+      for (int part = 0; part < 2; part++) {
+        const Half at = {sums + part * ROWS * SUM_PITCH, left + 8 * part, leftParity, tile * TILE_M + part * ROWS, columnTile * TILE_N, columns,
+                         FINISHERS + (int)(threadIdx.x - 128) / 32, ALL_WARPS, thread % 32, eps};
+        storeHalf(at, second ? s1 : s0, joint);
+      }
+      break;
+    }
+  }
+  meetCluster();
+}

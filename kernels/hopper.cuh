@@ -1,0 +1,116 @@
+// Hopper's asynchronous units, for kernels that use its instructions (sm_90a): barriers in shared memory, bulk copies,
+// and products of whole warpgroups. Follows common.cuh.
+//
+// Words after NVIDIA's PTX manual (mbarrier, cp.async.bulk, wgmma).
+
+// A tile in shared memory has rows of 128 bytes, swizzled in groups of 8 rows: piece c of 16 bytes of row r stands at
+// c ^ (r % 8). Tiles start at multiples of 1024 bytes.
+constexpr int ROW_BYTES = 128;
+
+__device__ __forceinline__ unsigned sharedAddress(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// -- barriers ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void initBarrier(unsigned barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+}
+// At the same barrier of a block of this cluster.
+__device__ __forceinline__ void arriveAt(unsigned barrier, unsigned block) {
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+               : : "r"(barrier), "r"(block) : "memory");
+}
+// Arrives, and lets the phase end only when this many bytes have come too.
+__device__ __forceinline__ void arriveExpecting(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+}
+// Waits for the end of the barrier's phase of this parity. The phase before the first counts as ended.
+__device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
+  unsigned done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+// Makes initialized barriers known to the copies and to the other blocks of a cluster.
+__device__ __forceinline__ void fenceBarriers() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+__device__ __forceinline__ void meetCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+__device__ __forceinline__ unsigned blockInCluster() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// -- copies ------------------------------------------------------------------------------------------------------------
+
+// A piece of memory to shared memory; its bytes count for the barrier.
+__device__ __forceinline__ void copyBulk(unsigned to, const void* from, int bytes, unsigned barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               : : "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// How a matrix lies in memory, for copies of its tiles: cuTensorMapEncodeTiled makes it.
+struct alignas(64) TensorMap { unsigned char bytes[128]; };
+
+// The tile that starts at byte x of row y; what is behind the matrix becomes 0.
+__device__ __forceinline__ void copyTile(unsigned to, const TensorMap* map, int x, int y, unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+               : : "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y) : "memory");
+}
+// The same to the same place in each block of the cluster that has a bit in the mask, and for the barrier there.
+__device__ __forceinline__ void copyTileTo(unsigned short blocks, unsigned to, const TensorMap* map, int x, int y,
+                                           unsigned barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+               "[%1, {%3, %4}], [%2], %5;"
+               : : "r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks) : "memory");
+}
+
+// -- products ----------------------------------------------------------------------------------------------------------
+
+// Where rows of 128 bytes start in shared memory, for the matrix units. 32 bytes further along the rows are 2 more. Rows
+// are the summed dimension's own, or, for a transposed operand in bfloat16, the other one's: then `columns` is how far the
+// next 64 columns are.
+__device__ __forceinline__ unsigned long long descriptor(unsigned address, int columns = 16) {
+  return (unsigned long long)((address & 0x3ffffu) >> 4) | (unsigned long long)(columns >> 4) << 16 | 64ull << 32 |
+         1ull << 62;
+}
+__device__ __forceinline__ void fenceProducts() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+__device__ __forceinline__ void commitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+template <int PENDING> __device__ __forceinline__ void waitProducts() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
+}
+// The compiler must not move reads of an accumulator before the wait.
+template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+}
+
+// A product of a warpgroup has 64 rows. Its thread holds of columns 8 j + 2 t and the one behind (t = lane % 4) the sums
+// d[4 j] and d[4 j + 1] of row 16 * warp + lane / 4, and d[4 j + 2] and d[4 j + 3] of the row 8 further.
+
+// The 4 threads of a quad have 4 words each; thread i gets word i of all of them, in their order.
+__device__ __forceinline__ void transposeQuad(unsigned (&w)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
+    if (odd) w[i] = other;
+    else w[i + 1] = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const unsigned other = __shfl_xor_sync(0xffffffffu, upper ? w[i] : w[i + 2], 2);
+    if (upper) w[i] = other;
+    else w[i + 2] = other;
+  }
+}
+
+__device__ __forceinline__ unsigned toBfloat16Pair(float first, float second) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+}

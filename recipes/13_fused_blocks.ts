@@ -1,0 +1,117 @@
+/**
+ * 13 fused blocks: the transformer's products do what comes behind them.
+ *
+ * Idea: between the products of a block stand passes that read and write all tokens, only to hand them on: QK-norm, rotary
+ * embedding and the cast to attention's tiles, GELU, quantizing, gates and residual connections. A matrix product has each of
+ * its results in registers once, so all of that can be done there: by warps of its own, while the units multiply the next
+ * tile. And the double blocks' text, too short to fill a GPU, is multiplied in the same launch as the image.
+ * In float8 a result's scale has to be known before it is there: a row a and a weight w give at most |a| |w|, and E4M3 has
+ * exponents enough for a scale that is some 16 times too large (kernels/output_scales.cu).
+ * Changes: `doubleBlock` and `singleBlock`, where our kernels take them: heads of 128, one sample, text tokens in whole tiles,
+ * weights that 03_fuse_qkv has laid together, our own attention. The norms that they read have their rows' lengths, too.
+ * With 06_float8 the text's down projections are in float8 as well, which cuBLASLt has no kernel for.
+ * Exact: yes, up to roundings, in bfloat16; behind 06_float8 as lossy as that.
+ *
+ *     deno run -A recipes/13_fused_blocks.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
+ */
+import { isGpu } from "../ffi/gpu.ts";
+import type { Tensor } from "../ffi/tensor.ts";
+import { adaLayerNormFloat8 } from "../kernels/ada_layer_norm.ts";
+import {
+  doubleBlockFused,
+  doubleBlockFusedTakes,
+  type FusedWeights,
+  singleBlockFused,
+  singleBlockFusedTakes,
+} from "../kernels/fused_blocks.ts";
+import { gatedAdaLayerNormFloat8 } from "../kernels/gated_ada_layer_norm.ts";
+import type { Readers } from "../kernels/linears.ts";
+import { type LayerBound, layerBound } from "../kernels/output_scales.ts";
+import { rotaryPairs } from "../kernels/rotary_pairs.ts";
+import { ownAttention } from "./05_flash_attention.ts";
+import { isQuantizedByRows, quantizeRest } from "./06_float8.ts";
+import type { Ops } from "./base/ops.ts";
+import type { Plan, Recipe } from "./base/plan.ts";
+import { scaleName, type Weights } from "./base/weights.ts";
+
+export const fusedBlocks: Recipe = {
+  name: "13_fused_blocks",
+  exact: true,
+  devices: ["cuda"],
+  apply: (given: Plan) => {
+    const { device } = given;
+    const attention = ownAttention(given);
+    if (!isGpu(device) || attention === undefined) return given;
+    const quantized = isQuantizedByRows(given);
+    const plan = quantized ? quantizeRest(given) : given;
+    const { ops } = plan;
+    const scales = scalesOf(plan.weights.transformer);
+    const bounds = boundsOf(
+      plan.weights.transformer,
+      (weight, bias) =>
+        layerBound(device, { values: weight, scales: scales.get(weight)!, rowwise: true }, bias),
+    );
+    const weights: FusedWeights = {
+      attention,
+      scalesOf: (weight) => scales.get(weight),
+      boundOf: (weight) => bounds.get(weight)!,
+    };
+    return {
+      ...plan,
+      ops: {
+        ...ops,
+        ...(quantized && measuringNorms(ops, scales)),
+        rotaryPairs: (cos, sin) => rotaryPairs(device, cos, sin),
+        doubleBlock: (streams, turn, table) =>
+          doubleBlockFusedTakes(device, weights, streams, turn)
+            ? doubleBlockFused(device, weights, streams, turn, table)
+            : ops.doubleBlock(streams, turn, table),
+        singleBlock: (x, layers, modulation, turn, readers, table) => {
+          const block = singleBlockFusedTakes(device, weights, x, layers, turn)
+            ? singleBlockFused.bind(undefined, device, weights)
+            : ops.singleBlock;
+          return block(x, layers, modulation, turn, readers, table);
+        },
+      },
+    };
+  },
+};
+
+/** The scales of quantized weights, by their values. */
+function scalesOf(transformer: Weights): WeakMap<Tensor, Tensor> {
+  const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)));
+  return new WeakMap(quantized.map((name) => [transformer.get(name), transformer.get(scaleName(name))]));
+}
+
+/** The layers whose results are stored in float8 with a scale that is known before: v, and what GELU reads. */
+const BOUNDED =
+  /^(.*\.(?:attn\.to_v|attn\.add_v_proj|proj_mlp|ff\.net\.0\.proj|ff_context\.net\.0\.proj))\.weight$/;
+
+function boundsOf(
+  transformer: Weights,
+  bound: (weight: Tensor, bias: Tensor) => LayerBound,
+): WeakMap<Tensor, LayerBound> {
+  const names = transformer.names.filter((name) => BOUNDED.test(name) && transformer.has(scaleName(name)));
+  return new WeakMap(names.map((name) => {
+    const weight = transformer.get(name);
+    return [weight, bound(weight, transformer.get(name.replace(/weight$/, "bias")))];
+  }));
+}
+
+/** The norms that quantized layers read, with the lengths of their rows. */
+function measuringNorms(ops: Ops, scales: WeakMap<Tensor, Tensor>) {
+  const quantized = (readers: Readers = []) =>
+    readers.length > 0 && readers.every(({ weight }) => scales.has(weight));
+  return {
+    adaLayerNorm: (x, scale, shift, eps, readers) =>
+      quantized(readers)
+        ? adaLayerNormFloat8(x, scale, shift, eps, true)
+        : ops.adaLayerNorm(x, scale, shift, eps, readers),
+    gatedAdaLayerNorm: (residual, x, gate, scale, shift, eps, readers) =>
+      quantized(readers)
+        ? gatedAdaLayerNormFloat8(residual, x, gate, scale, shift, eps, true)
+        : ops.gatedAdaLayerNorm(residual, x, gate, scale, shift, eps, readers),
+  } satisfies Partial<Ops>;
+}
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(fusedBlocks.name));
