@@ -10,6 +10,10 @@ export class CudaEvent implements GpuEvent {
     this.#handle = handle;
   }
 
+  get reached(): boolean {
+    return this.driver.eventQuery(this.#open);
+  }
+
   since(earlier: GpuEvent): number {
     if (!(earlier instanceof CudaEvent)) throw new FfiError("cuda: events of two kinds of devices");
     this.driver.eventSynchronize(this.#open);

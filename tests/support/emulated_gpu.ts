@@ -567,6 +567,7 @@ class EmulatedGpu implements GpuDevice {
 }
 
 class EmulatedEvent implements GpuEvent {
+  readonly reached = true; // its work is done when it was issued
   readonly #time = performance.now();
 
   since(earlier: GpuEvent): number {
