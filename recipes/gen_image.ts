@@ -13,7 +13,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { loadModel, openChosen } from "./base/loading.ts";
+import { loadModel, openChosen, withLocalModel } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
@@ -32,21 +32,22 @@ const NAME = "gen_image";
 
 /** @param ladder the rungs that the flags switch. */
 export async function generateImage(args: string[], ladder: readonly Rung[] = LADDER): Promise<void> {
-  const flags = createPictureParser(NAME, "Draws a picture from a prompt with FLUX.1.")
+  const given = createPictureParser(NAME, "Draws a picture from a prompt with FLUX.1.")
     .addOption(new Option("--trace-file <file>").hideHelp())
     .addHelpText("after", EXAMPLES)
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  if (flags.traceFile !== undefined) {
+  if (given.traceFile !== undefined) {
     throw new UsageError("--trace-file is for benchmarks", { hint: "deno task benchmark --trace-file ..." });
   }
-  refuseImage(flags);
-  const recipes = recipesFor(flags, kindOf(flags.device), ladder);
-  const output = flags.outputFile;
+  refuseImage(given);
+  const recipes = recipesFor(given, kindOf(given.device), ladder);
+  const output = given.outputFile;
   await checkWritable(output); // before minutes of work, not after
   const started = performance.now();
   const note = (message: string) => console.error(`${NAME}: ${message}`);
+  const flags = await withLocalModel(given, note);
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();

@@ -19,7 +19,7 @@ import {
 } from "./base/command_line.ts";
 import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
-import { loadModel, openChosen } from "./base/loading.ts";
+import { loadModel, openChosen, withLocalModel } from "./base/loading.ts";
 import {
   measure,
   type PartStatistics,
@@ -50,7 +50,7 @@ Open a trace in ui.perfetto.dev or chrome://tracing; kernels are in it where CUP
 `;
 
 async function runBenchmark(args: string[]): Promise<void> {
-  const flags = createPictureParser(
+  const given = createPictureParser(
     NAME,
     "Times pictures: the same one several times, with the model loaded.",
   )
@@ -65,13 +65,14 @@ async function runBenchmark(args: string[]): Promise<void> {
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  refuseImage(flags);
-  const recipes = recipesFor(flags, kindOf(flags.device));
-  const { outputFile: output, traceFile, prompt, warmups, runs } = flags;
+  refuseImage(given);
+  const recipes = recipesFor(given, kindOf(given.device));
+  const { outputFile: output, traceFile, prompt, warmups, runs } = given;
   for (const path of [output, traceFile]) {
     if (path !== undefined) await checkWritable(path); // before minutes of work, not after
   }
   const note = (message: string) => console.error(`${NAME}: ${message}`);
+  const flags = await withLocalModel(given, note);
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();

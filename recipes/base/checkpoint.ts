@@ -256,7 +256,8 @@ export class ComponentWeights implements Disposable {
 const WRONG_MODEL = "the folder is incomplete or of another model: download it again";
 
 /** The names that diffusers and transformers give to a component's weights. */
-export type WeightsBaseName = "diffusion_pytorch_model" | "model";
+export const WEIGHT_BASES = ["diffusion_pytorch_model", "model"] as const;
+export type WeightsBaseName = (typeof WEIGHT_BASES)[number];
 
 /** An index of shards. z.custom leaves the map as it is: rebuilding it would drop a key named "__proto__". */
 const INDEX = z.looseObject({
@@ -290,9 +291,7 @@ export function openComponent(
     });
   }
   const entries = listComponent(modelFolder, component);
-  const baseNames: WeightsBaseName[] = options.baseName
-    ? [options.baseName]
-    : ["diffusion_pytorch_model", "model"];
+  const baseNames: readonly WeightsBaseName[] = options.baseName ? [options.baseName] : WEIGHT_BASES;
   for (const base of baseNames) {
     const single = `${base}.safetensors`;
     if (entries.includes(single)) {
@@ -410,7 +409,7 @@ function cacheRoot(folder: string): string {
 }
 
 /** Whether a name is that of an entry of a folder: no separators, no "..", nothing that a terminal would act on. */
-function isPlainName(name: string): boolean {
+export function isPlainName(name: string): boolean {
   return /^[\w.+-]+$/.test(name) && name !== "." && name !== "..";
 }
 

@@ -1,7 +1,11 @@
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { openDevice } from "../../ffi/open.ts";
-import { definedOnly, EMBEDDED_MODEL, Progress } from "./command_line.ts";
+import { definedOnly, EMBEDDED_MODEL, gigabytes, interruptibly, Progress } from "./command_line.ts";
+import { UsageError } from "./errors.ts";
+import { hubModel } from "./hub.ts";
+import { WHOLE_MODEL } from "./hub_files.ts";
+import { isHubId } from "./hub_id.ts";
 import { Model } from "./model.ts";
 
 /** Which device a program's user wants, and where it keeps what it compiles. */
@@ -24,9 +28,52 @@ export function openChosen(
 
 /** Which model a program's user wants. */
 export interface ModelChoice {
-  /** A model folder; the embedded model when left out. */
+  /** A model folder, or an id on the hub until {@link withLocalModel}; the embedded model when left out. */
   readonly ckpt?: string | undefined;
+  /** Of a model on the hub. */
+  readonly revision?: string | undefined;
   readonly randomWeights?: true | undefined;
+}
+
+/**
+ * The same choice with a folder in the place of a hub's id: the cache's, after what is missing there was downloaded, with a
+ * progress bar. For `--random-weights` that is configs and tokenizers.
+ *
+ * @param note is told what is worth knowing. @throws what {@link hubModel} throws; UsageError on Ctrl-C, which loses nothing,
+ * and for a revision of something else.
+ */
+export async function withLocalModel<Choice extends ModelChoice>(
+  choice: Choice,
+  note: (message: string) => void,
+): Promise<Choice> {
+  const { ckpt, revision, randomWeights } = choice;
+  if (ckpt === undefined || !isHubId(ckpt)) {
+    if (revision === undefined) return choice;
+    throw new UsageError("--revision is for a --ckpt from the hub, and this one is a folder", {
+      hint: "leave --revision out",
+    });
+  }
+  let bar: Progress | undefined;
+  let arrived = 0;
+  const folder = await interruptibly(
+    (signal) =>
+      hubModel(ckpt, {
+        revision,
+        wanted: { ...WHOLE_MODEL, ...(randomWeights && { weights: [] }) },
+        signal,
+        onNote: note,
+        onProgress: ({ doneBytes, totalBytes }) => {
+          bar ??= new Progress("downloading", totalBytes, "bytes");
+          bar.update(arrived = doneBytes, totalBytes);
+        },
+      }),
+    () =>
+      `stopped; what has arrived of ${ckpt} is kept (${
+        gigabytes(arrived)
+      } GB): the same command goes on from there`,
+  )
+    .finally(() => bar?.stop());
+  return { ...choice, ckpt: folder };
 }
 
 /**
