@@ -110,6 +110,13 @@ export function createParser(name: string, description: string) {
       modelPath,
     )
     .option("--revision <name>", "branch, tag or commit of a --ckpt from the hub; default main")
+    .option(
+      "--transformer <file>",
+      "a transformer in one safetensors file, in the place of --ckpt's: flux1-*.safetensors of Black Forest Labs, or as " +
+        "ComfyUI has them, in float8 too",
+      userPath,
+    )
+    .option("--vae <file>", "an autoencoder in one file (ae.safetensors), in the place of --ckpt's", userPath)
     .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
     .option(
       "--cache-dir <folder>",

@@ -7,6 +7,7 @@ import { hubModel } from "./hub.ts";
 import { WHOLE_MODEL } from "./hub_files.ts";
 import { isHubId } from "./hub_id.ts";
 import { Model } from "./model.ts";
+import { COMPONENTS } from "./plan.ts";
 
 /** Which device a program's user wants, and where it keeps what it compiles. */
 export interface DeviceChoice {
@@ -33,6 +34,9 @@ export interface ModelChoice {
   /** Of a model on the hub. */
   readonly revision?: string | undefined;
   readonly randomWeights?: true | undefined;
+  /** Files in the place of parts of the model. */
+  readonly transformer?: string | undefined;
+  readonly vae?: string | undefined;
 }
 
 /**
@@ -46,7 +50,8 @@ export async function withLocalModel<Choice extends ModelChoice>(
   choice: Choice,
   note: (message: string) => void,
 ): Promise<Choice> {
-  const { ckpt, revision, randomWeights } = choice;
+  const { ckpt, revision, randomWeights, transformer, vae } = choice;
+  refuseClashes(choice);
   if (ckpt === undefined || !isHubId(ckpt)) {
     if (revision === undefined) return choice;
     throw new UsageError("--revision is for a --ckpt from the hub, and this one is a folder", {
@@ -59,7 +64,14 @@ export async function withLocalModel<Choice extends ModelChoice>(
     (signal) =>
       hubModel(ckpt, {
         revision,
-        wanted: { ...WHOLE_MODEL, ...(randomWeights && { weights: [] }) },
+        wanted: {
+          ...WHOLE_MODEL,
+          weights: randomWeights
+            ? []
+            : COMPONENTS.filter((part) =>
+              !(part === "transformer" && transformer !== undefined) && !(part === "vae" && vae !== undefined)
+            ),
+        },
         signal,
         onNote: note,
         onProgress: ({ doneBytes, totalBytes }) => {
@@ -76,13 +88,26 @@ export async function withLocalModel<Choice extends ModelChoice>(
   return { ...choice, ckpt: folder };
 }
 
+function refuseClashes({ ckpt, randomWeights, transformer, vae }: ModelChoice): void {
+  const flag = transformer !== undefined ? "--transformer" : vae !== undefined ? "--vae" : undefined;
+  if (flag === undefined) return;
+  if (randomWeights) {
+    throw new UsageError(`${flag} has weights, and --random-weights makes them up: leave one out`);
+  }
+  if (ckpt === undefined) {
+    throw new UsageError(`${flag} is a part of a model: the others come from --ckpt, which is not given`, {
+      hint: "add --ckpt with a folder or an id on the hub, such as black-forest-labs/FLUX.1-dev",
+    });
+  }
+}
+
 /**
  * Loads the model that the flags name, with a progress bar, or makes its weights up.
  *
- * @param dtype of weights that are made up. @param note is told what is worth knowing.
+ * @param dtype of weights that are made up, and of those that are stored in float8. @param note is told what is worth knowing.
  */
 export async function loadModel(
-  { ckpt = EMBEDDED_MODEL, randomWeights }: ModelChoice,
+  { ckpt = EMBEDDED_MODEL, randomWeights, transformer, vae }: ModelChoice,
   device: Device,
   dtype: DType,
   note: (message: string) => void,
@@ -90,6 +115,8 @@ export async function loadModel(
   if (randomWeights) return await Model.random(ckpt, device, dtype);
   let bar: Progress | undefined;
   return await Model.load(ckpt, device, {
+    files: { transformer, vae },
+    dtype,
     onProgress: ({ loadedBytes, totalBytes }) => {
       bar ??= new Progress("loading", totalBytes, "bytes");
       bar.update(loadedBytes);

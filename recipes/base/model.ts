@@ -1,15 +1,12 @@
+import { existsSync } from "node:fs";
+import { join } from "node:path";
 import { z } from "zod";
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { elementCount } from "../../ffi/tensor.ts";
 import { type AutoencoderConfig, autoencoderConfigSchema, autoencoderWeightShapes } from "./autoencoder.ts";
-import {
-  CheckpointError,
-  type ComponentWeights,
-  openComponent,
-  readJson,
-  resolveModelFolder,
-} from "./checkpoint.ts";
+import { openComponent, readJson, resolveModelFolder } from "./checkpoint.ts";
+import { CheckpointError, type ComponentWeights } from "./component_weights.ts";
 import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
@@ -19,7 +16,15 @@ import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
 import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
 import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "./tokenizer.ts";
 import { type TransformerConfig, transformerConfigSchema, transformerWeightShapes } from "./transformer.ts";
-import { freeAll, placeWeights, type Weights, type WeightShapes } from "./weights.ts";
+import {
+  fileModelName,
+  FLUX_AUTOENCODER,
+  openSingleFile,
+  type PartFiles,
+  transformerConfigOf,
+} from "./single_file.ts";
+import { widenStored } from "./stored_float8.ts";
+import { freeAll, placeWeights, scaleName, type Weights, type WeightShapes } from "./weights.ts";
 
 /** The configs of the four parts that have weights. */
 export interface ModelConfigs {
@@ -30,6 +35,10 @@ export interface ModelConfigs {
 }
 
 export interface LoadOptions {
+  /** Files in the place of parts of the folder. */
+  readonly files?: PartFiles | undefined;
+  /** What float8 weights of a checkpoint become when they are loaded: bf16 when left out, or f32. */
+  readonly dtype?: DType | undefined;
   /** Called before the first byte and again and again: how many bytes of weights are in place, of all. */
   readonly onProgress?: ((event: { loadedBytes: number; totalBytes: number }) => void) | undefined;
   /** Called with things worth knowing that do not stop the loading. */
@@ -105,9 +114,14 @@ export class Model implements Disposable {
    * @throws ModelError that names the file and what is wrong with it, or a weight that is not of these configs; then
    * the weights are freed.
    */
-  static placed(path: string, weights: Readonly<Record<Component, Weights>>, random: boolean): Model {
+  static placed(
+    path: string,
+    weights: Readonly<Record<Component, Weights>>,
+    random: boolean,
+    files: PartFiles = {},
+  ): Model {
     try {
-      const parts = readParts(path);
+      const parts = readParts(path, files);
       for (const component of COMPONENTS) checkWeights(parts, component, weights[component]);
       return new Model(random ? { ...parts, name: withRandom(parts.name) } : parts, weights, []);
     } catch (error) {
@@ -124,7 +138,8 @@ export class Model implements Disposable {
    * cannot be brought to the device.
    */
   static async load(path: string, device: Device, options: LoadOptions = {}): Promise<Model> {
-    const own = readParts(path);
+    const { files = {}, dtype = "bf16" } = options;
+    const own = readParts(path, files);
     const { folder, configs } = own;
     const checkpoints: ComponentWeights[] = [];
     try {
@@ -132,9 +147,12 @@ export class Model implements Disposable {
       const errors: FluxError[] = [];
       const opened = COMPONENTS.flatMap((component) => {
         try {
-          const checkpoint = openComponent(folder, component);
+          const checkpoint = openPart(folder, files, configs, component);
           checkpoints.push(checkpoint);
-          const shapes = weightShapes(configs, (name) => checkpoint.has(name))[component];
+          const shapes = withScales(
+            weightShapes(configs, (name) => checkpoint.has(name))[component],
+            checkpoint,
+          );
           const { unused } = checkpoint.checkShapes(shapes);
           const strangers = unused.filter((name) => !EXPECTED_LEFTOVERS.test(name));
           if (strangers.length > 0) {
@@ -170,7 +188,9 @@ export class Model implements Disposable {
       report(0);
       const parts = opened.map(({ checkpoint, shapes }) => ({ checkpoint, names: shapes.keys() }));
       const placed = await placeWeights(device, parts, report);
-      const weights = Object.fromEntries(opened.map(({ component }, i) => [component, placed[i]]));
+      const weights = Object.fromEntries(
+        opened.map(({ component }, i) => [component, widenStored(device, placed[i], dtype)]),
+      );
       return new Model(own, weights as Record<Component, Weights>, checkpoints);
     } catch (error) {
       for (const checkpoint of checkpoints) checkpoint[Symbol.dispose]();
@@ -221,23 +241,66 @@ function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
   );
 }
 
+/** Opens a part's weights, in the model's folder or in a file of its own. */
+function openPart(
+  folder: string,
+  files: PartFiles,
+  configs: ModelConfigs,
+  component: Component,
+): ComponentWeights {
+  if (component === "transformer" && files.transformer !== undefined) {
+    return openSingleFile(files.transformer, component, configs.transformer);
+  }
+  if (component === "vae" && files.vae !== undefined) {
+    return openSingleFile(files.vae, component, configs.vae);
+  }
+  return openComponent(folder, component);
+}
+
+/** The shapes with those of the scales that quantized weights have in the files. */
+function withScales(shapes: WeightShapes, checkpoint: ComponentWeights): WeightShapes {
+  for (const name of [...shapes.keys()]) {
+    const scale = scaleName(name);
+    if (checkpoint.has(scale)) shapes.set(scale, checkpoint.info(scale).shape);
+  }
+  return shapes;
+}
+
 /** Configs, schedule and tokenizers of a model folder, checked against each other. */
-function readParts(path: string): ModelParts {
-  const folder = resolveModelFolder(path);
-  readJson(folder, "model_index.json", modelIndexSchema);
+function readParts(path: string, files: PartFiles = {}): ModelParts {
+  // Beside a transformer's file the folder is there for text encoders and tokenizers, and may have nothing else.
+  const alone = files.transformer === undefined;
+  const folder = resolveModelFolder(path, alone ? "model_index.json" : "text_encoder");
+  const has = (file: string) => alone || existsSync(join(folder, file));
+  if (has("model_index.json")) readJson(folder, "model_index.json", modelIndexSchema);
+  const ofFolder = has("transformer/config.json")
+    ? readJson(folder, "transformer/config.json", transformerConfigSchema)
+    : undefined;
+  const transformer = files.transformer === undefined
+    ? ofFolder!
+    : transformerConfigOf(files.transformer, ofFolder);
   const configs: ModelConfigs = {
     text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
     text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
-    transformer: readJson(folder, "transformer/config.json", transformerConfigSchema),
-    vae: readJson(folder, "vae/config.json", autoencoderConfigSchema),
+    transformer,
+    vae: files.vae !== undefined && !existsSync(join(folder, "vae/config.json"))
+      ? FLUX_AUTOENCODER
+      : readJson(folder, "vae/config.json", autoencoderConfigSchema),
   };
+  // A schedule belongs to its transformer: with a file of another kind the folder's is the wrong one.
+  const sameKind = ofFolder === undefined || ofFolder.guidance_embeds === transformer.guidance_embeds;
   const scheduler = new FlowMatchEulerScheduler(
-    readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema),
+    sameKind && has("scheduler/scheduler_config.json")
+      ? readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema)
+      : schedulerConfigSchema.parse(
+        transformer.guidance_embeds ? { shift: 3, use_dynamic_shifting: true } : { shift: 1 },
+      ),
   );
   const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
   const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
   checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer };
+  const name = files.transformer === undefined ? modelName(folder) : fileModelName(files.transformer);
+  return { name, folder, configs, scheduler, clipTokenizer, t5Tokenizer };
 }
 
 /** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */

@@ -5,7 +5,7 @@ import { Tensor } from "../../ffi/tensor.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
 import { joinedView } from "../../kernels/joined_linears.ts";
 import type { LinearLayer } from "../../kernels/linears.ts";
-import type { ComponentWeights } from "./checkpoint.ts";
+import type { ComponentWeights } from "./component_weights.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import type { Ops } from "./ops.ts";
 
