@@ -29,6 +29,8 @@ export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";
 export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";
+export { hubModel, type HubOptions } from "./recipes/base/hub.ts";
+export { type LoraChoice, Loras } from "./recipes/base/lora.ts";
 export { type LoadOptions, Model } from "./recipes/base/model.ts";
 export { eagerOps, type Ops } from "./recipes/base/ops.ts";
 export {
@@ -40,4 +42,5 @@ export {
 } from "./recipes/base/pipeline.ts";
 export { compose, eagerPlan, type Plan, type Recipe } from "./recipes/base/plan.ts";
 export { Generator } from "./recipes/base/random.ts";
+export type { PartFiles } from "./recipes/base/single_file.ts";
 export { SafetensorsError, SafetensorsFile, writeSafetensors } from "./recipes/base/safetensors.ts";

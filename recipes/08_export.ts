@@ -25,7 +25,8 @@ import { EMBEDDED_MODEL, gigabytes, interruptibly, Progress } from "./base/comma
 import { FluxError, UsageError } from "./base/errors.ts";
 import { identityOf } from "./base/identity.ts";
 import type { ModelChoice } from "./base/loading.ts";
-import { Model, modelName } from "./base/model.ts";
+import { Model } from "./base/model.ts";
+import { modelName } from "./base/model_parts.ts";
 import { type Origin, Package, writePackage } from "./base/package.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 import { fileModelName, type PartFiles } from "./base/single_file.ts";

@@ -13,7 +13,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { loadModel, openChosen, withLocalModel } from "./base/loading.ts";
+import { loadModel, mergeLoras, openChosen, withLocalModel } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
@@ -24,6 +24,8 @@ Examples:
   deno task generate --prompt "A cat playing with a ball of yarn"
   deno task generate --prompt "three red apples on a blue background" --seed 7 --output-file apples.png
   deno task generate --ckpt ~/models/FLUX.1-schnell --height 512 --width 768 --prompt "a lighthouse at night"
+  deno task generate --ckpt black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --prompt "a lighthouse"
+  deno task generate --ckpt black-forest-labs/FLUX.1-dev --transformer flux1-dev-fp8.safetensors --vae ae.safetensors
   deno task generate --disable_bf16 --json --verbose
   deno task generate --ckpt ~/models/FLUX.1-schnell-configs --random-weights --device cuda --verbose
 `;
@@ -56,6 +58,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
     await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
+  const loras = await mergeLoras(flags.lora, model, plan, note);
   if (flags.verbose) {
     const { description, providers } = device.properties();
     note(`${model.name} on ${device.name} (${description}), ${plan.recipes.join(", ")}`);
@@ -72,7 +75,13 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
     },
   }).finally(() => bar?.stop());
 
-  const png = await encodePicture(picture, { prompt: flags.prompt, settings, model, plan });
+  const png = await encodePicture(picture, {
+    prompt: flags.prompt,
+    settings,
+    model,
+    plan,
+    loras: flags.lora,
+  });
   await writeInterruptibly(output, png);
 
   const seconds = (performance.now() - started) / 1000;
@@ -93,6 +102,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
       model: model.name,
       device: device.name,
       recipes: plan.recipes,
+      ...(flags.lora.length > 0 && { loras: flags.lora }),
       ...settings,
       seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
       seconds: Number(seconds.toFixed(3)),
@@ -102,6 +112,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   } else {
     printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
   }
+  if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for this picture
   await exported?.write(plan);
 }
 

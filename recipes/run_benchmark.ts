@@ -19,7 +19,7 @@ import {
 } from "./base/command_line.ts";
 import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
-import { loadModel, openChosen, withLocalModel } from "./base/loading.ts";
+import { loadModel, mergeLoras, openChosen, withLocalModel } from "./base/loading.ts";
 import {
   measure,
   type PartStatistics,
@@ -81,6 +81,7 @@ async function runBenchmark(args: string[]): Promise<void> {
     await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
+  const loras = await mergeLoras(flags.lora, model, plan, note);
   const { description, providers } = device.properties();
   if (flags.verbose) {
     for (const [what, provider] of Object.entries(providers)) note(`${what}: ${provider}`);
@@ -95,7 +96,10 @@ async function runBenchmark(args: string[]): Promise<void> {
     onPicture: (done) => bar.update(done),
   }).finally(() => bar.stop());
   const memory = device.memoryUse();
-  await writeInterruptibly(output, await encodePicture(picture, { prompt, settings, model, plan }));
+  await writeInterruptibly(
+    output,
+    await encodePicture(picture, { prompt, settings, model, plan, loras: flags.lora }),
+  );
   if (traceFile !== undefined) {
     const events = await tracePicture(pipeline, drawing); // afterwards, since it takes time itself
     await writeInterruptibly(traceFile, await encodeTrace(events, traceFile));
@@ -125,6 +129,7 @@ async function runBenchmark(args: string[]): Promise<void> {
     memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
   };
   printLine(flags.json ? JSON.stringify(report) : describe(report));
+  if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for the pictures
   await exported?.write(plan);
 }
 

@@ -18,7 +18,7 @@ import { float8 } from "./06_float8.ts";
 import { fusedBlocks } from "./13_fused_blocks.ts";
 import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
-import { createParser, pngPath, userPath } from "./base/command_line.ts";
+import { createParser, loraChoice, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Recipe } from "./base/plan.ts";
 
@@ -302,6 +302,12 @@ export function createPictureParser(name: string, description: string) {
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
     .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
+    .option(
+      "--lora <file[:scale]>",
+      "a LoRA to merge into the weights, in diffusers', PEFT's, Kohya's or BFL's naming; again for several",
+      loraChoice,
+      [],
+    )
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .addOption(mode.hideHelp(!written("--compile_export_mode")))

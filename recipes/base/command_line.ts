@@ -11,6 +11,7 @@ import { fileURLToPath } from "node:url";
 import { writeFileAtomic } from "../../ffi/files.ts";
 import { FileError, FluxError, messageOf, UsageError } from "./errors.ts";
 import { isHubId } from "./hub_id.ts";
+import type { LoraChoice } from "./lora.ts";
 import { type GenerateOptions, MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
 
 /** The repository's folder. */
@@ -60,6 +61,17 @@ export function userPath(text: string): string {
 function modelPath(text: string): string {
   const path = userPath(text);
   return isHubId(text) && !existsSync(path) ? text : path;
+}
+
+/** A LoRA file, with a scale behind a colon or without; added to those that were given before. */
+export function loraChoice(text: string, others: readonly LoraChoice[]): LoraChoice[] {
+  const [, path, scale] = existsSync(userPath(text)) ? [text, text] : text.match(/^(.*?)(?::([^:/]*))?$/)!;
+  if (!path.endsWith(".safetensors")) {
+    throw new InvalidArgumentError(
+      "Give a .safetensors file, and a scale behind a colon: style.safetensors:0.8.",
+    );
+  }
+  return [...others, { path: userPath(path), scale: scale === undefined ? 1 : finiteNumber(scale) }];
 }
 
 /** A path of a PNG to write. */

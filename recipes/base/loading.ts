@@ -6,8 +6,9 @@ import { UsageError } from "./errors.ts";
 import { hubModel } from "./hub.ts";
 import { WHOLE_MODEL } from "./hub_files.ts";
 import { isHubId } from "./hub_id.ts";
+import { type LoraChoice, Loras } from "./lora.ts";
 import { Model } from "./model.ts";
-import { COMPONENTS } from "./plan.ts";
+import { COMPONENTS, type Plan } from "./plan.ts";
 
 /** Which device a program's user wants, and where it keeps what it compiles. */
 export interface DeviceChoice {
@@ -123,4 +124,25 @@ export async function loadModel(
     },
     onWarning: note,
   }).finally(() => bar?.stop());
+}
+
+/**
+ * Merges LoRAs into a finished plan, with a progress bar.
+ *
+ * @returns what removes them again; undefined where there are none. @param note is told what is worth knowing.
+ */
+export async function mergeLoras(
+  choices: readonly LoraChoice[],
+  model: Model,
+  plan: Plan,
+  note: (message: string) => void,
+): Promise<Loras | undefined> {
+  if (choices.length === 0) return undefined;
+  const loras = new Loras(model, plan, note);
+  let bar: Progress | undefined;
+  await loras.merge(choices, ({ done, total }) => {
+    bar ??= new Progress("merging", total, "weights");
+    bar.update(done);
+  }).finally(() => bar?.stop());
+  return loras;
 }

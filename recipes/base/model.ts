@@ -1,38 +1,28 @@
-import { existsSync } from "node:fs";
-import { join } from "node:path";
-import { z } from "zod";
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
-import { elementCount } from "../../ffi/tensor.ts";
-import { type AutoencoderConfig, autoencoderConfigSchema, autoencoderWeightShapes } from "./autoencoder.ts";
-import { openComponent, readJson, resolveModelFolder } from "./checkpoint.ts";
 import { CheckpointError, type ComponentWeights } from "./component_weights.ts";
-import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
+import {
+  bytesOf,
+  EXPECTED_LEFTOVERS,
+  type ModelConfigs,
+  type ModelParts,
+  openPart,
+  readParts,
+  weightShapes,
+  withScales,
+} from "./model_parts.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
 import { randomWeights } from "./random_weights.ts";
-import { fileDTypeBits, printable } from "./safetensors.ts";
-import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
-import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
-import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "./tokenizer.ts";
-import { type TransformerConfig, transformerConfigSchema, transformerWeightShapes } from "./transformer.ts";
-import {
-  fileModelName,
-  FLUX_AUTOENCODER,
-  openSingleFile,
-  type PartFiles,
-  transformerConfigOf,
-} from "./single_file.ts";
+import { printable } from "./safetensors.ts";
+import type { FlowMatchEulerScheduler } from "./scheduler.ts";
+import type { PartFiles } from "./single_file.ts";
 import { widenStored } from "./stored_float8.ts";
-import { freeAll, placeWeights, scaleName, type Weights, type WeightShapes } from "./weights.ts";
+import type { TextTokenizer } from "./tokenizer.ts";
+import { freeAll, placeWeights, scaleName, type Weights } from "./weights.ts";
 
-/** The configs of the four parts that have weights. */
-export interface ModelConfigs {
-  readonly text_encoder: ClipConfig;
-  readonly text_encoder_2: T5Config;
-  readonly transformer: TransformerConfig;
-  readonly vae: AutoencoderConfig;
-}
+/** Weights of a part as they were before any recipe: their names and where they come from. */
+type Source = (component: Component, names: readonly string[]) => Promise<Weights>;
 
 export interface LoadOptions {
   /** Files in the place of parts of the folder. */
@@ -43,30 +33,6 @@ export interface LoadOptions {
   readonly onProgress?: ((event: { loadedBytes: number; totalBytes: number }) => void) | undefined;
   /** Called with things worth knowing that do not stop the loading. */
   readonly onWarning?: ((message: string) => void) | undefined;
-}
-
-/** `model_index.json`: only FluxPipeline's parts, each of the class that is implemented here. */
-const modelIndexSchema = z.looseObject({
-  _class_name: z.literal(["FluxPipeline", "FluxKontextPipeline"], {
-    error: (issue) =>
-      `${printable(String(issue.input))} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
-  }),
-  transformer: z.tuple([z.unknown(), z.literal("FluxTransformer2DModel")]),
-  vae: z.tuple([z.unknown(), z.literal("AutoencoderKL")]),
-  text_encoder: z.tuple([z.unknown(), z.literal("CLIPTextModel")]),
-  text_encoder_2: z.tuple([z.unknown(), z.literal("T5EncoderModel")]),
-  scheduler: z.tuple([z.unknown(), z.literal("FlowMatchEulerDiscreteScheduler")]),
-});
-
-/** What a model folder has besides weights. */
-interface ModelParts {
-  /** The folder's name, for messages and metadata. */
-  readonly name: string;
-  readonly folder: string;
-  readonly configs: ModelConfigs;
-  readonly scheduler: FlowMatchEulerScheduler;
-  readonly clipTokenizer: TextTokenizer;
-  readonly t5Tokenizer: TextTokenizer;
 }
 
 /**
@@ -85,6 +51,7 @@ export class Model implements Disposable {
     parts: ModelParts,
     readonly weights: Readonly<Record<Component, Weights>>,
     private readonly checkpoints: readonly ComponentWeights[],
+    private readonly source: Source,
   ) {
     this.name = parts.name;
     this.configs = parts.configs;
@@ -104,7 +71,12 @@ export class Model implements Disposable {
     const parts = readParts(path);
     const weights = randomWeights(device, parts.configs, weightShapes(parts.configs), dtype, seed);
     await device.synchronize();
-    return new Model({ ...parts, name: withRandom(parts.name) }, weights, []);
+    return new Model(
+      { ...parts, name: withRandom(parts.name) },
+      weights,
+      [],
+      randomSource(device, parts, dtype, seed),
+    );
   }
 
   /**
@@ -123,7 +95,17 @@ export class Model implements Disposable {
     try {
       const parts = readParts(path, files);
       for (const component of COMPONENTS) checkWeights(parts, component, weights[component]);
-      return new Model(random ? { ...parts, name: withRandom(parts.name) } : parts, weights, []);
+      const { device, dtype } = weights.transformer.get("x_embedder.weight");
+      if (random) {
+        const source = randomSource(device, parts, dtype, 0);
+        return new Model({ ...parts, name: withRandom(parts.name) }, weights, [], source);
+      }
+      const opened: ComponentWeights[] = [];
+      return new Model(parts, weights, opened, (component, names) => {
+        const checkpoint = openPart(parts.folder, files, parts.configs, component);
+        opened.push(checkpoint);
+        return placeSome(device, checkpoint, names, dtype);
+      });
     } catch (error) {
       for (const component of COMPONENTS) freeAll(weights[component]);
       throw error;
@@ -191,11 +173,24 @@ export class Model implements Disposable {
       const weights = Object.fromEntries(
         opened.map(({ component }, i) => [component, widenStored(device, placed[i], dtype)]),
       );
-      return new Model(own, weights as Record<Component, Weights>, checkpoints);
+      const source: Source = (component, names) =>
+        placeSome(device, opened.find((one) => one.component === component)!.checkpoint, names, dtype);
+      return new Model(own, weights as Record<Component, Weights>, checkpoints, source);
     } catch (error) {
       for (const checkpoint of checkpoints) checkpoint[Symbol.dispose]();
       throw error;
     }
+  }
+
+  /**
+   * Some weights as they were before any recipe: brought to the device once more, on the CPU those of the mapped file.
+   *
+   * @param names of the part's weights. @returns those, which the caller frees.
+   * @throws ModelError where the model's folder does not have them any more; OutOfMemoryError, and nothing stays.
+   */
+  async originals(component: Component, names: readonly string[]): Promise<Weights> {
+    this.checkOpen();
+    return await this.source(component, names);
   }
 
   #closed = false;
@@ -216,6 +211,34 @@ export class Model implements Disposable {
   }
 }
 
+/** Brings some weights of a checkpoint to the device, float8 ones in `dtype`. */
+async function placeSome(
+  device: Device,
+  checkpoint: ComponentWeights,
+  names: readonly string[],
+  dtype: DType,
+): Promise<Weights> {
+  const scales = names.map(scaleName).filter((name) => checkpoint.has(name));
+  const [placed] = await placeWeights(device, [{ checkpoint, names: [...names, ...scales] }]);
+  return widenStored(device, placed, dtype);
+}
+
+/** Weights that were made up, made up again. */
+function randomSource(device: Device, { configs }: ModelParts, dtype: DType, seed: number): Source {
+  return (component, names) => {
+    const wanted = new Set(names);
+    const made = randomWeights(
+      device,
+      configs,
+      weightShapes(configs),
+      dtype,
+      seed,
+      (part, name) => part === component && wanted.has(name),
+    );
+    return Promise.resolve(made[component]);
+  };
+}
+
 function withRandom(name: string): string {
   return `${name} with random weights`;
 }
@@ -230,135 +253,5 @@ function checkWeights({ folder, configs }: ModelParts, component: Component, wei
         shape.join(", ")
       }]`,
     );
-  }
-}
-
-/** Size of the weights that the model reads. */
-function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
-  return [...shapes].reduce(
-    (sum, [name, shape]) => sum + elementCount(shape) * fileDTypeBits(checkpoint.info(name).dtype) / 8,
-    0,
-  );
-}
-
-/** Opens a part's weights, in the model's folder or in a file of its own. */
-function openPart(
-  folder: string,
-  files: PartFiles,
-  configs: ModelConfigs,
-  component: Component,
-): ComponentWeights {
-  if (component === "transformer" && files.transformer !== undefined) {
-    return openSingleFile(files.transformer, component, configs.transformer);
-  }
-  if (component === "vae" && files.vae !== undefined) {
-    return openSingleFile(files.vae, component, configs.vae);
-  }
-  return openComponent(folder, component);
-}
-
-/** The shapes with those of the scales that quantized weights have in the files. */
-function withScales(shapes: WeightShapes, checkpoint: ComponentWeights): WeightShapes {
-  for (const name of [...shapes.keys()]) {
-    const scale = scaleName(name);
-    if (checkpoint.has(scale)) shapes.set(scale, checkpoint.info(scale).shape);
-  }
-  return shapes;
-}
-
-/** Configs, schedule and tokenizers of a model folder, checked against each other. */
-function readParts(path: string, files: PartFiles = {}): ModelParts {
-  // Beside a transformer's file the folder is there for text encoders and tokenizers, and may have nothing else.
-  const alone = files.transformer === undefined;
-  const folder = resolveModelFolder(path, alone ? "model_index.json" : "text_encoder");
-  const has = (file: string) => alone || existsSync(join(folder, file));
-  if (has("model_index.json")) readJson(folder, "model_index.json", modelIndexSchema);
-  const ofFolder = has("transformer/config.json")
-    ? readJson(folder, "transformer/config.json", transformerConfigSchema)
-    : undefined;
-  const transformer = files.transformer === undefined
-    ? ofFolder!
-    : transformerConfigOf(files.transformer, ofFolder);
-  const configs: ModelConfigs = {
-    text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
-    text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
-    transformer,
-    vae: files.vae !== undefined && !existsSync(join(folder, "vae/config.json"))
-      ? FLUX_AUTOENCODER
-      : readJson(folder, "vae/config.json", autoencoderConfigSchema),
-  };
-  // A schedule belongs to its transformer: with a file of another kind the folder's is the wrong one.
-  const sameKind = ofFolder === undefined || ofFolder.guidance_embeds === transformer.guidance_embeds;
-  const scheduler = new FlowMatchEulerScheduler(
-    sameKind && has("scheduler/scheduler_config.json")
-      ? readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema)
-      : schedulerConfigSchema.parse(
-        transformer.guidance_embeds ? { shift: 3, use_dynamic_shifting: true } : { shift: 1 },
-      ),
-  );
-  const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
-  const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
-  checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  const name = files.transformer === undefined ? modelName(folder) : fileModelName(files.transformer);
-  return { name, folder, configs, scheduler, clipTokenizer, t5Tokenizer };
-}
-
-/** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */
-function weightShapes(
-  configs: ModelConfigs,
-  has: (name: string) => boolean = () => false,
-): Record<Component, WeightShapes> {
-  return {
-    text_encoder: clipWeightShapes(configs.text_encoder, has),
-    text_encoder_2: t5WeightShapes(configs.text_encoder_2, has),
-    transformer: transformerWeightShapes(configs.transformer),
-    vae: autoencoderWeightShapes(configs.vae),
-  };
-}
-
-/** Weights that published checkpoints carry beside those that are read: a second name of T5's table, buffers. */
-const EXPECTED_LEFTOVERS = /(^|\.)(position_ids|embed_tokens\.weight|shared\.weight)$/;
-
-/** The folder's own name; for a snapshot of the Hugging Face cache the repository's. */
-export function modelName(folder: string): string {
-  const repository = folder.match(/models--([^/]+)--([^/]+)\/snapshots\//);
-  return repository ? `${repository[1]}/${repository[2]}` : folder.split("/").at(-1) ?? folder;
-}
-
-/** The configs and the tokenizers must be of one model. */
-function checkFit(folder: string, configs: ModelConfigs, clip: TextTokenizer, t5: TextTokenizer): void {
-  const { text_encoder, text_encoder_2, transformer, vae } = configs;
-  const problems: string[] = [];
-  const expect = (what: string, found: number, wanted: number) => {
-    if (found !== wanted) problems.push(`${what} is ${found}, expected ${wanted}`);
-  };
-  const expectAtMost = (what: string, found: number, limit: number, limitedBy: string) => {
-    if (found > limit) problems.push(`${what} is ${found}, expected at most ${limit} (${limitedBy})`);
-  };
-  expect("transformer joint_attention_dim", transformer.joint_attention_dim, text_encoder_2.d_model);
-  expect("transformer pooled_projection_dim", transformer.pooled_projection_dim, text_encoder.hidden_size);
-  expect("transformer in_channels", transformer.in_channels, 4 * vae.latent_channels);
-  expect(
-    "transformer out_channels",
-    transformer.out_channels ?? transformer.in_channels,
-    transformer.in_channels,
-  );
-  expectAtMost(
-    "tokenizer model_max_length",
-    clip.modelMaxLength,
-    text_encoder.max_position_embeddings,
-    "text_encoder max_position_embeddings",
-  );
-  const vocabularies = [
-    ["tokenizer", clip, "text_encoder", text_encoder],
-    ["tokenizer_2", t5, "text_encoder_2", text_encoder_2],
-  ] as const;
-  for (const [name, tokenizer, encoder, { vocab_size }] of vocabularies) {
-    expectAtMost(`${name}'s largest id`, tokenizer.maxId, vocab_size - 1, `${encoder} vocab_size - 1`);
-  }
-  if (problems.length > 0) {
-    throw new ModelError(`${folder}: the parts do not fit together: ${problems.join("; ")}`, {
-      hint: "all parts must be of the same model: download it again",
-    });
   }
 }

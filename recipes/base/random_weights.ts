@@ -2,7 +2,7 @@ import type { Device } from "../../ffi/device.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { fillRandom } from "../../kernels/random_fill.ts";
-import type { ModelConfigs } from "./model.ts";
+import type { ModelConfigs } from "./model_parts.ts";
 import type { Component } from "./plan.ts";
 import { type Weights, weightsFrom, type WeightShapes } from "./weights.ts";
 
@@ -15,6 +15,7 @@ const STREAMS_PER_PART = 2 ** 20;
  * trained weights.
  *
  * @param dtype that the weights are made in. @param seed the same one gives the same weights.
+ * @param wanted which of them are made; all when left out.
  */
 export function randomWeights(
   device: Device,
@@ -22,9 +23,11 @@ export function randomWeights(
   shapes: Readonly<Record<Component, WeightShapes>>,
   dtype: DType,
   seed: number,
+  wanted: (component: Component, name: string) => boolean = () => true,
 ): Record<Component, Weights> {
   const parts = Object.entries(shapes).map(([component, ofPart], part) => {
-    const tensors = Array.from(ofPart, ([name, shape], i): [string, Tensor] => {
+    const tensors = [...ofPart].flatMap(([name, shape], i): [string, Tensor][] => {
+      if (!wanted(component as Component, name)) return [];
       const weight = new Tensor(
         device.alloc(elementCount(shape) * dtypeBytes(dtype), "weights"),
         dtype,
@@ -32,7 +35,7 @@ export function randomWeights(
       );
       const stream = part * STREAMS_PER_PART + i;
       fillRandom(weight, { seed, stream, kind: "normal", ...distribution(name, shape, configs) });
-      return [name, weight];
+      return [[name, weight]];
     });
     return [component, weightsFrom(new Map(tensors))];
   });
