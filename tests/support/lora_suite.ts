@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Device } from "../../ffi/device.ts";
+import { OutOfMemoryError } from "../../ffi/errors.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
@@ -9,9 +10,11 @@ import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { float8 } from "../../recipes/06_float8.ts";
+import { exportedModel, exporting } from "../../recipes/08_export.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "../../recipes/base/clip.ts";
 import { type LoraChoice, Loras } from "../../recipes/base/lora.ts";
 import { Model } from "../../recipes/base/model.ts";
+import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
 import { scaleName, type Weights } from "../../recipes/base/weights.ts";
 import { assertClose, relativeError } from "./compare.ts";
@@ -206,6 +209,123 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
       assert.equal(device.memoryUse().weights, used.weights);
       assert.equal(device.memoryUse().current, used.current);
     }));
+
+  test("pictures follow what is merged, with packed weights and recorded graphs", async (device) => {
+    const { model, plan } = await open(device, goldenPath("schnell-like"), [bfloat16, compile, fuseQkv]);
+    using _ = model;
+    const pipeline = new FluxPipeline(model, plan);
+    let recorded = 0;
+    if (isGpu(device)) {
+      const { record } = device;
+      device.record = (body) => {
+        recorded++;
+        return record.call(device, body);
+      };
+    }
+    const draw = async () => {
+      const { images: [{ rgb }] } = await pipeline.generate({
+        prompt: "a cat",
+        seed: 1,
+        height: 32,
+        width: 32,
+        numInferenceSteps: 2,
+      });
+      return rgb.toBase64();
+    };
+    const plain = await draw();
+    assert.equal(await draw(), plain);
+    const graphs = recorded;
+    const loras = new Loras(model, plan);
+    const pictures = [];
+    for (const choices of Object.values(CASES("schnell-like"))) {
+      await loras.merge(choices);
+      pictures.push(await draw());
+    }
+    assert.equal(new Set([plain, ...pictures]).size, 4);
+    await loras.merge(CASES("schnell-like").one);
+    assert.equal(await draw(), pictures[0]);
+    await loras.merge([]);
+    assert.equal(await draw(), plain);
+    assert.equal(recorded, graphs, "graphs were recorded again");
+  });
+
+  test("random weights and exported ones have originals too", (device) =>
+    inFolder(async (root) => {
+      const folder = goldenPath("schnell-like");
+      const recipes = [bfloat16, compile, fuseQkv, float8(), exporting];
+      const check = async (model: Model, plan: Plan) => {
+        const before = await bytesOf(plan.weights.transformer);
+        const loras = new Loras(model, plan);
+        await loras.merge(CASES("schnell-like").both);
+        const merged = await bytesOf(plan.weights.transformer);
+        assert.notDeepEqual(merged, before);
+        await loras.merge([]);
+        assert.deepEqual(await bytesOf(plan.weights.transformer), before);
+        loras.release();
+        return merged;
+      };
+      using random = await Model.random(folder, device, "bf16", 3);
+      await check(random, compose(eagerPlan(device, random.weights), ...recipes.slice(0, -1)));
+      if (!isGpu(device)) return;
+      const flags = { ckpt: folder, cacheDir: root, useCachedModel: true } as const;
+      const loaded = await Model.load(folder, device);
+      const plan = compose(eagerPlan(device, loaded.weights), ...recipes);
+      await exportedModel(flags, recipes, device, () => {})!.write(plan);
+      const expected = await check(loaded, plan);
+      loaded[Symbol.dispose]();
+      using model = await exportedModel(flags, recipes, device, () => {})!.load();
+      assert.deepEqual(await check(model!, compose(eagerPlan(device, model!.weights), ...recipes)), expected);
+    }));
+
+  test("without room for originals they are read again, and it is the same", async (device) => {
+    const folder = goldenPath("schnell-like");
+    const recipes = [bfloat16, fuseQkv, float8()];
+    const results = [];
+    for (const room of [true, false]) {
+      const { model, plan } = await open(device, folder, recipes);
+      using _ = model;
+      const notes: string[] = [];
+      const before = await bytesOf(plan.weights.transformer);
+      const loras = new Loras(model, plan, (note) => notes.push(note));
+      const { placeAll } = device;
+      let calls = 0;
+      device.placeAll = (...args) => {
+        // The first call brings the factors, the second one the originals of all.
+        if (!room && ++calls === 2) return Promise.reject(new OutOfMemoryError("full"));
+        return placeAll.apply(device, args);
+      };
+      try {
+        const used = device.memoryUse().weights;
+        await loras.merge(CASES("schnell-like").both);
+        results.push(await bytesOf(plan.weights.transformer));
+        await loras.merge([]);
+        assert.deepEqual(await bytesOf(plan.weights.transformer), before);
+        assert.equal(notes.length, room ? 0 : 1);
+        if (!room && isGpu(device)) assert.equal(device.memoryUse().weights, used);
+      } finally {
+        device.placeAll = placeAll;
+      }
+    }
+    assert.deepEqual(results[1], results[0]);
+  });
+
+  test("what fails in the middle leaves the model's own weights", async (device) => {
+    const { model, plan } = await open(device, goldenPath("schnell-like"), [bfloat16, fuseQkv]);
+    using _ = model;
+    const before = await bytesOf(plan.weights.transformer);
+    const loras = new Loras(model, plan);
+    const { matmul } = device;
+    let left = 5;
+    device.matmul = (product) => {
+      if (left-- === 0) throw new OutOfMemoryError("full");
+      matmul.call(device, product);
+    };
+    await assert.rejects(loras.merge(CASES("schnell-like").one), OutOfMemoryError);
+    device.matmul = matmul;
+    assert.deepEqual(await bytesOf(plan.weights.transformer), before);
+    await loras.merge(CASES("schnell-like").one);
+    assert.notDeepEqual(await bytesOf(plan.weights.transformer), before);
+  });
 }
 
 /** Writes a model's folder with LoRAs merged into its bfloat16 weights. */
