@@ -102,7 +102,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
       model: model.name,
       device: device.name,
       recipes: plan.recipes,
-      ...(flags.lora.length > 0 && { loras: flags.lora }),
+      ...(flags.lora && { loras: flags.lora }),
       ...settings,
       seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
       seconds: Number(seconds.toFixed(3)),

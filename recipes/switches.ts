@@ -306,7 +306,6 @@ export function createPictureParser(name: string, description: string) {
       "--lora <file[:scale]>",
       "a LoRA to merge into the weights, in diffusers', PEFT's, Kohya's or BFL's naming; again for several",
       loraChoice,
-      [],
     )
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .option("--disable_bf16", "compute in float32 instead of bfloat16")

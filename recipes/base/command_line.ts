@@ -64,7 +64,7 @@ function modelPath(text: string): string {
 }
 
 /** A LoRA file, with a scale behind a colon or without; added to those that were given before. */
-export function loraChoice(text: string, others: readonly LoraChoice[]): LoraChoice[] {
+export function loraChoice(text: string, others: readonly LoraChoice[] = []): LoraChoice[] {
   const [, path, scale] = existsSync(userPath(text)) ? [text, text] : text.match(/^(.*?)(?::([^:/]*))?$/)!;
   if (!path.endsWith(".safetensors")) {
     throw new InvalidArgumentError(
@@ -317,12 +317,12 @@ export class Progress {
     Progress.#tuning.update(count);
   }
 
-  /** @param total where it was not known from the start. */
-  update(done: number, total?: number): void {
+  /** @param total where it was not known from the start. @param kept what was done before: the rate is without it. */
+  update(done: number, total?: number, kept = 0): void {
     this.#done = done;
     if (total !== undefined) this.#bar?.setTotal(total);
     const seconds = (performance.now() - this.#started) / 1000;
-    this.#bar?.update(done, { rate: gigabytes(done / seconds), note: this.#note });
+    this.#bar?.update(done, { rate: gigabytes((done - kept) / seconds), note: this.#note });
   }
 
   stop(): void {

@@ -23,11 +23,19 @@ export interface HubOptions {
   /** Those of the environment when left out. */
   readonly settings?: HubSettings | undefined;
   readonly signal?: AbortSignal | undefined;
-  /** How many bytes have arrived, of how many; those of an interrupted download count. */
-  readonly onProgress?: ((event: { doneBytes: number; totalBytes: number }) => void) | undefined;
+  readonly onProgress?: ((event: DownloadProgress) => void) | undefined;
   readonly onNote?: ((message: string) => void) | undefined;
   /** Milliseconds before something that failed is tried again. */
   readonly patience?: number | undefined;
+}
+
+/** How far a download is. */
+export interface DownloadProgress {
+  /** Bytes that are there, and of how many. */
+  readonly doneBytes: number;
+  readonly totalBytes: number;
+  /** Those that were there before: an interrupted download's. */
+  readonly keptBytes: number;
 }
 
 /** Files that are downloaded at a time. */
@@ -104,14 +112,18 @@ async function download(
   const small = smallFiles(list, wanted);
   refuseMissing(request, small.missing);
   const snapshot = join(repository, "snapshots", commit);
-  let [doneBytes, totalBytes] = [0, 0];
+  let [doneBytes, totalBytes, keptBytes] = [0, 0, 0];
   const bring = async (paths: readonly string[]) => {
     const missing = paths.filter((path) => !exists(join(snapshot, path))).map((path) => files.get(path)!);
     totalBytes += missing.reduce((sum, { size }) => sum + size, 0);
     checkRoom(request, repository, missing);
-    const report = (bytes: number) => onProgress?.({ doneBytes: doneBytes += bytes, totalBytes });
+    const report = (bytes: number, kept = false) => {
+      doneBytes += bytes;
+      if (kept) keptBytes += bytes;
+      onProgress?.({ doneBytes, totalBytes, keptBytes });
+    };
     await together(missing, request.signal, async (file, signal) => {
-      if (await hasBlob(repository, file)) report(file.size);
+      if (await hasBlob(repository, file)) report(file.size, true);
       else {
         const { downloadBlob } = await import("./hub_download.ts");
         await downloadBlob(repository, file, commit, { ...request, signal }, report);

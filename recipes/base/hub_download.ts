@@ -24,8 +24,8 @@ const STALLED = 60_000;
  * what has arrived so far too: what is there already is not downloaded again, whoever has begun. A lock keeps other
  * processes from the same file meanwhile.
  *
- * @param commit that the file is read at. @param onBytes told of bytes that have arrived, and of those that were thrown
- * away again, as a negative number.
+ * @param commit that the file is read at. @param onBytes told of bytes that have arrived, and whether they were there before; of those
+ * that were thrown away again as a negative number.
  * @throws ModelError for content that is not what the hub says it is, and was not at a second attempt either;
  * FileError for a disk that takes no more, which leaves what has arrived where it is; what {@link hubFetch} throws.
  */
@@ -34,7 +34,7 @@ export async function downloadBlob(
   file: RemoteFile,
   commit: string,
   request: HubRequest,
-  onBytes: (bytes: number) => void,
+  onBytes: (bytes: number, kept?: boolean) => void,
 ): Promise<void> {
   const blob = join(repository, "blobs", file.etag);
   const partial = `${blob}.incomplete`;
@@ -44,7 +44,7 @@ export async function downloadBlob(
     await Deno.mkdir(dirname(lockPath), { recursive: true });
     using lock = await Deno.open(lockPath, { create: true, write: true });
     await unlessAborted(lock.lock(true), request.signal);
-    if (await sizeOf(blob) === file.size) return onBytes(file.size); // another process has brought it meanwhile
+    if (await sizeOf(blob) === file.size) return onBytes(file.size, true); // another process has brought it meanwhile
     using target = await Deno.open(partial, { create: true, read: true, write: true });
     for (let attempt = 0;; attempt++) {
       const found = await fill(target, file, commit, request, onBytes);
@@ -68,10 +68,10 @@ async function fill(
   file: RemoteFile,
   commit: string,
   request: HubRequest,
-  onBytes: (bytes: number) => void,
+  onBytes: (bytes: number, kept?: boolean) => void,
 ): Promise<string> {
   let { hash, done } = await hashOfStart(target, file);
-  onBytes(done);
+  onBytes(done, true);
   for (let failures = 0; done < file.size;) {
     const before = done;
     let failure: unknown;

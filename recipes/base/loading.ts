@@ -75,9 +75,9 @@ export async function withLocalModel<Choice extends ModelChoice>(
         },
         signal,
         onNote: note,
-        onProgress: ({ doneBytes, totalBytes }) => {
+        onProgress: ({ doneBytes, totalBytes, keptBytes }) => {
           bar ??= new Progress("downloading", totalBytes, "bytes");
-          bar.update(arrived = doneBytes, totalBytes);
+          bar.update(arrived = doneBytes, totalBytes, keptBytes);
         },
       }),
     () =>
@@ -132,12 +132,12 @@ export async function loadModel(
  * @returns what removes them again; undefined where there are none. @param note is told what is worth knowing.
  */
 export async function mergeLoras(
-  choices: readonly LoraChoice[],
+  choices: readonly LoraChoice[] | undefined,
   model: Model,
   plan: Plan,
   note: (message: string) => void,
 ): Promise<Loras | undefined> {
-  if (choices.length === 0) return undefined;
+  if (choices === undefined) return undefined;
   const loras = new Loras(model, plan, note);
   let bar: Progress | undefined;
   await loras.merge(choices, ({ done, total }) => {

@@ -64,7 +64,15 @@ export function loraTargets(
     joined.set(keyOf(tensor), [...joined.get(keyOf(tensor)) ?? [], { ...target, rows }]);
   }
   for (const [key, targets] of joined) transformer.set(key, targets);
-  return { transformer, text_encoder: clip, text_encoder_2: ofPart("text_encoder_2") };
+  let t5: Map<string, LoraTarget[]> | undefined;
+  return {
+    transformer,
+    text_encoder: clip,
+    // Looked at where a file names it only: it may not be on the device any more.
+    get text_encoder_2() {
+      return t5 ??= ofPart("text_encoder_2");
+    },
+  };
 }
 
 /** The weights of a layer by its name in a LoRA file, in the order of its rows; undefined where the model has none. */

@@ -11,7 +11,7 @@ export interface Origin {
   readonly settings: GenerateResult["settings"];
   readonly model: Model;
   readonly plan: Plan;
-  readonly loras?: readonly LoraChoice[];
+  readonly loras?: readonly LoraChoice[] | undefined;
 }
 
 /** A picture as PNG, with how it was made in its `parameters` text. */

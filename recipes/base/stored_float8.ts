@@ -17,22 +17,22 @@ import { scaleName, type Weights, weightsFrom } from "./weights.ts";
  */
 export function widenStored(device: Device, weights: Weights, dtype: DType): Weights {
   const own = new Map<string, Tensor>();
-  const done: string[] = [];
   for (const name of weights.names) {
     if (weights.has(name.replace(/_scale$/, "")) && name.endsWith(scaleName(""))) continue;
     const weight = weights.get(name);
-    if (weight.dtype !== "f8e4m3" && weight.dtype !== "f8e5m2") {
+    const scale = weights.has(scaleName(name)) ? weights.get(scaleName(name)) : undefined;
+    if (weight.dtype !== "f8e4m3" && weight.dtype !== "f8e5m2" && scale === undefined) {
       own.set(name, weight);
       continue;
     }
-    const scale = weights.has(scaleName(name)) ? weights.get(scaleName(name)) : undefined;
     const wide = Tensor.empty(device, weight.shape, dtype, "weights");
     device.scope(() => copyInto(wide, widened(name, weight, scale, dtype)));
     own.set(name, wide);
-    done.push(name, ...(scale === undefined ? [] : [scaleName(name)]));
+    if (!isGpu(device)) continue;
+    // Memory is given out again in the order of the work, so nothing overwrites a weight before it was read.
+    weights.free(name);
+    if (scale !== undefined) weights.free(scaleName(name));
   }
-  // Memory is given out again in the order of the work, so nothing overwrites a weight before it was read.
-  if (isGpu(device)) { for (const name of done) weights.free(name); }
   return weightsFrom(own);
 }
 

@@ -1,11 +1,12 @@
 /** Models by their hub ids, against a server on this machine that behaves like the hub. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { hubModel, type HubOptions } from "../../recipes/base/hub.ts";
+import { type DownloadProgress, hubModel, type HubOptions } from "../../recipes/base/hub.ts";
 import { hubHosts } from "../../recipes/base/hub_hosts.ts";
 import { isHubId } from "../../recipes/base/hub_id.ts";
 import { type HubSettings, hubSettings } from "../../recipes/base/hub_settings.ts";
 import { FluxError } from "../../recipes/base/errors.ts";
+import { bflTransformer, writePart } from "../support/bfl_files.ts";
 import { type FakeHub, gitHash, serveHub, sha256 } from "../support/fake_hub.ts";
 import { inFolder } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
@@ -80,7 +81,7 @@ function checkSnapshot(folder: string): void {
 
 hubTest("downloads what is needed and nothing else, into huggingface_hub's layout", async (bench) => {
   const { hub, repository, get } = bench;
-  const events: { doneBytes: number; totalBytes: number }[] = [];
+  const events: DownloadProgress[] = [];
   const folder = await get({ onProgress: (event) => events.push(event) });
   assert.equal(folder, join(repository, "snapshots", hub.commit));
   checkSnapshot(folder);
@@ -96,8 +97,8 @@ hubTest("downloads what is needed and nothing else, into huggingface_hub's layou
   );
   assert.ok(namesIn(join(repository, "blobs")).every((name) => /^([0-9a-f]{40}|[0-9a-f]{64})$/.test(name)));
   assert.ok(hub.most > 1, "one file after another");
-  const { doneBytes, totalBytes } = events.at(-1)!;
-  assert.equal(doneBytes, totalBytes);
+  const { doneBytes, totalBytes, keptBytes } = events.at(-1)!;
+  assert.deepEqual([doneBytes, keptBytes], [totalBytes, 0]);
   assert.equal(totalBytes, tree(MODEL).reduce((sum, path) => sum + Deno.statSync(join(MODEL, path)).size, 0));
 });
 
@@ -145,6 +146,13 @@ hubTest("configs and tokenizers alone, where weights are not wanted", async ({ g
   checkSnapshot(folder);
 });
 
+hubTest("of a model whose transformer is a file of its own the other parts alone", async ({ get }) => {
+  const configs = ["text_encoder", "text_encoder_2", "transformer", "vae"] as const;
+  const folder = await get({ wanted: { configs, weights: ["text_encoder", "text_encoder_2", "vae"] } });
+  const isWeights = (path: string) => /^transformer\/.*\.safetensors/.test(path);
+  assert.deepEqual(tree(folder), tree(MODEL).filter((path) => !isWeights(path)));
+});
+
 hubTest("goes on where a connection was cut, in the same run", async ({ hub, get }) => {
   hub.cuts.push(20_000, 50_000, 0, 1);
   checkSnapshot(await get());
@@ -168,11 +176,22 @@ hubTest("goes on where an earlier run was stopped", async ({ hub, get, repositor
   ) => Deno.statSync(join(repository, "blobs", name)).size).filter((size) => size > 0);
   assert.ok(partials.length > 0, "nothing was kept");
   const before = hub.asked.length;
-  checkSnapshot(await get());
+  let last: DownloadProgress | undefined;
+  checkSnapshot(await get({ onProgress: (event) => last = event }));
+  assert.equal(last?.doneBytes, last?.totalBytes);
+  assert.ok(last!.keptBytes >= partials.reduce((a, b) => a + b));
   const starts = hub.asked.slice(before).map(({ range }) => range).filter((range) => range !== null).map((
     range,
   ) => Number(range.match(/bytes=(\d+)-/)![1]));
-  assert.deepEqual(new Set(starts), new Set(partials), "what had arrived was not gone on from");
+  // One that had arrived to its end is only looked through.
+  assert.ok(
+    starts.length > 0 && starts.every((start) => partials.includes(start)),
+    "not gone on from what had arrived",
+  );
+  const sent = hub.asked.slice(before).filter(({ server, range }) =>
+    server === "store" && range === null
+  ).length;
+  assert.ok(sent <= tree(MODEL).filter((path) => path.endsWith(".safetensors")).length - partials.length);
   assert.ok(namesIn(join(repository, "blobs")).every((name) => !name.endsWith(".incomplete")));
 });
 
@@ -461,6 +480,17 @@ Deno.test("hub: gen_image draws with a model by its id, with the task's permissi
     const cached = await run({ HF_HUB_OFFLINE: "1" }, "--json");
     assert.equal(cached.code, 0, cached.stderr);
     assert.equal(JSON.parse(cached.stdout).model, ID);
+
+    // What is not needed is not missed, offline too.
+    Deno.removeSync(join(root, "hf/hub/models--some-lab--FLUX.1-small/snapshots", hub.commit, SHARD));
+    const whole = await run({ HF_HUB_OFFLINE: "1" });
+    assert.match(whole.stderr, /is not complete in/);
+    const transformer = join(root, "flux1-small.safetensors");
+    await writePart(transformer, bflTransformer(MODEL));
+    const single = await run({ HF_HUB_OFFLINE: "1" }, "--transformer", transformer);
+    assert.equal(single.code, 0, single.stderr);
+    const random = await run({ HF_HUB_OFFLINE: "1" }, "--random-weights");
+    assert.equal(random.code, 0, random.stderr);
 
     const missing = await run({ HF_HUB_OFFLINE: "1", HF_HOME: join(root, "empty") });
     assert.equal(missing.code, 2);

@@ -92,6 +92,57 @@ Deno.test("LoRA: old names of diffusers, adapters' names and alphas", () =>
     assert.equal((await bytesOf(plan.weights.transformer)).get(`${LAYER[0]}.weight`), expected);
   }));
 
+Deno.test("LoRA: text encoders by diffusers' and Kohya's names", () =>
+  inFolder(async (root) => {
+    using device = await openCpu();
+    const path = join(root, "a.safetensors");
+    for (const folder of ["schnell-like", "dev-like"]) { // CLIP's names with a prefix, and without
+      using model = await Model.load(goldenPath(folder), device);
+      const plan = compose(eagerPlan(device, model.weights), bfloat16);
+      const loras = new Loras(model, plan);
+      const [size] = plan.weights.text_encoder.get(
+        plan.weights.text_encoder.names.find((name) => name.endsWith("layers.1.self_attn.q_proj.weight"))!,
+      ).shape;
+      const [rows, columns] =
+        plan.weights.text_encoder_2.get("encoder.block.1.layer.0.SelfAttention.k.weight").shape;
+      const clip = randomLora([["encoder.layers.1.self_attn.q_proj", size, size]], 2, 1);
+      const t5 = randomLora([["encoder.block.1.layer.0.SelfAttention.k", rows, columns]], 2, 9);
+      const before = [await bytesOf(plan.weights.text_encoder), await bytesOf(plan.weights.text_encoder_2)];
+      const results = new Set<string>();
+      for (
+        const [clipName, t5Name] of [
+          [
+            "text_encoder.text_model.encoder.layers.1.self_attn.q_proj",
+            "text_encoder_2.encoder.block.1.layer.0.SelfAttention.k",
+          ],
+          [
+            "text_encoder.encoder.layers.1.self_attn.q_proj",
+            "text_encoder_2.encoder.block.1.layer.0.SelfAttention.k",
+          ],
+          [
+            "lora_te1_text_model_encoder_layers_1_self_attn_q_proj",
+            "lora_te3_encoder_block_1_layer_0_SelfAttention_k",
+          ],
+        ]
+      ) {
+        const named = (tensors: readonly TensorToWrite[], module: string) =>
+          tensors.map((tensor) => ({
+            ...tensor,
+            name: module + tensor.name.match(/\.lora_[AB]\.weight$/)![0],
+          }));
+        await writeLora(path, [...named(clip, clipName), ...named(t5, t5Name)]);
+        await loras.merge([{ path, scale: 1 }]);
+        const found = [await bytesOf(plan.weights.text_encoder), await bytesOf(plan.weights.text_encoder_2)];
+        found.forEach((bytes, i) => {
+          const changed = [...bytes.keys()].filter((name) => bytes.get(name) !== before[i].get(name));
+          assert.equal(changed.length, 1, `${folder}: ${changed}`);
+        });
+        results.add(JSON.stringify(found.map((bytes) => [...bytes])));
+      }
+      assert.equal(results.size, 1);
+    }
+  }));
+
 Deno.test("LoRA: files that do not fit are refused, and nothing changes", () =>
   inFolder(async (root) => {
     using device = await openCpu();

@@ -13,7 +13,7 @@ import { join } from "node:path";
 import { float32ToBfloat16 } from "../../../ffi/bfloat16.ts";
 import { isGpu } from "../../../ffi/gpu.ts";
 import { openDevice } from "../../../ffi/open.ts";
-import { wholeNumber } from "../../../recipes/base/command_line.ts";
+import { gigabytes, wholeNumber } from "../../../recipes/base/command_line.ts";
 import { Loras } from "../../../recipes/base/lora.ts";
 import { Model } from "../../../recipes/base/model.ts";
 import { FluxPipeline } from "../../../recipes/base/pipeline.ts";
@@ -107,7 +107,9 @@ async function measure(dtype: string, switches: Switches): Promise<void> {
   };
   const add = (what: string, rank: number, times: readonly number[], barred: boolean) =>
     void lines.push({ dtype, what, rank, times, barred });
+  const before = device.memoryUse().weights;
   add("first, with the originals", ranks[0], [await time(pathOf(ranks[0]))], false);
+  console.log(`${dtype}: originals take ${gigabytes(device.memoryUse().weights - before)} GB`);
 
   let [compiled, recorded] = [0, 0];
   if (isGpu(device)) {
