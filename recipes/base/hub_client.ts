@@ -52,6 +52,7 @@ export function hubFetch(request: HubRequest): typeof fetch {
       if (attempt === RETRIES || wait > LONGEST_WAIT) throw await giveUp(outcome, url, wait);
       if (outcome instanceof Response) await outcome.body?.cancel();
       if (wait > 1) request.note?.(`${url.host} asks to wait for ${Math.ceil(wait)} s`);
+      else if (attempt === 0) request.note?.(`${url.host} does not answer as it should; trying again`);
       await delay(Math.max(1000 * wait, patienceOf(request) * 2 ** attempt), signal);
     }
   };

@@ -5,12 +5,15 @@ import { openCpu } from "../../ffi/cpu/open.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
+import { autoencoderWeightShapes } from "../../recipes/base/autoencoder.ts";
+import { bflAutoencoderName, bflTransformerPlaces } from "../../recipes/base/bfl_layout.ts";
 import { FluxError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import type { TensorToWrite } from "../../recipes/base/safetensors.ts";
-import { type PartFiles, transformerConfigOf } from "../../recipes/base/single_file.ts";
+import { FLUX_AUTOENCODER, type PartFiles, transformerConfigOf } from "../../recipes/base/single_file.ts";
+import { transformerConfigSchema, transformerWeightShapes } from "../../recipes/base/transformer.ts";
 import {
   bflAutoencoder,
   bflTransformer,
@@ -79,6 +82,29 @@ for (const model of MODELS) {
       }
     }));
 }
+
+Deno.test("BFL's names and rows are those that diffusers converts", () => {
+  type Range = [tensor: string, first: number, count: number];
+  const golden: { transformer: Record<string, Range[]>; vae: Record<string, string> } = JSON.parse(
+    Deno.readTextFileSync(goldenPath("bfl.json")),
+  );
+  const config = transformerConfigSchema.parse({
+    guidance_embeds: true,
+    num_layers: 1,
+    num_single_layers: 1,
+  });
+  const shapes = transformerWeightShapes(config);
+  const places = Array.from(bflTransformerPlaces(config), ([name, { tensor, rows }]) => {
+    const all = rows ?? [[0, shapes.get(name)![0]]];
+    return [name, all.map(([first, count]): Range => [tensor, first, count])];
+  });
+  assert.deepEqual(Object.fromEntries(places), golden.transformer);
+  const names = [...autoencoderWeightShapes(FLUX_AUTOENCODER).keys()];
+  assert.deepEqual(
+    Object.fromEntries(names.map((name) => [name, bflAutoencoderName(name, FLUX_AUTOENCODER)])),
+    golden.vae,
+  );
+});
 
 Deno.test("ComfyUI's prefixes, an all-in-one file, and diffusers' names in one file", () =>
   inFolder(async (root) => {

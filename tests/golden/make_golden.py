@@ -4,7 +4,7 @@
     pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 peft==0.21.2
     python tests/golden/make_golden.py                 # all, a minute or two
     python tests/golden/make_golden.py --only NAME     # one of: models components pipelines scheduler random
-                                                       #         tokenizers packing lora tiny
+                                                       #         tokenizers packing bfl lora tiny
 The models are small, with random weights made here from fixed seeds: every norm weight and bias is random and no gate
 is small, so that a missing branch shows. README.md beside this file lists every file and tensor.
 """
@@ -1146,6 +1146,75 @@ def make_lora():
         write_tensors(HERE / "lora" / f"{folder}.outputs.safetensors", tensors)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# bfl
+
+HIDDEN = 3072  # which diffusers' converter takes for granted
+
+
+def bfl_rows():
+    """Rows of each tensor of a flux1-dev.safetensors with one block of each kind, by black-forest-labs/flux, model.py."""
+    rows = {"img_in": HIDDEN, "txt_in": HIDDEN, "final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * HIDDEN}
+    for name in ("time_in", "vector_in", "guidance_in"):
+        rows |= {f"{name}.in_layer": HIDDEN, f"{name}.out_layer": HIDDEN}
+    for stream in ("img", "txt"):
+        block = f"double_blocks.0.{stream}"
+        rows |= {f"{block}_mod.lin": 6 * HIDDEN, f"{block}_attn.qkv": 3 * HIDDEN, f"{block}_attn.proj": HIDDEN}
+        rows |= {f"{block}_mlp.0": 4 * HIDDEN, f"{block}_mlp.2": HIDDEN}
+    block = "single_blocks.0"
+    rows |= {f"{block}.linear1": 7 * HIDDEN, f"{block}.linear2": HIDDEN, f"{block}.modulation.lin": 3 * HIDDEN}
+    rows = {f"{name}.{kind}": count for name, count in rows.items() for kind in ("weight", "bias")}
+    for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
+        rows |= {f"{norm}.{part}_norm.scale": 128 for part in ("query", "key")}
+    return rows
+
+
+def make_bfl():
+    """Where diffusers' converters take each weight from: they are given rows that are numbered."""
+    from diffusers.loaders.single_file_utils import (
+        convert_flux_transformer_checkpoint_to_diffusers,
+        convert_ldm_vae_checkpoint,
+    )
+
+    rows = bfl_rows()
+    names = sorted(rows)
+    numbered = {
+        name: (torch.arange(rows[name], dtype=torch.float64) + i * 1e6).reshape(-1, 1) for i, name in enumerate(names)
+    }
+    transformer = {}
+    for key, tensor in convert_flux_transformer_checkpoint_to_diffusers(numbered).items():
+        ranges = []
+        for value in tensor.flatten().tolist():
+            name, row = names[int(value // 1e6)], int(value % 1e6)
+            if ranges and ranges[-1][0] == name and sum(ranges[-1][1:]) == row:
+                ranges[-1][2] += 1
+            else:
+                ranges.append([name, row, 1])
+        transformer[key] = ranges
+
+    # ae.safetensors, by black-forest-labs/flux, modules/autoencoder.py
+    modules = []
+    for side, count in (("encoder", 2), ("decoder", 3)):
+        level = {"encoder": "down", "decoder": "up"}[side]
+        modules += [f"{side}.{name}" for name in ("conv_in", "norm_out", "conv_out", "mid.attn_1.norm")]
+        modules += [f"{side}.mid.attn_1.{name}" for name in ("q", "k", "v", "proj_out")]
+        resnets = [f"{side}.mid.block_{i}" for i in (1, 2)]
+        resnets += [f"{side}.{level}.{i}.block.{j}" for i in range(4) for j in range(count)]
+        modules += [f"{resnet}.{name}" for resnet in resnets for name in ("norm1", "conv1", "norm2", "conv2")]
+    modules += [f"encoder.down.{i}.block.0.nin_shortcut" for i in (1, 2)]
+    modules += [f"decoder.up.{i}.block.0.nin_shortcut" for i in (0, 1)]
+    modules += [f"encoder.down.{i}.downsample.conv" for i in range(3)] + [f"decoder.up.{i}.upsample.conv" for i in (1, 2, 3)]
+    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    numbered = {name: torch.full((1, 1, 1, 1), float(i)) for i, name in enumerate(names)}
+    for name in names:  # only matrices are taken apart
+        if name.endswith("bias") or ".attn_1.norm" in name:
+            numbered[name] = numbered[name].flatten()
+    config = {"down_block_types": [None] * 4, "up_block_types": [None] * 4}
+    converted = convert_ldm_vae_checkpoint(numbered, config)
+    vae = {key: names[int(tensor.flatten()[0])] for key, tensor in converted.items()}
+    write_json(HERE / "bfl.json", {"transformer": transformer, "vae": vae}, compact=True)
+
+
 TARGETS = {
     "models": make_models,
     "components": make_components,
@@ -1154,6 +1223,7 @@ TARGETS = {
     "random": make_random,
     "tokenizers": make_tokenizers,
     "packing": make_packing,
+    "bfl": make_bfl,
     "lora": make_lora,
     "tiny": make_tiny,
 }

@@ -7,6 +7,10 @@
  * For bfloat16 and for float8: a picture is drawn, which records the graphs; then LoRAs of each rank are merged one after
  * another, each in the place of the one before. Prints a table, and ends with exit code 1 when a swap takes longer than the
  * bar, when something was compiled or recorded meanwhile, or when the first picture does not come back in the end.
+ *
+ * Floor, for 11.6 G weights at 3.0 TB/s: the changes are written and read in float32, originals read, sums written and copied
+ * to their places, 184 GB and 61 ms in bfloat16; quantized in between, 197 GB and 66 ms in float8. The products take 2 ms for
+ * each 50 of rank. Beside that the file is read: 0.17 GB at rank 16, 1.4 GB at rank 128, at 10 to 13 GB/s.
  */
 import { Command } from "@commander-js/extra-typings";
 import { join } from "node:path";
