@@ -1,7 +1,7 @@
 import { downloadFile } from "@huggingface/hub";
 import { createHash, type Hash } from "node:crypto";
 import { dirname, join } from "node:path";
-import { writeAll, writeError } from "../../ffi/files.ts";
+import { writeError } from "../../ffi/files.ts";
 import { FileError, FluxError, messageOf, ModelError } from "./errors.ts";
 import { delay, hubFetch, type HubRequest, patienceOf, RangeIgnored } from "./hub_client.ts";
 
@@ -16,6 +16,8 @@ export interface RemoteFile {
 
 /** Times that a transfer goes on after it broke off, without a byte arriving in between. */
 const RETRIES = 5;
+/** Bytes that are written at a time. */
+const BATCH = 4 << 20;
 /** A connection without a byte for so long counts as lost. */
 const STALLED = 60_000;
 
@@ -80,8 +82,9 @@ async function fill(
         if (done + chunk.length > file.size) {
           throw new Error(`more bytes than the ${file.size} that were announced`);
         }
-        await writeAll(target, chunk, request.signal);
+        const written = writeWhole(target, chunk); // on another thread, meanwhile
         hash.update(chunk);
+        await written;
         done += chunk.length;
         onBytes(chunk.length);
       }
@@ -112,7 +115,10 @@ async function fill(
   return hash.digest("hex");
 }
 
-/** The bytes of a file from `start` on. */
+/**
+ * The bytes of a file from `start` on, some at a time; those before a failure come before it is thrown. A piece is valid until
+ * the next one is asked for.
+ */
 async function* rest(
   { path, size, etag }: RemoteFile,
   start: number,
@@ -140,20 +146,42 @@ async function* rest(
     },
   });
   const reader = blob!.slice(start).stream().getReader();
-  const giveUp = () => stalled.abort(new Error(`no byte for ${STALLED / 1000} s`));
+  let arrived = performance.now();
+  const watch = setInterval(() => {
+    if (performance.now() - arrived > STALLED) stalled.abort(new Error(`no byte for ${STALLED / 1000} s`));
+  }, STALLED / 10);
+  // Small pieces as the network gives them would cost a call to the disk each.
+  const gathered = new Uint8Array(BATCH);
+  let length = 0;
   try {
     for (;;) {
-      const timer = setTimeout(giveUp, STALLED);
-      const { done, value } = await reader.read().finally(() => clearTimeout(timer));
-      if (done) return;
-      yield value;
+      const { done, value } = await reader.read();
+      arrived = performance.now();
+      for (let piece = value; piece !== undefined && piece.length > 0;) {
+        const part = piece.subarray(0, BATCH - length);
+        gathered.set(part, length);
+        length += part.length;
+        piece = piece.subarray(part.length);
+        if (length < BATCH) continue;
+        length = 0;
+        yield gathered;
+      }
+      if (!done) continue;
+      if (length > 0) yield gathered.subarray(0, length);
+      return;
     }
   } catch (error) {
+    if (length > 0) yield gathered.subarray(0, length);
     throw refused ?? error;
   } finally {
+    clearInterval(watch);
     stalled.abort();
     await reader.cancel().catch(() => {}); // of a stream that has failed already
   }
+}
+
+async function writeWhole(target: Deno.FsFile, bytes: Uint8Array): Promise<void> {
+  for (let at = 0; at < bytes.length;) at += await target.write(bytes.subarray(at));
 }
 
 /** The hash so far of what is in the file, which is left at its end; an overlong one begins anew. */

@@ -8,6 +8,7 @@ import { cast } from "../../kernels/cast.ts";
 import { scaleInto } from "../../kernels/scale_into.ts";
 import { type LoraChange, type LoraFile, openLora } from "./lora_file.ts";
 import { type LoraTargets, loraTargets } from "./lora_names.ts";
+import { UsageError } from "./errors.ts";
 import type { Model } from "./model.ts";
 import type { Component, Plan } from "./plan.ts";
 import { freeAll, scaleName, type Weights } from "./weights.ts";
@@ -49,6 +50,7 @@ export class Loras {
   readonly #kept = new Map<string, Tensor>();
   /** Whether there was memory for originals so far. */
   #keeps = true;
+  #busy = false;
   /** What is changed now. */
   #changed: readonly WeightName[] = [];
 
@@ -66,16 +68,31 @@ export class Loras {
 
   /**
    * Merges these LoRAs and no others: those that were merged before are gone. An empty list leaves the model's own weights.
+   * Not while a picture is drawn, which would be drawn with some weights of each.
    *
    * @param onProgress told how many weights are done, of how many.
    * @throws ModelError for a file that is no LoRA for this model, SafetensorsError for a damaged one, and nothing has
-   * changed then; OutOfMemoryError, and the model's own weights are back then as far as they can be.
+   * changed then; OutOfMemoryError, and the model's own weights are back then as far as they can be; UsageError while another
+   * call has not ended.
    */
   async merge(
     choices: readonly LoraChoice[],
     onProgress?: (event: { done: number; total: number }) => void,
   ): Promise<void> {
     this.model.checkOpen();
+    if (this.#busy) throw new UsageError("LoRAs are being merged already: wait for that to end");
+    this.#busy = true;
+    try {
+      await this.#merge(choices, onProgress);
+    } finally {
+      this.#busy = false;
+    }
+  }
+
+  async #merge(
+    choices: readonly LoraChoice[],
+    onProgress?: (event: { done: number; total: number }) => void,
+  ): Promise<void> {
     using stack = new DisposableStack();
     const files = choices.map(({ path }) => stack.use(openLora(path, this.#targets)));
     const changes = files.flatMap(({ changes }, i) =>

@@ -166,6 +166,10 @@ function changesOfLayer(
     return [];
   }
   const scale = alpha === undefined ? metadata(module, rank) : alpha / rank;
+  if (!Number.isFinite(scale)) {
+    problems.push(`${printable(module)} has an alpha of ${alpha}`);
+    return [];
+  }
   return place.map(({ component, weight, rows }) => ({ component, weight, down, up, rows, rank, scale }));
 }
 

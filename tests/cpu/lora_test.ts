@@ -182,6 +182,8 @@ Deno.test("LoRA: files that do not fit are refused, and nothing changes", () =>
     await refused([f32(`${module}.lokr_w1`, [4, 4])], /LoKr/);
     await refused([down, up, f32(`${module}.lora_B.bias`, [64])], /whole differences/);
     await refused([down, up, f32(`${module}.alpha`, [2])], /a number is expected/);
+    const infinite = new Uint8Array(Float32Array.of(Infinity).buffer);
+    await refused([down, up, { ...f32(`${module}.alpha`, []), bytes: infinite }], /has an alpha of Infinity/);
     await refused([down, up], /lora_adapter_metadata is no JSON/, { lora_adapter_metadata: "{" });
     const dora = JSON.stringify({ "transformer.use_dora": true });
     await refused([down, up], /DoRA is not merged here/, { lora_adapter_metadata: dora });
@@ -189,6 +191,9 @@ Deno.test("LoRA: files that do not fit are refused, and nothing changes", () =>
     await refused([{ ...down, dtype: "i8", bytes }, up], /make no product/);
     Deno.writeFileSync(path, Deno.readFileSync(path).subarray(0, 300));
     await assert.rejects(loras.merge([{ path, scale: 1 }]), { name: "SafetensorsError" });
+    const both = [0, 1].map(() => loras.merge([]));
+    await assert.rejects(both[1], { name: "UsageError", message: /being merged already/ });
+    await both[0];
     // One file that fits beside one that does not.
     const good = join(root, "good.safetensors");
     await writeLora(good, [down, up]);
