@@ -2,6 +2,8 @@
  * LoRA files (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"): a change `scale * up @ down` of rank r
  * for each of some Linear layers. The names are those of diffusers and PEFT, of Kohya's sd-scripts, or of Black Forest Labs.
  */
+import { existsSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
 import { z } from "zod";
 import { bfloat16ToFloat32 } from "../../ffi/bfloat16.ts";
 import type { RowRange } from "./component_weights.ts";
@@ -204,40 +206,59 @@ const adapterSchema = z.looseObject({
   use_dora: z.literal(false, { error: "DoRA is not merged here" }).nullish(),
 });
 
-/** By `lora_adapter_metadata`, which diffusers writes; without it alpha is the rank, as diffusers has it. */
+type AdapterConfig = z.infer<typeof adapterSchema>;
+
+/**
+ * By `lora_adapter_metadata`, which diffusers writes, or by the adapter_config.json that PEFT writes beside its
+ * adapter_model.safetensors; without them alpha is the rank, as diffusers has it.
+ */
 function readMetadata({ metadata, path }: SafetensorsFile): Metadata {
   const text = metadata.get("lora_adapter_metadata");
-  if (text === undefined) return () => 1;
-  let entries: [string, unknown][];
-  try {
-    entries = Object.entries(JSON.parse(text));
-  } catch {
-    throw new ModelError(`${path}: its lora_adapter_metadata is no JSON`, {
-      hint: "the file is damaged: download it again",
-    });
+  if (text === undefined) {
+    const beside = join(dirname(path), "adapter_config.json");
+    if (basename(path) !== "adapter_model.safetensors" || !existsSync(beside)) return () => 1;
+    const config = checkConfig(beside, parseObject(beside, Deno.readTextFileSync(beside)));
+    return (module, rank) => scaleOf(config, module, rank);
   }
-  const configs = new Map<string, z.infer<typeof adapterSchema>>();
-  for (const part of new Set(entries.map(([key]) => key.split(".")[0]))) {
+  const where = `${path}: its lora_adapter_metadata`;
+  const entries = Object.entries(parseObject(where, text));
+  const parts = new Set(entries.map(([key]) => key.split(".")[0]));
+  const configs = Array.from(parts, (part) => {
     const ofPart = entries.filter(([key]) => key.startsWith(`${part}.`)).map(([key, value]) => [
       key.slice(part.length + 1),
       value,
     ]);
-    const result = adapterSchema.safeParse(Object.fromEntries(ofPart));
-    if (!result.success) {
-      const [{ path: at, message }] = result.error.issues;
-      throw new ModelError(`${path}: its lora_adapter_metadata: ${part}.${at.join(".")}: ${message}`);
-    }
-    configs.set(part, result.data);
-  }
+    return [part, checkConfig(`${where}: ${part}`, Object.fromEntries(ofPart))] as const;
+  });
   return (module, rank) => {
-    const part = [...configs.keys()].find((name) => module.startsWith(`${name}.`));
-    const config = part === undefined ? undefined : configs.get(part);
-    if (config === undefined) return 1;
-    // PEFT takes patterns for regular expressions; they are names of layers, or ends of them, and are taken for that.
-    const pattern = Object.keys(config.alpha_pattern ?? {}).find((one) =>
-      `.${module}`.endsWith(`.${one.replace(/^\^|\$$/g, "")}`)
-    );
-    const alpha = pattern === undefined ? config.lora_alpha ?? rank : config.alpha_pattern![pattern];
-    return alpha / (config.use_rslora ? Math.sqrt(rank) : rank);
+    const found = configs.find(([part]) => module.startsWith(`${part}.`));
+    return found === undefined ? 1 : scaleOf(found[1], module, rank);
   };
+}
+
+function scaleOf(config: AdapterConfig, module: string, rank: number): number {
+  // PEFT takes patterns for regular expressions; they are names of layers, or ends of them, and are taken for that.
+  const pattern = Object.keys(config.alpha_pattern ?? {}).find((one) =>
+    `.${module}`.endsWith(`.${one.replace(/^\^|\$$/g, "")}`)
+  );
+  const alpha = pattern === undefined ? config.lora_alpha ?? rank : config.alpha_pattern![pattern];
+  return alpha / (config.use_rslora ? Math.sqrt(rank) : rank);
+}
+
+function parseObject(where: string, text: string): object {
+  try {
+    const value = JSON.parse(text);
+    if (typeof value === "object" && value !== null) return value;
+  } catch { // the same as what is no object
+  }
+  throw new ModelError(`${where} is no JSON object`, { hint: "the file is damaged: download it again" });
+}
+
+function checkConfig(where: string, value: unknown): AdapterConfig {
+  const result = adapterSchema.safeParse(value);
+  if (result.success) return result.data;
+  const [{ path, message }] = result.error.issues;
+  throw new ModelError(`${where}: ${path.join(".")}: ${message}`, {
+    hint: "plain LoRA is merged, and nothing else",
+  });
 }

@@ -85,6 +85,28 @@ Deno.test("LoRA: old names of diffusers, adapters' names and alphas", () =>
       };
       assert.equal(await merge((name) => name, [alpha]), half, dtype);
     }
+    // As PEFT saves an adapter, with its config beside.
+    const adapter = join(root, "adapter_model.safetensors");
+    const config = join(root, "adapter_config.json");
+    const peft = lora.map((tensor) => ({
+      ...tensor,
+      name: tensor.name.replace("transformer.", "base_model.model."),
+    }));
+    await writeLora(adapter, peft);
+    const merged = async (settings?: object) => {
+      if (settings !== undefined) Deno.writeTextFileSync(config, JSON.stringify(settings));
+      await loras.merge([{ path: adapter, scale: 1 }]);
+      return (await bytesOf(plan.weights.transformer)).get(`${LAYER[0]}.weight`)!;
+    };
+    assert.equal(await merged(), expected);
+    assert.equal(await merged({ r: 4, lora_alpha: 2 }), half);
+    assert.equal(await merged({ r: 4, lora_alpha: 1, use_rslora: true }), half);
+    assert.equal(await merged({ r: 4, lora_alpha: 9, alpha_pattern: { "attn.to_q": 2 } }), half);
+    assert.notEqual(await merged({ r: 4, lora_alpha: 9, alpha_pattern: { "attn.to_k": 2 } }), half);
+    await assert.rejects(
+      merged({ lora_alpha: 4, use_dora: true }),
+      /adapter_config.json: use_dora: DoRA is not merged/,
+    );
     // 1 x 1 convolutions are matrices.
     const convolution = lora.map((tensor) => ({ ...tensor, shape: [...tensor.shape, 1, 1] }));
     await writeLora(path, convolution);
@@ -184,7 +206,7 @@ Deno.test("LoRA: files that do not fit are refused, and nothing changes", () =>
     await refused([down, up, f32(`${module}.alpha`, [2])], /a number is expected/);
     const infinite = new Uint8Array(Float32Array.of(Infinity).buffer);
     await refused([down, up, { ...f32(`${module}.alpha`, []), bytes: infinite }], /has an alpha of Infinity/);
-    await refused([down, up], /lora_adapter_metadata is no JSON/, { lora_adapter_metadata: "{" });
+    await refused([down, up], /lora_adapter_metadata is no JSON object/, { lora_adapter_metadata: "{" });
     const dora = JSON.stringify({ "transformer.use_dora": true });
     await refused([down, up], /DoRA is not merged here/, { lora_adapter_metadata: dora });
     const bytes = new Uint8Array(64 * 4);
