@@ -195,8 +195,10 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
       await device.synchronize();
       const [before, used] = [places(), device.memoryUse()];
       let compiled = 0;
+      using watching = new DisposableStack(); // a device may be the other tests' too
       if (isGpu(device)) {
         const { kernel } = device;
+        watching.defer(() => device.kernel = kernel);
         device.kernel = (...args) => {
           compiled++;
           return kernel.apply(device, args);
@@ -215,8 +217,10 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
     using _ = model;
     const pipeline = new FluxPipeline(model, plan);
     let recorded = 0;
+    using watching = new DisposableStack();
     if (isGpu(device)) {
       const { record } = device;
+      watching.defer(() => device.record = record);
       device.record = (body) => {
         recorded++;
         return record.call(device, body);
