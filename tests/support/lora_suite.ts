@@ -3,14 +3,17 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import type { Device } from "../../ffi/device.ts";
 import { OutOfMemoryError } from "../../ffi/errors.ts";
-import { isGpu } from "../../ffi/gpu.ts";
+import { isGpu, type KernelArgument } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
+import { dequantizeReference } from "../../kernels/dequantize_float8.ts";
+import { layerBoundReference } from "../../kernels/output_scales.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { exportedModel, exporting } from "../../recipes/08_export.ts";
+import { fusedBlocks } from "../../recipes/13_fused_blocks.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "../../recipes/base/clip.ts";
 import { type LoraChoice, Loras } from "../../recipes/base/lora.ts";
 import { Model } from "../../recipes/base/model.ts";
@@ -311,6 +314,55 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
       }
     }
     assert.deepEqual(results[1], results[0]);
+  });
+
+  test("13_fused_blocks' bounds follow the weights", async (device) => {
+    if (!isGpu(device)) return;
+    using own = new DisposableStack();
+    const { architecture } = device.limits;
+    own.defer(() => Object.assign(device.limits, { architecture }));
+    Object.assign(device.limits, { architecture: "sm_90a" }); // the recipe is made there, and nothing is drawn
+    const seen = new Map<Tensor, KernelArgument[]>();
+    const { launch } = device;
+    own.defer(() => device.launch = launch);
+    device.launch = (kernel, size, args) => {
+      if (kernel.name.endsWith(":layerBound")) seen.set(args[0] as Tensor, [...args]);
+      launch.call(device, kernel, size, args);
+    };
+    const { model, plan } = await open(device, goldenPath("schnell-like"), [
+      bfloat16,
+      compile,
+      fuseQkv,
+      float8(),
+      fusedBlocks,
+    ]);
+    using _ = model;
+    assert.ok(plan.weights.transformer.has(scaleName("transformer_blocks.0.ff_context.net.2.weight")));
+    const bounds = [...seen.keys()];
+    assert.equal(bounds.length, 2 * 4 + 2 * 2); // v and up of both streams, v and the MLP of single blocks
+    const check = async () => {
+      const found: number[] = [];
+      for (const bound of bounds) {
+        const [, values, scales, bias] = seen.get(bound)! as Tensor[];
+        const { buffer } = await device.download(scales);
+        const codes = await device.download(values);
+        const [, columns] = values.shape;
+        const wide = new Float32Array(codes.length);
+        dequantizeReference(wide, codes, new Float32Array(buffer), columns);
+        const expected = layerBoundReference(wide, columns, await valuesOf(bias));
+        const actual = await valuesOf(bound);
+        assertClose(actual, expected, 1e-5, `${values}`);
+        found.push(...actual);
+      }
+      return found;
+    };
+    const before = await check();
+    const loras = new Loras(model, plan);
+    await loras.merge([lora("schnell-like", "a", 3)]);
+    const larger = await check();
+    assert.ok(larger.some((value, i) => value > before[i]));
+    await loras.merge([]);
+    assert.deepEqual(await check(), before, "bounds only grew");
   });
 
   test("what fails in the middle leaves the model's own weights", async (device) => {
