@@ -25,12 +25,16 @@ export { channelsLast } from "./recipes/04_channels_last.ts";
 export { type AttentionDType, type AttentionProvider, flashAttention } from "./recipes/05_flash_attention.ts";
 export { float8, type Float8Options } from "./recipes/06_float8.ts";
 export { tuning } from "./recipes/07_tuning.ts";
+export { firstBlockCache, type FirstBlockCacheOptions } from "./recipes/09_first_block_cache.ts";
+export { float8TextEncoder, type TextEncoderFloat8 } from "./recipes/11_float8_text_encoder.ts";
 export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "./recipes/08_export.ts";
+export { offload, piecesFor } from "./recipes/12_offload.ts";
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";
 export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";
 export { hubModel, type HubOptions } from "./recipes/base/hub.ts";
 export { type LoraChoice, Loras } from "./recipes/base/lora.ts";
+export { preferredSize, type Size } from "./recipes/base/kontext.ts";
 export { type LoadOptions, Model } from "./recipes/base/model.ts";
 export { eagerOps, type Ops } from "./recipes/base/ops.ts";
 export {
@@ -43,4 +47,6 @@ export {
 export { compose, eagerPlan, type Plan, type Recipe } from "./recipes/base/plan.ts";
 export { Generator } from "./recipes/base/random.ts";
 export type { PartFiles } from "./recipes/base/single_file.ts";
+export { decodePicture, readPicture } from "./recipes/base/read_picture.ts";
 export { SafetensorsError, SafetensorsFile, writeSafetensors } from "./recipes/base/safetensors.ts";
+export { recipesFor, type Switches } from "./recipes/switches.ts";

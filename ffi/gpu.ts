@@ -2,7 +2,7 @@
  * What a GPU has beyond a {@link Device}: modules of compiled kernels, launches, library attention, events and recorded
  * graphs. CUDA and HIP have the same verbs; kernels/ and recipes/ know this interface only.
  */
-import type { Device, MatmulPlan } from "./device.ts";
+import type { Device, MatmulPlan, Memory } from "./device.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** A kernel file: its name for messages and cache entries, and its text. */
@@ -78,6 +78,28 @@ export interface GpuEvent extends Disposable {
 /** Recorded work. Replaying runs the same kernels on the same addresses. */
 export interface Graph extends Disposable {
   replay(): void;
+}
+
+/**
+ * Weights that lie in page-locked memory of the host, and on the GPU from {@link bring} to {@link leave} only: at the same
+ * addresses each time, so that graphs that were recorded with them stay good.
+ */
+export interface Deposit {
+  /**
+   * Takes a weight's memory over: its bytes go to the host, and its place on the GPU is free. Not between `bring` and `leave`.
+   *
+   * @returns the memory from now on: what frees it frees it here, and with the last one all that the deposit has.
+   * @throws OutOfMemoryError where the host has not enough
+   */
+  add(memory: Memory): Memory;
+  /**
+   * Copies all to the GPU: work that is issued from now on may use it. Does nothing where it is there.
+   *
+   * @throws OutOfMemoryError
+   */
+  bring(): void;
+  /** Waits for the work so far, and gives the GPU's memory back. Does nothing where that was done. */
+  leave(): void;
 }
 
 /** Something that a GPU did, as its own clock has timed it. */
@@ -179,6 +201,9 @@ export interface GpuDevice extends Device {
    * Takes what was {@link prepared} in an equal {@link environment}: it is not found out again. Anything else still is.
    */
   adopt(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffer>>): void;
+
+  /** An empty place for weights that are not always on the GPU. */
+  deposit(): Deposit;
 
   /** Marks the end of the work issued so far. */
   event(): GpuEvent;

@@ -8,9 +8,12 @@ import { rowLaunch } from "./rows.ts";
 import SOFTMAX_CU from "./softmax.cu" with { type: "text" };
 
 const SOURCE = { name: "softmax.cu", text: SOFTMAX_CU };
-/** Keys of a row that the threads of a block hold in registers: 32 each. */
-const MOST_HELD = 32 * 1024;
-const LONG_ROW_BLOCK = 1024;
+/** Rows of texts have up to so many keys, and always the same number; those of pictures have more. */
+const MOST_TEXT = 512;
+/** A picture's row: one kernel for all sizes of pictures, whose threads hold up to so many vectors each. */
+const HELD = { THREADS: 512, BLOCK: 512, VECTORS: 8 };
+/** One that is too long for these. */
+const LONG = { THREADS: 1024, BLOCK: 1024, VECTORS: 1 };
 
 /**
  * Softmax of attention logits on a GPU. What it computes is softmaxRows in attention.ts, for each head.
@@ -37,17 +40,20 @@ export function softmaxOnGpu(
     const types = { T: dtype, B: added?.dtype ?? "f32" };
     const [biasHead, biasRow] = added?.strides ?? [0, 0];
     const options = [rows, BigInt(biasHead), BigInt(biasRow), causalStart ?? -1];
-    if (keys > MOST_HELD) {
+    const vectors = keys / width;
+    if (keys > MOST_TEXT && vectors > HELD.BLOCK * HELD.VECTORS) {
       launch(gpu, SOURCE, {
         entry: "softmaxLongRows",
         types,
-        constants: { N: width, THREADS: LONG_ROW_BLOCK, BLOCK: LONG_ROW_BLOCK, VECTORS: 1 },
+        constants: { ...LONG, N: width },
         grid: heads * rows,
-        block: LONG_ROW_BLOCK,
+        block: LONG.BLOCK,
         args: [out, logits, added, keys, ...options],
       });
     } else {
-      const { constants, grid, block } = rowLaunch(gpu.limits, heads * rows, keys / width);
+      const { constants, grid, block } = keys > MOST_TEXT
+        ? { constants: HELD, grid: heads * rows, block: HELD.BLOCK }
+        : rowLaunch(gpu.limits, heads * rows, vectors);
       launch(gpu, SOURCE, {
         entry: "softmaxRows",
         types,

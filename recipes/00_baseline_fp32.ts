@@ -13,6 +13,7 @@ export const baselineFp32: Recipe = {
   name: "00_baseline_fp32",
   exact: true,
   devices: ["cpu", "cuda", "hip"],
+  preparesWeights: true,
   apply: (plan: Plan) => castPlan(plan, "f32"),
 };
 

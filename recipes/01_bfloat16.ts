@@ -16,6 +16,7 @@ export const bfloat16: Recipe = {
   name: "01_bfloat16",
   exact: true,
   devices: ["cpu", "cuda", "hip"],
+  preparesWeights: true,
   apply: (plan: Plan) => castPlan(plan, "bf16"),
 };
 

@@ -31,7 +31,7 @@ export const compile: Recipe = {
   devices: ["cpu", "cuda", "hip"],
   apply: (plan: Plan) => ({
     ...plan,
-    ...(isGpu(plan.device) && { execute: graphExecute(plan.device) }),
+    ...(isGpu(plan.device) && recorded(graphExecute(plan.device))),
     ops: {
       ...plan.ops,
       adaLayerNorm: adaLayerNormFused,
@@ -44,5 +44,9 @@ export const compile: Recipe = {
     },
   }),
 };
+
+function recorded(execute: ReturnType<typeof graphExecute>): Pick<Plan, "execute" | "forget"> {
+  return { execute, forget: execute.forget };
+}
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(compile.name));

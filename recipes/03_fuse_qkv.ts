@@ -30,6 +30,7 @@ export const fuseQkv: Recipe = {
   name: "03_fuse_qkv",
   exact: true,
   devices: ["cpu", "cuda", "hip"],
+  preparesWeights: true,
   apply: (plan: Plan) => ({
     ...plan,
     ops: { ...plan.ops, linears: joinedLinears },

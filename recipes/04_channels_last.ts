@@ -25,6 +25,7 @@ export const channelsLast: Recipe = {
   name: "04_channels_last",
   exact: true,
   devices: ["cuda", "hip"],
+  preparesWeights: true,
   apply: (plan: Plan) => ({
     ...plan,
     weights: { ...plan.weights, vae: withChannelsLast(plan.device as GpuDevice, plan.weights.vae) },

@@ -69,7 +69,8 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
     exact: false,
     devices: ["cpu", "cuda", "hip"],
     options: { granularity },
-    apply: (plan) => quantizePlan(plan, granularity === "row", KEPT),
+    preparesWeights: true,
+    apply: (plan) => quantizePlan(plan, granularity === "row", gainsFrom(KEPT)),
   };
 }
 
@@ -80,7 +81,7 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
  */
 export function quantizeRest(plan: Plan): Plan {
   if (!isQuantizedByRows(plan)) throw new UsageError("the plan's weights are not in float8 by rows");
-  return quantizePlan(plan, true, KEPT.filter((kept) => kept !== NO_LIBRARY_KERNEL));
+  return quantizePlan(plan, true, gainsFrom(KEPT.filter((kept) => kept !== NO_LIBRARY_KERNEL)));
 }
 
 /** Whether a plan's transformer has weights in float8, with a scale for each row. */
@@ -95,16 +96,17 @@ export function isQuantizedByRows({ weights: { transformer } }: Plan): boolean {
  * The weights with those quantized that gain from it, and their scales beside them; quantized ones stay as they are. On a
  * GPU the bfloat16 weights are consumed, as by castPlan.
  *
+ * @param chosen whether a weight gains from it.
  * @throws UsageError where they are of another dtype.
  */
-function quantizeWeights(
+export function quantizeWeights(
   device: Device,
   transformer: Weights,
   rowwise: boolean,
-  kept: readonly RegExp[],
+  chosen: (name: string, weight: Tensor) => boolean,
 ): Weights {
   const names = transformer.names.filter((name) =>
-    isQuantized(name, transformer.get(name), kept) && !transformer.has(scaleName(name))
+    chosen(name, transformer.get(name)) && !transformer.has(scaleName(name))
   );
   for (const name of names) {
     const { dtype } = transformer.get(name);
@@ -207,9 +209,9 @@ export function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tens
   }));
 }
 
-function quantizePlan(plan: Plan, rowwise: boolean, kept: readonly RegExp[]): Plan {
+function quantizePlan(plan: Plan, rowwise: boolean, chosen: (name: string, weight: Tensor) => boolean): Plan {
   const { device, ops } = plan;
-  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise, kept);
+  const transformer = quantizeWeights(device, plan.weights.transformer, rowwise, chosen);
   const matrices = matricesOf(transformer, rowwise);
   const products = float8Products(ops, matrices);
   return {
@@ -220,7 +222,7 @@ function quantizePlan(plan: Plan, rowwise: boolean, kept: readonly RegExp[]): Pl
 }
 
 /** The operators that multiply, by quantized weights; for all others those of `ops`. */
-function float8Products(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
+export function float8Products(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
   const linear: Ops["linear"] = (x, weight, ...rest) => {
     const matrix = matrices.get(weight);
     return matrix === undefined ? ops.linear(x, weight, ...rest) : linearFloat8(x, matrix, ...rest);
@@ -267,11 +269,13 @@ function float8Producers(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
   } satisfies Partial<Ops>;
 }
 
-/** Whether a weight is a Linear layer's that gains from float8. */
-function isQuantized(name: string, { shape }: Tensor, kept: readonly RegExp[]): boolean {
-  if (!name.endsWith(".weight") || shape.length !== 2) return false;
-  const module = name.slice(0, -".weight".length);
-  return shape.every((size) => size % MULTIPLE === 0) && !kept.some((one) => one.test(module));
+/** Says whether a weight is a Linear layer's that gains from float8: those of some modules do not. */
+function gainsFrom(kept: readonly RegExp[]): (name: string, weight: Tensor) => boolean {
+  return (name, { shape }) => {
+    if (!name.endsWith(".weight") || shape.length !== 2) return false;
+    const module = name.slice(0, -".weight".length);
+    return shape.every((size) => size % MULTIPLE === 0) && !kept.some((one) => one.test(module));
+  };
 }
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(float8().name));

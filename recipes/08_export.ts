@@ -62,6 +62,12 @@ export function exportedModel(
   if (!recipes.includes(exporting) || !isGpu(device)) return undefined;
   const { cacheDir, useCachedModel } = flags;
   const asked = useCachedModel === true || flags.compile_export_mode === "export_aoti";
+  if (recipes.some(({ name }) => name === "12_offload")) {
+    if (!asked) return undefined;
+    throw new UsageError("--offload clashes with an exported model, whose weights are all on the GPU", {
+      hint: "leave one of them out",
+    });
+  }
   if (!asked && (flags.randomWeights || cacheDir === undefined)) return undefined;
   if (cacheDir === undefined) {
     throw new UsageError("an exported model is kept in --cache-dir, and there is none", {

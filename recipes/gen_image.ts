@@ -1,23 +1,35 @@
 /**
- * Draws one picture: `deno task generate --prompt "..."`. The flags are flux-fast's.
+ * Draws pictures: `deno task generate --prompt "..."`. The flags are flux-fast's.
  */
 import { Option } from "@commander-js/extra-typings";
 import { checkWritable } from "../ffi/files.ts";
 import { exportedModel } from "./08_export.ts";
+import { piecesFor } from "./12_offload.ts";
 import {
   drawingOptions,
   gigabytes,
+  onlyOnce,
   printLine,
   Progress,
   runProgram,
+  userPath,
+  wholeNumber,
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { loadModel, mergeLoras, openChosen, withLocalModel } from "./base/loading.ts";
+import {
+  checkModel,
+  loadModel,
+  mergeLoras,
+  openChosen,
+  pictureToEdit,
+  withLocalModel,
+} from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
-import { createPictureParser, kindOf, LADDER, recipesFor, refuseImage, type Rung } from "./switches.ts";
+import { numberedPaths, readPrompts } from "./base/prompts.ts";
+import { createPictureParser, kindOf, LADDER, recipesFor, type Rung } from "./switches.ts";
 
 const EXAMPLES = `
 Examples:
@@ -26,15 +38,32 @@ Examples:
   deno task generate --ckpt ~/models/FLUX.1-schnell --height 512 --width 768 --prompt "a lighthouse at night"
   deno task generate --ckpt black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --prompt "a lighthouse"
   deno task generate --ckpt black-forest-labs/FLUX.1-dev --transformer flux1-dev-fp8.safetensors --vae ae.safetensors
+  deno task generate --prompt-file prompts.txt --num_images_per_prompt 4 --output-file drawn.png
+  deno task generate --ckpt ~/models/FLUX.1-Kontext-dev --image photo.jpg --prompt "make it winter"
   deno task generate --disable_bf16 --json --verbose
   deno task generate --ckpt ~/models/FLUX.1-schnell-configs --random-weights --device cuda --verbose
 `;
 
 const NAME = "gen_image";
+/** What memory takes of pictures of a million pixels is far fewer. */
+const MOST_IMAGES = 64;
 
 /** @param ladder the rungs that the flags switch. */
 export async function generateImage(args: string[], ladder: readonly Rung[] = LADDER): Promise<void> {
-  const given = createPictureParser(NAME, "Draws a picture from a prompt with FLUX.1.")
+  const given = createPictureParser(NAME, "Draws pictures from prompts with FLUX.1.")
+    .addOption(
+      new Option(
+        "--prompt-file <file>",
+        "what to draw, a prompt on each line; pictures are output-1.png, ...",
+      )
+        .argParser(userPath).conflicts("prompt"),
+    )
+    .option(
+      "--num_images_per_prompt <n>",
+      "pictures of each prompt, drawn together",
+      wholeNumber(1, MOST_IMAGES),
+      1,
+    )
     .addOption(new Option("--trace-file <file>").hideHelp())
     .addHelpText("after", EXAMPLES)
     .allowExcessArguments(false)
@@ -43,19 +72,22 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
   if (given.traceFile !== undefined) {
     throw new UsageError("--trace-file is for benchmarks", { hint: "deno task benchmark --trace-file ..." });
   }
-  refuseImage(given);
   const recipes = recipesFor(given, kindOf(given.device), ladder);
-  const output = given.outputFile;
-  await checkWritable(output); // before minutes of work, not after
-  const started = performance.now();
+  const { num_images_per_prompt: numImagesPerPrompt } = given;
+  const prompts = given.promptFile === undefined ? [given.prompt] : await readPrompts(given.promptFile);
+  const paths = numberedPaths(given.outputFile, prompts.length * numImagesPerPrompt);
+  for (const path of paths) await checkWritable(path); // before minutes of work, not after
+  let started = performance.now();
   const note = (message: string) => console.error(`${NAME}: ${message}`);
   const flags = await withLocalModel(given, note);
+  checkModel(flags, recipes);
+  const edited = await pictureToEdit(flags);
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
   using model = await exported?.load() ??
-    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const loras = await mergeLoras(flags.lora, model, plan, note);
@@ -65,52 +97,68 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
     for (const [what, provider] of Object.entries(providers)) note(`${what}: ${provider}`);
   }
 
-  let bar: Progress | undefined;
-  const { images: [picture], settings, milliseconds } = await new FluxPipeline(model, plan).generate({
-    ...drawingOptions(flags),
-    onWarning: note,
-    onProgress: ({ step, steps }) => {
-      bar ??= new Progress("denoising", steps, "steps");
-      bar.update(step);
-    },
-  }).finally(() => bar?.stop());
+  const pipeline = new FluxPipeline(model, plan);
+  const onWarning = onlyOnce(note);
+  for (const [number, prompt] of prompts.entries()) {
+    let bar: Progress | undefined;
+    const { images, settings, milliseconds, reusedSteps } = await pipeline.generate({
+      ...drawingOptions(flags),
+      ...edited,
+      prompt,
+      numImagesPerPrompt,
+      onWarning,
+      onProgress: ({ step, steps }) => {
+        const label = prompts.length === 1 ? "denoising" : `prompt ${number + 1}/${prompts.length}`;
+        bar ??= new Progress(label, steps, "steps");
+        bar.update(step);
+      },
+    }).finally(() => bar?.stop());
 
-  const png = await encodePicture(picture, {
-    prompt: flags.prompt,
-    settings,
-    model,
-    plan,
-    loras: flags.lora,
-  });
-  await writeInterruptibly(output, png);
+    // Each prompt's pictures are written before the next one's are drawn.
+    for (const [i, picture] of images.entries()) {
+      const path = paths[number * numImagesPerPrompt + i];
+      const place = images.length === 1 ? undefined : `${i + 1} of ${images.length}`;
+      await writeInterruptibly(
+        path,
+        await encodePicture(picture, { prompt, settings, model, plan, place, loras: flags.lora }),
+      );
+    }
 
-  const seconds = (performance.now() - started) / 1000;
-  const memory = device.memoryUse();
-  if (flags.verbose) {
-    const { text, steps, decode } = milliseconds;
-    note(
-      `load ${load.toFixed(0)} ms, text ${text.toFixed(0)} ms, steps ${
-        steps.map((ms) => ms.toFixed(0)).join(" ")
-      } ms, decode ${decode.toFixed(0)} ms`,
-    );
-    note(`memory: weights ${gigabytes(memory.weights)} GB, activations ${gigabytes(memory.peak)} GB at most`);
-  }
-  if (flags.json) {
-    printLine(JSON.stringify({
-      path: output,
-      prompt: flags.prompt,
-      model: model.name,
-      device: device.name,
-      recipes: plan.recipes,
-      ...(flags.lora && { loras: flags.lora }),
-      ...settings,
-      seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
-      seconds: Number(seconds.toFixed(3)),
-      milliseconds: { load, ...milliseconds },
-      memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved }, // in bytes
-    }));
-  } else {
-    printLine(`${output}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
+    const seconds = (performance.now() - started) / 1000;
+    started = performance.now();
+    const memory = device.memoryUse();
+    if (flags.verbose) {
+      const { text, image, steps, decode } = milliseconds;
+      note(
+        `${number === 0 ? `load ${load.toFixed(0)} ms, ` : ""}text ${text.toFixed(0)} ms, ${
+          settings.image ? `image ${image.toFixed(0)} ms, ` : ""
+        }steps ${steps.map((ms) => ms.toFixed(0)).join(" ")} ms, decode ${decode.toFixed(0)} ms`,
+      );
+      if (reusedSteps) note(`steps that reused the blocks' result: ${reusedSteps.length} of ${steps.length}`);
+      note(
+        `memory: weights ${gigabytes(memory.weights)} GB, activations ${gigabytes(memory.peak)} GB at most`,
+      );
+    }
+    images.forEach((_, i) => {
+      const path = paths[number * numImagesPerPrompt + i];
+      if (!flags.json) {
+        return printLine(`${path}  seed ${settings.seed}  ${seconds.toFixed(1)} s`);
+      }
+      printLine(JSON.stringify({
+        path,
+        prompt,
+        model: model.name,
+        device: device.name,
+        recipes: plan.recipes,
+        ...(flags.lora && { loras: flags.lora }),
+        ...settings,
+        seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
+        seconds: Number(seconds.toFixed(3)),
+        milliseconds: { load, ...milliseconds },
+        ...(reusedSteps && { reusedSteps }),
+        memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved }, // in bytes
+      }));
+    });
   }
   if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for this picture
   await exported?.write(plan);

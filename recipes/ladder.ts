@@ -20,7 +20,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { FluxError, UsageError } from "./base/errors.ts";
-import { loadModel, openChosen, withLocalModel } from "./base/loading.ts";
+import { loadModel, openChosen, pictureToEdit, withLocalModel } from "./base/loading.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
@@ -35,6 +35,7 @@ Examples:
   deno task ladder
   deno task ladder --markdown --chart ladder.svg
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-schnell --warmups 2 --runs 5
+  deno task ladder --device cuda --ckpt ~/models/FLUX.1-Kontext-dev --image photo.jpg --prompt "make it winter"
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-schnell-configs --random-weights --json > ladder.json
 
 Times are medians. Speed-up, PSNR and the largest error of a pixel are against 01_bfloat16. "deno task benchmark" measures one choice of recipes.
@@ -274,6 +275,7 @@ async function measureRung(
   flags: LadderFlags,
   note: (message: string) => void,
 ): Promise<Setting & { rung: Omit<Measured, keyof Climbed> }> {
+  const edited = await pictureToEdit(flags);
   using device = await openChosen(flags, note);
   const dtype = recipes.some(({ name }) => name === REFERENCE) ? "bf16" : "f32";
   using model = await loadModel(flags, device, dtype, note);
@@ -282,7 +284,7 @@ async function measureRung(
   const bar = new Progress(label, warmups + runs, "pictures");
   const { times, picture, settings } = await measure(
     pipeline,
-    { ...drawingOptions(flags), onWarning: note },
+    { ...drawingOptions(flags), ...edited, onWarning: note },
     { warmups, runs, onPicture: (done) => bar.update(done) },
   ).finally(() => bar.stop());
   const { weights, peak, reserved } = device.memoryUse();

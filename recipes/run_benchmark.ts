@@ -6,6 +6,7 @@ import { checkWritable } from "../ffi/files.ts";
 import { isGpu } from "../ffi/gpu.ts";
 import { attendsInFloat8 } from "./05_flash_attention.ts";
 import { exportedModel } from "./08_export.ts";
+import { piecesFor } from "./12_offload.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -19,7 +20,14 @@ import {
 } from "./base/command_line.ts";
 import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
-import { loadModel, mergeLoras, openChosen, withLocalModel } from "./base/loading.ts";
+import {
+  checkModel,
+  loadModel,
+  mergeLoras,
+  openChosen,
+  pictureToEdit,
+  withLocalModel,
+} from "./base/loading.ts";
 import {
   measure,
   type PartStatistics,
@@ -33,7 +41,7 @@ import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Plan } from "./base/plan.ts";
 import { numberLines } from "./base/table.ts";
 import { encodeTrace, tracePicture } from "./base/trace.ts";
-import { createPictureParser, kindOf, recipesFor, refuseImage } from "./switches.ts";
+import { createPictureParser, kindOf, recipesFor } from "./switches.ts";
 
 const NAME = "run_benchmark";
 
@@ -65,7 +73,6 @@ async function runBenchmark(args: string[]): Promise<void> {
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  refuseImage(given);
   const recipes = recipesFor(given, kindOf(given.device));
   const { outputFile: output, traceFile, prompt, warmups, runs } = given;
   for (const path of [output, traceFile]) {
@@ -73,12 +80,14 @@ async function runBenchmark(args: string[]): Promise<void> {
   }
   const note = (message: string) => console.error(`${NAME}: ${message}`);
   const flags = await withLocalModel(given, note);
+  checkModel(flags, recipes);
+  const edited = await pictureToEdit(flags);
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
   using model = await exported?.load() ??
-    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note);
+    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const loras = await mergeLoras(flags.lora, model, plan, note);
@@ -88,7 +97,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   }
 
   const pipeline = new FluxPipeline(model, plan);
-  const drawing = { ...drawingOptions(flags), onWarning: onlyOnce(note) };
+  const drawing = { ...drawingOptions(flags), ...edited, onWarning: onlyOnce(note) };
   const bar = new Progress("drawing", warmups + runs, "pictures");
   const { times, first, picture, settings } = await measure(pipeline, drawing, {
     warmups,
@@ -164,7 +173,8 @@ interface Report extends Omit<GenerateResult["settings"], "seed"> {
 }
 
 function describe(report: Report): string {
-  const { milliseconds: { whole, text, step, steps, decode, postprocess, load, first }, memory } = report;
+  const { milliseconds: { whole, text, image, step, steps, decode, postprocess, load, first }, memory } =
+    report;
   const row = (what: string, { mean, variance, median, min, max }: Statistics) => [
     what,
     ...[mean, variance, median, min, max].map((value) => value.toFixed(2)),
@@ -178,6 +188,7 @@ function describe(report: Report): string {
     ...numberLines(["milliseconds", "mean", "variance", "median", "min", "max"], [
       row("whole picture", whole),
       row("text encoders", text),
+      ...(report.image ? [row("image encoder", image)] : []),
       row("one step", step),
       row("decoder", decode),
       row("post-processing", postprocess),

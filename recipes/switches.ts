@@ -15,12 +15,16 @@ import { fuseQkv } from "./03_fuse_qkv.ts";
 import { channelsLast } from "./04_channels_last.ts";
 import { ATTENTION_PROVIDERS, type AttentionProvider, flashAttention } from "./05_flash_attention.ts";
 import { float8 } from "./06_float8.ts";
-import { fusedBlocks } from "./13_fused_blocks.ts";
 import { tuning } from "./07_tuning.ts";
 import { exporting } from "./08_export.ts";
+import { firstBlockCache, type FirstBlockCacheOptions } from "./09_first_block_cache.ts";
+import { float8TextEncoder, TEXT_ENCODER_FLOAT8, type TextEncoderFloat8 } from "./11_float8_text_encoder.ts";
+import { offload } from "./12_offload.ts";
+import { fusedBlocks } from "./13_fused_blocks.ts";
 import { createParser, loraChoice, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Recipe } from "./base/plan.ts";
+import { cacheDitConfig } from "./cache_dit_config.ts";
 
 /** The switches as commander parses them; undefined where the user said nothing. */
 export interface Switches {
@@ -33,7 +37,9 @@ export interface Switches {
   readonly disable_fused_blocks?: true | undefined;
   readonly disable_inductor_tuning_flags?: true | undefined;
   readonly useCachedModel?: true | undefined;
-  readonly cache_dit_config?: string | undefined;
+  readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
+  readonly offload?: true | undefined;
+  readonly t5_float8?: TextEncoderFloat8 | undefined;
   readonly attention?: AttentionProvider | undefined;
 }
 
@@ -105,7 +111,20 @@ export const LADDER: readonly Rung[] = [
     drawsTheSame: true,
     ...exportMode(),
   },
-  { name: "09_first_block_cache", recipe: undefined, devices: [], ...askedBy("cache_dit_config") },
+  {
+    name: "09_first_block_cache",
+    recipe: ({ cache_dit_config }) => firstBlockCache(cache_dit_config),
+    devices: [],
+    ...askedBy("cache_dit_config"),
+  },
+  {
+    name: "11_float8_text_encoder",
+    recipe: ({ t5_float8 }) => float8TextEncoder(t5_float8),
+    devices: [],
+    needs: ["01_bfloat16"],
+    ...askedBy("t5_float8"),
+  },
+  { name: "12_offload", recipe: () => offload, devices: [], ...askedBy("offload") },
   {
     name: "13_fused_blocks",
     recipe: () => fusedBlocks,
@@ -301,7 +320,6 @@ export function createPictureParser(name: string, description: string) {
       "--cache-dir after the picture, by default the first time only; disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
-    .option("--image <file>", "picture to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option(
       "--lora <file[:scale]>",
       "a LoRA to merge into the weights, in diffusers', PEFT's, Kohya's or BFL's naming; again for several",
@@ -333,16 +351,24 @@ export function createPictureParser(name: string, description: string) {
       ),
     )
     .addOption(
-      toggle("--cache_dit_config <file>", "skip blocks whose input hardly changes, as this file says"),
+      new Option(
+        "--cache_dit_config <x>",
+        "reuse the blocks' result in steps where the first block hardly changes (dev and Kontext): the threshold, " +
+          "e.g. 0.08, or a file with it as cache-dit has them",
+      ).argParser(cacheDitConfig),
+    )
+    .addOption(
+      new Option(
+        "--t5_float8 <what>",
+        "T5 in float8, for half of its memory: weights, multiplied in bfloat16; dynamic, multiplied in float8",
+      ).choices(TEXT_ENCODER_FLOAT8),
+    )
+    .addOption(
+      new Option(
+        "--offload",
+        "the text encoders are on the GPU only while they encode, and the model is loaded in pieces: for GPUs of 24 GB",
+      ),
     );
-}
-
-/** Throws a {@link UsageError} where a picture to edit is given. */
-export function refuseImage({ image }: { readonly image?: string | undefined }): void {
-  if (image === undefined) return;
-  throw new UsageError(
-    "--image is for FLUX.1-Kontext checkpoints, which this version does not edit with yet",
-  );
 }
 
 /** An option that the help shows as soon as its recipe is written. */

@@ -7,6 +7,7 @@ import { checkDownload } from "../download.ts";
 import { briefly, FfiError, OutOfMemoryError } from "../errors.ts";
 import {
   type AttentionPlan,
+  type Deposit,
   type Dim3,
   type GpuDevice,
   type GpuEvent,
@@ -28,6 +29,7 @@ import { CublasLt } from "./cublaslt.ts";
 import { Cudnn } from "./cudnn.ts";
 import { Cupti } from "./cupti.ts";
 import { type Driver, HEADER } from "./driver.ts";
+import { DepositSegment } from "./deposit.ts";
 import { CudaEvent } from "./event.ts";
 import { FlashAttention3 } from "./flash_attn3.ts";
 import { CudaGraph } from "./graph.ts";
@@ -43,7 +45,7 @@ const MIB = 2 ** 20;
 const ACTIVATION_CHUNK = 64 * MIB;
 const WEIGHT_CHUNK = 256 * MIB;
 
-/** GPU memory: a block of one of the device's two segments. */
+/** GPU memory: a block of one of the device's segments, or of a deposit. */
 class CudaMemory implements Memory {
   readonly pointer: bigint;
   /** Whether it was not freed so far. */
@@ -52,7 +54,7 @@ class CudaMemory implements Memory {
   constructor(
     readonly device: CudaDevice,
     readonly byteLength: number,
-    readonly segment: Segment,
+    readonly segment: Segment | DepositSegment,
     readonly offset: number,
   ) {
     this.pointer = segment.pointer(offset);
@@ -117,6 +119,8 @@ export class CudaDevice implements GpuDevice {
   readonly #weights: Segment;
   /** What recorded work allocates while it is recorded: the same for all recordings, and used by nothing else. */
   readonly #recorded: Segment;
+  /** With what frees a deposit's memory when nothing refers to it any more. */
+  readonly #deposits = new Map<DepositSegment, FinalizationRegistry<number>>();
   readonly #scopes = new MemoryScopes((memory) => this.free(memory));
   readonly #collected = new FinalizationRegistry<number>((offset) => this.#weights.free(offset));
   /** The libraries' scratch, and smaller ones before it that graphs still use. They lie among the weights. */
@@ -245,7 +249,7 @@ export class CudaDevice implements GpuDevice {
       current: this.#activations.used,
       peak: this.#peak,
       reserved: this.#activations.mapped + this.#recorded.mapped + this.#workspaceBytes,
-      weights: this.#weights.used - this.#workspaceBytes,
+      weights: this.#weights.used - this.#workspaceBytes + this.#depositedBytes,
     };
   }
 
@@ -269,12 +273,46 @@ export class CudaDevice implements GpuDevice {
     if (!mine.live) throw new FfiError(`${this.name}: memory was freed twice`);
     mine.live = false;
     if (mine.segment === this.#weights) this.#collected.unregister(mine);
+    else if (mine.segment instanceof DepositSegment) this.#deposits.get(mine.segment)?.unregister(mine);
     else this.#scopes.remove(mine);
     mine.segment.free(mine.offset);
   }
 
   scope<T>(body: () => T): T {
     return this.#scopes.run(body);
+  }
+
+  deposit(): Deposit {
+    this.#checkOpen();
+    const segment = new DepositSegment(this.#driver, this.#stream, this.#totalBytes);
+    const collected = new FinalizationRegistry<number>((offset) => segment.free(offset));
+    this.#deposits.set(segment, collected);
+    return {
+      add: (memory) => {
+        this.#checkOpen();
+        this.#refuseRecording("offloading");
+        const { pointer, byteLength } = this.#own(memory);
+        if (segment.mapped > 0) {
+          throw new FfiError(`${this.name}: weights are added to a deposit that is on the GPU`);
+        }
+        const moved = new CudaMemory(this, byteLength, segment, segment.add(pointer, byteLength));
+        collected.register(moved, moved.offset, moved);
+        this.free(memory);
+        return moved;
+      },
+      bring: () => {
+        this.#checkOpen();
+        this.#refuseRecording("bringing weights");
+        if (!segment.bring() && !(this.#trim() && segment.bring())) {
+          throw this.#outOfMemory(segment.end, "weights that were offloaded");
+        }
+      },
+      leave: () => {
+        this.#checkOpen();
+        this.#refuseRecording("offloading");
+        segment.leave();
+      },
+    };
   }
 
   async placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]> {
@@ -562,6 +600,7 @@ export class CudaDevice implements GpuDevice {
     attempt(() => this.#activations[Symbol.dispose]());
     attempt(() => this.#weights[Symbol.dispose]());
     attempt(() => this.#recorded[Symbol.dispose]());
+    for (const segment of this.#deposits.keys()) attempt(() => segment[Symbol.dispose]());
     attempt(() => this.#driver.streamDestroy(this.#stream));
     attempt(() => this.#driver[Symbol.dispose]());
     // With a lost context every step fails, and somebody was told already.
@@ -569,6 +608,11 @@ export class CudaDevice implements GpuDevice {
   }
 
   // -- helpers --
+
+  /** Of all deposits that are on the GPU now. */
+  get #depositedBytes(): number {
+    return this.#deposits.keys().reduce((sum, { mapped }) => sum + mapped, 0);
+  }
 
   get #compiler(): Nvrtc {
     return this.#nvrtc ??= new Nvrtc(this.#driver.driverGetVersion()[0]);

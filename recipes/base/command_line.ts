@@ -130,6 +130,7 @@ export function createParser(name: string, description: string) {
     )
     .option("--vae <file>", "an autoencoder in one file (ae.safetensors), in the place of --ckpt's", userPath)
     .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
+    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option(
       "--cache-dir <folder>",
       "where compiled kernels, measurements and exported models are kept",
@@ -157,7 +158,11 @@ export function createParser(name: string, description: string) {
       "default: what the model was made for (1024 for FLUX.1)",
       wholeNumber(1, MAX_SIDE),
     )
-    .option("--guidance_scale <x>", "for models with guidance (dev); default 3.5", finiteNumber)
+    .option(
+      "--guidance_scale <x>",
+      "for models with guidance; default 3.5 for dev, 2.5 for Kontext",
+      finiteNumber,
+    )
     .option(
       "--max_sequence_length <n>",
       "T5 tokens; default 256, and 512 for models with guidance",
@@ -167,7 +172,7 @@ export function createParser(name: string, description: string) {
       "--random-weights",
       "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
     )
-    .option("--json", "print one JSON object instead of text")
+    .option("--json", "print one JSON object instead of text, on a line for each picture")
     .option("--verbose", "say what runs where, and how long each part took")
     .configureOutput({ outputError: (text, write) => write(text) })
     .showHelpAfterError("(--help lists all flags with examples)")

@@ -24,7 +24,8 @@ export function stepSize({ vae }: ModelConfigs, settings: GenerateResult["settin
   const patch = 2 * spatialFactor(vae);
   return {
     batch: 1,
-    imageTokens: settings.height / patch * (settings.width / patch),
+    imageTokens: [settings, ...(settings.image ? [settings.image] : [])]
+      .reduce((sum, { height, width }) => sum + height / patch * (width / patch), 0),
     textTokens: settings.maxSequenceLength,
   };
 }

@@ -29,10 +29,10 @@ type Known = Recording | "eager";
  *
  * Recordings belong to the plan that runs, since another plan has other weights and operators, and go with it.
  */
-export function graphExecute(device: GpuDevice): Execute {
+export function graphExecute(device: GpuDevice): Execute & { readonly forget: (plan: Plan) => void } {
   const plans = new WeakMap<Plan, Map<string, Known>>();
   const forgotten = new FinalizationRegistry<Map<string, Known>>(dropAll);
-  return (plan, part, inputs, body) => {
+  const execute: Execute = (plan, part, inputs, body) => {
     let recordings = plans.get(plan);
     if (recordings === undefined) {
       plans.set(plan, recordings = new Map());
@@ -53,6 +53,7 @@ export function graphExecute(device: GpuDevice): Execute {
     recordings.set(key, recording ?? recordIfItFits(device, inputs, body) ?? "eager");
     return result;
   };
+  return Object.assign(execute, { forget: (plan: Plan) => dropAll(plans.get(plan) ?? new Map()) });
 }
 
 /** Undefined where memory runs out. */

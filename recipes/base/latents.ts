@@ -28,18 +28,30 @@ export function unpackLatents(ops: Ops, packed: Tensor, height: number, width: n
 }
 
 /**
- * Positions of the text and image tokens on FLUX.1's three axes: text stands at the origin, an image token at
- * `(0, row, column)` (diffusers' `FluxPipeline._prepare_latent_image_ids`).
+ * Positions of the text and image tokens on FLUX.1's three axes: text stands at the origin, a token of the i-th image at
+ * `(i, row, column)` (diffusers' `FluxPipeline._prepare_latent_image_ids`; for the second image, the reference picture,
+ * `FluxKontextPipeline.prepare_latents`).
  *
- * @param height rows of image tokens. @param width columns of image tokens.
- * @returns `[textTokens + height * width, 3]`, row-major.
+ * @param images rows and columns of tokens of each.
+ * @returns `[textTokens + imageTokens, 3]`, row-major.
  */
-export function positionIds(textTokens: number, height: number, width: number): Float32Array {
-  const ids = new Float32Array((textTokens + height * width) * 3);
-  for (let token = 0; token < height * width; token++) {
-    const at = (textTokens + token) * 3;
-    ids[at + 1] = Math.floor(token / width);
-    ids[at + 2] = token % width;
-  }
+export function positionIds(textTokens: number, images: readonly TokenGrid[]): Float32Array {
+  const ids = new Float32Array(
+    images.reduce((sum, { rows, columns }) => sum + rows * columns, textTokens) * 3,
+  );
+  let at = textTokens * 3;
+  images.forEach(({ rows, columns }, image) => {
+    for (let token = 0; token < rows * columns; token++, at += 3) {
+      ids[at] = image;
+      ids[at + 1] = Math.floor(token / columns);
+      ids[at + 2] = token % columns;
+    }
+  });
   return ids;
+}
+
+/** How an image's tokens lie. */
+export interface TokenGrid {
+  readonly rows: number;
+  readonly columns: number;
 }

@@ -8,6 +8,7 @@ import { cast } from "../../kernels/cast.ts";
 import { scaleInto } from "../../kernels/scale_into.ts";
 import { type LoraChange, type LoraFile, openLora } from "./lora_file.ts";
 import { type LoraTargets, loraTargets } from "./lora_names.ts";
+import { depositOf } from "./deposits.ts";
 import { UsageError } from "./errors.ts";
 import type { Model } from "./model.ts";
 import type { Component, Plan } from "./plan.ts";
@@ -104,6 +105,15 @@ export class Loras {
       wanted.set(keyOf({ component, weight }), { component, weight });
     }
     for (const name of this.#changed) wanted.set(keyOf(name), name);
+    for (const component of new Set(Array.from(wanted.values(), ({ component }) => component))) {
+      if (depositOf(this.plan.weights[component]) === undefined) continue;
+      throw new UsageError(
+        `a LoRA changes the ${component}, which is not on the device while it is offloaded`,
+        {
+          hint: "leave --offload out, or take a LoRA of the transformer alone",
+        },
+      );
+    }
     const all = this.#withMates([...wanted.values()]);
     const groups = [...Map.groupBy(all, (name) => this.#place(name).memory).values()];
 

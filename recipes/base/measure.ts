@@ -38,6 +38,8 @@ export interface PictureTimes {
   readonly whole: number;
   /** Tokenizers and text encoders. */
   readonly text: number;
+  /** The autoencoder's encoder; 0 without a picture to edit. */
+  readonly image: number;
   readonly steps: readonly number[];
   /** The autoencoder, and the look for NaN in what it gives. */
   readonly decode: number;
@@ -95,11 +97,11 @@ export async function measure(
     last = await watched.generate(drawing);
     await plan.device.synchronize();
     const end = performance.now();
-    const { text, steps, decode } = last.milliseconds;
+    const { text, image, steps, decode } = last.milliseconds;
     const postprocess = end - pixelsStart;
     if (run === 0) first = end - start;
     if (run >= warmups) {
-      times.push({ whole: end - start, text, steps, decode: decode - postprocess, postprocess });
+      times.push({ whole: end - start, text, image, steps, decode: decode - postprocess, postprocess });
     }
     onPicture?.(run + 1);
   }
@@ -111,6 +113,7 @@ export async function measure(
 export interface PartStatistics {
   readonly whole: Statistics;
   readonly text: Statistics;
+  readonly image: Statistics;
   /** One for each step. */
   readonly steps: readonly Statistics[];
   /** Of all steps of all pictures. */
@@ -121,11 +124,12 @@ export interface PartStatistics {
 
 /** Statistics over pictures of one number of steps. */
 export function partStatistics(times: readonly PictureTimes[]): PartStatistics {
-  const of = (part: "whole" | "text" | "decode" | "postprocess") =>
+  const of = (part: "whole" | "text" | "image" | "decode" | "postprocess") =>
     statistics(times.map((picture) => picture[part]));
   return {
     whole: of("whole"),
     text: of("text"),
+    image: of("image"),
     steps: times[0].steps.map((_, step) => statistics(times.map(({ steps }) => steps[step]))),
     step: statistics(times.flatMap(({ steps }) => steps)),
     decode: of("decode"),

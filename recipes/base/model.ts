@@ -1,5 +1,6 @@
 import type { Device } from "../../ffi/device.ts";
-import type { DType } from "../../ffi/dtype.ts";
+import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
+import { elementCount } from "../../ffi/tensor.ts";
 import { CheckpointError, type ComponentWeights } from "./component_weights.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
 import {
@@ -12,8 +13,9 @@ import {
   weightShapes,
   withScales,
 } from "./model_parts.ts";
+import { loadInPieces, type Pieces } from "./pieces.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
-import { randomWeights } from "./random_weights.ts";
+import { randomPart } from "./random_weights.ts";
 import { printable } from "./safetensors.ts";
 import type { FlowMatchEulerScheduler } from "./scheduler.ts";
 import type { PartFiles } from "./single_file.ts";
@@ -33,6 +35,8 @@ export interface LoadOptions {
   readonly onProgress?: ((event: { loadedBytes: number; totalBytes: number }) => void) | undefined;
   /** Called with things worth knowing that do not stop the loading. */
   readonly onWarning?: ((message: string) => void) | undefined;
+  /** Loads in pieces, with these recipes; all at once when left out. */
+  readonly pieces?: Pieces | undefined;
 }
 
 /**
@@ -46,6 +50,8 @@ export class Model implements Disposable {
   readonly scheduler: FlowMatchEulerScheduler;
   readonly clipTokenizer: TextTokenizer;
   readonly t5Tokenizer: TextTokenizer;
+  /** Whether it is a FLUX.1-Kontext, which takes a picture to edit. */
+  readonly kontext: boolean;
 
   private constructor(
     parts: ModelParts,
@@ -58,6 +64,7 @@ export class Model implements Disposable {
     this.scheduler = parts.scheduler;
     this.clipTokenizer = parts.clipTokenizer;
     this.t5Tokenizer = parts.t5Tokenizer;
+    this.kontext = parts.kontext;
   }
 
   /**
@@ -65,17 +72,41 @@ export class Model implements Disposable {
    * not looked at. It draws noise, in the time that the real one takes.
    *
    * @param dtype of the weights; the recipe's own saves a cast. @param seed the same one makes the same weights.
+   * @param pieces makes them in pieces, with these recipes; all at once when left out.
    * @throws ModelError that names the file and what is wrong with it; OutOfMemoryError.
    */
-  static async random(path: string, device: Device, dtype: DType, seed = 0): Promise<Model> {
+  static async random(
+    path: string,
+    device: Device,
+    dtype: DType,
+    seed = 0,
+    pieces?: Pieces,
+  ): Promise<Model> {
     const parts = readParts(path);
-    const weights = randomWeights(device, parts.configs, weightShapes(parts.configs), dtype, seed);
+    const shapes = weightShapes(parts.configs);
+    const make = (component: Component, names?: readonly string[]) =>
+      randomPart(device, parts.configs, component, shapes[component], dtype, seed, names);
+    const weights = pieces === undefined
+      ? Object.fromEntries(COMPONENTS.map((component) => [component, make(component)])) as Record<
+        Component,
+        Weights
+      >
+      : await loadInPieces(
+        device,
+        COMPONENTS.map((component) => ({
+          component,
+          names: [...shapes[component].keys()],
+          bytesOf: (name) => elementCount(shapes[component].get(name)!) * dtypeBytes(dtype),
+          place: (names) => Promise.resolve(make(component, names)),
+        })),
+        pieces,
+      );
     await device.synchronize();
     return new Model(
       { ...parts, name: withRandom(parts.name) },
       weights,
       [],
-      randomSource(device, parts, dtype, seed),
+      (component, names) => Promise.resolve(make(component, names)),
     );
   }
 
@@ -168,13 +199,29 @@ export class Model implements Disposable {
       const totalBytes = opened.reduce((sum, { checkpoint, shapes }) => sum + bytesOf(checkpoint, shapes), 0);
       const report = (loadedBytes: number) => options.onProgress?.({ loadedBytes, totalBytes });
       report(0);
+      const source: Source = (component, names) =>
+        placeSome(device, opened.find((one) => one.component === component)!.checkpoint, names, dtype);
+      const { pieces } = options;
+      if (pieces !== undefined) {
+        let loadedBytes = 0;
+        const unloaded = opened.map(({ component, checkpoint, shapes }) => ({
+          component,
+          names: [...shapes.keys()].filter((name) => !isScale(shapes, name)),
+          bytesOf: (name: string) => bytesOf(checkpoint, [[name, shapes.get(name)!]]),
+          place: async (names: readonly string[]) => {
+            const before = loadedBytes;
+            const report = (bytes: number) =>
+              options.onProgress?.({ loadedBytes: loadedBytes = before + bytes, totalBytes });
+            return await placeSome(device, checkpoint, names, dtype, report);
+          },
+        }));
+        return new Model(own, await loadInPieces(device, unloaded, pieces), checkpoints, source);
+      }
       const parts = opened.map(({ checkpoint, shapes }) => ({ checkpoint, names: shapes.keys() }));
       const placed = await placeWeights(device, parts, report);
       const weights = Object.fromEntries(
         opened.map(({ component }, i) => [component, widenStored(device, placed[i], dtype)]),
       );
-      const source: Source = (component, names) =>
-        placeSome(device, opened.find((one) => one.component === component)!.checkpoint, names, dtype);
       return new Model(own, weights as Record<Component, Weights>, checkpoints, source);
     } catch (error) {
       for (const checkpoint of checkpoints) checkpoint[Symbol.dispose]();
@@ -217,26 +264,23 @@ async function placeSome(
   checkpoint: ComponentWeights,
   names: readonly string[],
   dtype: DType,
+  onBytes?: (bytes: number) => void,
 ): Promise<Weights> {
   const scales = names.map(scaleName).filter((name) => checkpoint.has(name));
-  const [placed] = await placeWeights(device, [{ checkpoint, names: [...names, ...scales] }]);
+  const [placed] = await placeWeights(device, [{ checkpoint, names: [...names, ...scales] }], onBytes);
   return widenStored(device, placed, dtype);
 }
 
 /** Weights that were made up, made up again. */
 function randomSource(device: Device, { configs }: ModelParts, dtype: DType, seed: number): Source {
-  return (component, names) => {
-    const wanted = new Set(names);
-    const made = randomWeights(
-      device,
-      configs,
-      weightShapes(configs),
-      dtype,
-      seed,
-      (part, name) => part === component && wanted.has(name),
-    );
-    return Promise.resolve(made[component]);
-  };
+  const shapes = weightShapes(configs);
+  return (component, names) =>
+    Promise.resolve(randomPart(device, configs, component, shapes[component], dtype, seed, names));
+}
+
+/** Whether a name is that of a weight's scales. */
+function isScale(shapes: ReadonlyMap<string, unknown>, name: string): boolean {
+  return name.endsWith(scaleName("")) && shapes.has(name.slice(0, -scaleName("").length));
 }
 
 function withRandom(name: string): string {

@@ -31,9 +31,11 @@ export interface ModelConfigs {
   readonly vae: AutoencoderConfig;
 }
 
+const KONTEXT = "FluxKontextPipeline";
+
 /** `model_index.json`: only FluxPipeline's parts, each of the class that is implemented here. */
 const modelIndexSchema = z.looseObject({
-  _class_name: z.literal(["FluxPipeline", "FluxKontextPipeline"], {
+  _class_name: z.literal(["FluxPipeline", KONTEXT], {
     error: (issue) =>
       `${printable(String(issue.input))} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
   }),
@@ -53,10 +55,12 @@ export interface ModelParts {
   readonly scheduler: FlowMatchEulerScheduler;
   readonly clipTokenizer: TextTokenizer;
   readonly t5Tokenizer: TextTokenizer;
+  /** Whether it edits pictures. */
+  readonly kontext: boolean;
 }
 
 /** Size of the weights that the model reads. */
-export function bytesOf(checkpoint: ComponentWeights, shapes: WeightShapes): number {
+export function bytesOf(checkpoint: ComponentWeights, shapes: Iterable<[string, readonly number[]]>): number {
   return [...shapes].reduce(
     (sum, [name, shape]) => sum + elementCount(shape) * fileDTypeBits(checkpoint.info(name).dtype) / 8,
     0,
@@ -94,7 +98,7 @@ export function readParts(path: string, files: PartFiles = {}): ModelParts {
   const alone = files.transformer === undefined;
   const folder = resolveModelFolder(path, alone ? "model_index.json" : "text_encoder");
   const has = (file: string) => alone || existsSync(join(folder, file));
-  if (has("model_index.json")) readJson(folder, "model_index.json", modelIndexSchema);
+  const kontext = has("model_index.json") && isKontext(folder);
   const ofFolder = has("transformer/config.json")
     ? readJson(folder, "transformer/config.json", transformerConfigSchema)
     : undefined;
@@ -122,7 +126,17 @@ export function readParts(path: string, files: PartFiles = {}): ModelParts {
   const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
   checkFit(folder, configs, clipTokenizer, t5Tokenizer);
   const name = files.transformer === undefined ? modelName(folder) : fileModelName(files.transformer);
-  return { name, folder, configs, scheduler, clipTokenizer, t5Tokenizer };
+  return { name, folder, configs, scheduler, clipTokenizer, t5Tokenizer, kontext };
+}
+
+/**
+ * Whether a model folder has a FLUX.1-Kontext, which takes a picture to edit; it has the weights of other models' names and
+ * shapes, and only its index tells.
+ *
+ * @throws ModelError for a folder whose index is no FLUX.1's.
+ */
+export function isKontext(folder: string): boolean {
+  return readJson(folder, "model_index.json", modelIndexSchema)._class_name === KONTEXT;
 }
 
 /** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */

@@ -12,12 +12,14 @@ export interface Origin {
   readonly model: Model;
   readonly plan: Plan;
   readonly loras?: readonly LoraChoice[] | undefined;
+  /** Which of several pictures of one prompt and seed it is: `"2 of 4"`. */
+  readonly place?: string | undefined;
 }
 
 /** A picture as PNG, with how it was made in its `parameters` text. */
 export async function encodePicture(
   { rgb, width, height }: Picture,
-  { prompt, settings, model, plan, loras = [] }: Origin,
+  { prompt, settings, model, plan, loras = [], place }: Origin,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const parameters = parametersText({
     prompt,
@@ -28,6 +30,7 @@ export async function encodePicture(
     model: model.name,
     ...(model.configs.transformer.guidance_embeds ? { guidance: settings.guidanceScale } : {}),
     extra: {
+      ...(place && { Picture: place }),
       ...(loras.length > 0 &&
         { LoRA: loras.map(({ path, scale }) => `${basename(path)}:${scale}`).join(" ") }),
       Recipes: plan.recipes.join(" "),

@@ -4,14 +4,15 @@ import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { allFinite } from "../../kernels/all_finite.ts";
 import { BOX_MULLER_BLOCK, boxMuller } from "../../kernels/box_muller.ts";
-import { decode, spatialFactor } from "./autoencoder.ts";
+import { decode, encode, spatialFactor } from "./autoencoder.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "./clip.ts";
 import { ModelError, UsageError } from "./errors.ts";
-import { packLatents, positionIds, unpackLatents } from "./latents.ts";
+import { fitReference, pixelTensor, type Size, withReference } from "./kontext.ts";
+import { packLatents, positionIds, type TokenGrid, unpackLatents } from "./latents.ts";
 import type { Model } from "./model.ts";
 import { fluxModulations } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
-import type { Plan } from "./plan.ts";
+import type { Plan, StepInputs } from "./plan.ts";
 import { Generator } from "./random.ts";
 import { type Rotary, rotaryEmbedding } from "./rotary.ts";
 import { relativePositionBuckets, t5Encoder } from "./t5.ts";
@@ -26,6 +27,13 @@ export interface GenerateOptions {
    * empty. As in diffusers.
    */
   readonly prompt2?: string | readonly string[];
+  /** The picture to edit, for all prompts: for FLUX.1-Kontext, which draws from the prompt alone without one. */
+  readonly image?: Picture;
+  /**
+   * Whether `image` is resized to the one of Kontext's preferred sizes that is nearest in shape, as diffusers' `_auto_resize`
+   * does; true when left out. Else it keeps its size, rounded down to multiples of 16.
+   */
+  readonly autoResize?: boolean;
   /** In pixels, at most 8192; the autoencoder's `sample_size` when left out. Rounded down to a multiple of 16. */
   readonly height?: number;
   readonly width?: number;
@@ -36,7 +44,7 @@ export interface GenerateOptions {
    * too, but they mean more noise than the model was ever trained on.
    */
   readonly sigmas?: readonly number[];
-  /** 3.5 when left out; read by models with a guidance embedding only. */
+  /** 3.5 when left out, 2.5 for FLUX.1-Kontext; read by models with a guidance embedding only. */
   readonly guidanceScale?: number;
   /** Of the starting latents, as `torch.Generator("cpu").manual_seed(seed)`. Drawn at random when left out. */
   readonly seed?: bigint | number;
@@ -84,24 +92,19 @@ export interface GenerateResult {
     readonly guidanceScale: number;
     readonly seed: bigint;
     readonly maxSequenceLength: number;
+    /** Size of the picture to edit as it was encoded. */
+    readonly image?: Size;
   };
   /** Wall-clock milliseconds by part. */
   readonly milliseconds: {
     readonly text: number;
+    /** The autoencoder's encoder; 0 without a picture to edit. */
+    readonly image: number;
     readonly steps: readonly number[];
     readonly decode: number;
   };
-}
-
-/** What a step reads beside the latents. */
-interface Conditions {
-  /** T5's output `[batch, tokens, joint_attention_dim]`. */
-  readonly embeds: Tensor;
-  readonly rotary: Rotary;
-  /** This step's `[batch, modulations]`. */
-  readonly modulations: Tensor;
-  /** Change of the noise level. */
-  readonly change: number;
+  /** The steps, counted from 0, that were not computed in full, where a recipe allows it. */
+  readonly reusedSteps?: readonly number[];
 }
 
 /** T5 knows no more positions in FLUX.1's training. */
@@ -128,7 +131,8 @@ export class FluxPipeline {
   async generate(options: GenerateOptions): Promise<GenerateResult> {
     const { plan: { device, ops }, model: { configs, scheduler } } = this;
     this.model.checkOpen();
-    const settings = this.#settings(options);
+    const image = this.#reference(options);
+    const settings = this.#settings(options, image);
     const { height, width, numInferenceSteps: steps } = settings;
     const { signal, onProgress } = options;
     const prompts = listOf(options.prompt);
@@ -171,10 +175,24 @@ export class FluxPipeline {
       const pooled = own(this.encodeClip(prompts, images, options.onWarning));
       await pause();
       const embeds = own(this.encodeT5(prompts2, images, settings.maxSequenceLength, options.onWarning));
-      const rotary = this.#rotary(settings.maxSequenceLength, latentHeight / 2, latentWidth / 2);
+      const grids = [{ rows: latentHeight / 2, columns: latentWidth / 2 }];
+      if (image !== undefined) {
+        grids.push({ rows: image.height / factor / 2, columns: image.width / factor / 2 });
+      }
+      const rotary = this.#rotary(settings.maxSequenceLength, grids);
       let latents = own(this.prepareLatents(settings.seed, batch, latentHeight, latentWidth));
       await device.synchronize();
       const textTime = performance.now() - textStart;
+
+      let imageLatents: Tensor | undefined;
+      let imageTime = 0;
+      if (image !== undefined) {
+        await pause();
+        const imageStart = performance.now();
+        imageLatents = own(this.encodeImage(image, batch));
+        await device.synchronize();
+        imageTime = performance.now() - imageStart;
+      }
 
       const report = (step: number) => {
         if (onProgress === undefined) return;
@@ -191,6 +209,7 @@ export class FluxPipeline {
       const stepTimes: number[] = [];
       const together = Math.max(1, Math.floor(MODULATION_ROWS / batch));
       let modulations: Tensor | undefined;
+      using stepper = this.plan.stepper?.(this.plan, configs.transformer);
       for (let step = 0; step < steps; step++) {
         await pause();
         const start = performance.now();
@@ -198,14 +217,17 @@ export class FluxPipeline {
           const times = [...schedule.timesteps.slice(step, step + together)];
           modulations = replace(modulations, this.#modulations(pooled, times, settings.guidanceScale));
         }
-        const next = device.scope(() =>
-          this.#denoise(latents, {
-            embeds,
-            rotary,
-            modulations: modulations!.narrow(0, step % together * batch, batch),
-            change: schedule.sigmas[step + 1] - schedule.sigmas[step],
-          })
-        );
+        const inputs: StepInputs = {
+          latents,
+          embeds,
+          imageLatents,
+          rotary,
+          modulations: modulations!.narrow(0, step % together * batch, batch),
+          change: schedule.sigmas[step + 1] - schedule.sigmas[step],
+        };
+        const next = stepper === undefined
+          ? device.scope(() => this.#denoise(inputs))
+          : await stepper.step(inputs);
         latents = replace(latents, next);
         await device.synchronize();
         stepTimes.push(performance.now() - start);
@@ -229,7 +251,13 @@ export class FluxPipeline {
           rgb: bytes.subarray(i * size, (i + 1) * size),
         })),
         settings,
-        milliseconds: { text: textTime, steps: stepTimes, decode: performance.now() - decodeStart },
+        milliseconds: {
+          text: textTime,
+          image: imageTime,
+          steps: stepTimes,
+          decode: performance.now() - decodeStart,
+        },
+        ...(stepper && { reusedSteps: stepper.reused }),
       };
     } finally {
       for (const tensor of owned) tensor.dispose();
@@ -314,6 +342,26 @@ export class FluxPipeline {
   }
 
   /**
+   * A picture to edit as the transformer reads it: its latents' mode.
+   *
+   * @param image each side a multiple of 16. @param batch how often it is repeated.
+   * @returns packed `[batch, tokens, channels]` in the weights' dtype; the caller frees it.
+   */
+  encodeImage(image: Picture, batch: number): Tensor {
+    this.model.checkOpen();
+    const { plan: { device, ops, weights, execute }, model: { configs } } = this;
+    return device.scope(() => {
+      const encoded = execute(
+        this.plan,
+        "vae_encoder",
+        [pixelTensor(device, image)],
+        ([pixels]) => packLatents(ops, encode(configs.vae, weights.vae, ops, pixels)),
+      );
+      return repeated(ops, encoded, batch);
+    });
+  }
+
+  /**
    * Packed latents `[batch, tokens, channels]` to pictures.
    *
    * @returns f32 `[batch, 3, height, width]`, about -1..1; the caller frees it.
@@ -358,38 +406,71 @@ export class FluxPipeline {
   }
 
   /** One Euler step. */
-  #denoise(latents: Tensor, { embeds, rotary, modulations, change }: Conditions): Tensor {
+  #denoise({ latents, embeds, imageLatents, rotary, modulations, change }: StepInputs): Tensor {
     const { plan: { device, ops, weights, execute }, model: { configs: { transformer: config } } } = this;
     return execute(
       this.plan,
       "transformer",
-      [latents, embeds, modulations, rotary.cos, rotary.sin, filled(device, 1, change)],
-      ([hiddenStates, encoderHiddenStates, modulations, cos, sin, step]) => {
+      [
+        latents,
+        embeds,
+        modulations,
+        rotary.cos,
+        rotary.sin,
+        filled(device, 1, change),
+        ...(imageLatents === undefined ? [] : [imageLatents]),
+      ],
+      ([latents, encoderHiddenStates, modulations, cos, sin, step, imageLatents]) => {
         const velocity = fluxTransformer(config, weights.transformer, ops, {
-          hiddenStates,
+          hiddenStates: withReference(ops, latents, imageLatents),
           encoderHiddenStates,
           modulations,
           rotary: { cos, sin },
+          wantedTokens: latents.shape[1],
         });
-        return ops.eulerStep(hiddenStates, velocity, step);
+        return ops.eulerStep(latents, velocity, step);
       },
     );
   }
 
-  /** Rotary tables for a picture; those of the last size are kept, and go when nothing refers to them any more. */
-  #rotary(textTokens: number, height: number, width: number): Rotary {
-    const size = `${textTokens} ${height} ${width}`;
+  /** Rotary tables for pictures; those of the last size are kept, and go when nothing refers to them any more. */
+  #rotary(textTokens: number, grids: readonly TokenGrid[]): Rotary {
+    const size = JSON.stringify([textTokens, grids]);
     if (this.#lastRotary?.size !== size) {
       const { axes_dims_rope: axes } = this.model.configs.transformer;
-      const ids = positionIds(textTokens, height, width);
+      const ids = positionIds(textTokens, grids);
       this.#lastRotary = { size, rotary: rotaryEmbedding(this.plan.device, ids, axes, "weights") };
     }
     return this.#lastRotary.rotary;
   }
 
+  /** The picture to edit, as the autoencoder takes it. */
+  #reference({ image, autoResize = true }: GenerateOptions): Picture | undefined {
+    if (image === undefined) return undefined;
+    const { name, kontext, configs } = this.model;
+    if (!kontext) {
+      throw new UsageError(`${name} is no FLUX.1-Kontext: it draws from a prompt, and edits no picture`, {
+        hint: "leave the picture out, or take a FLUX.1-Kontext checkpoint",
+      });
+    }
+    const { width, height, rgb } = image;
+    if (!(width > 0 && height > 0 && rgb.length === width * height * 3)) {
+      throw new UsageError(
+        `the picture to edit has ${rgb.length} bytes, not those of ${width} x ${height} RGB pixels`,
+      );
+    }
+    const multiple = 2 * spatialFactor(configs.vae);
+    if (!autoResize && Math.min(width, height) < multiple) {
+      throw new UsageError(
+        `the picture to edit has ${width} x ${height} pixels: give ${multiple} or more each`,
+      );
+    }
+    return fitReference(image, multiple, autoResize);
+  }
+
   /** Fills in the defaults and checks the values. */
-  #settings(options: GenerateOptions): GenerateResult["settings"] {
-    const { configs, t5Tokenizer } = this.model;
+  #settings(options: GenerateOptions, image: Picture | undefined): GenerateResult["settings"] {
+    const { configs, t5Tokenizer, kontext } = this.model;
     const guided = configs.transformer.guidance_embeds;
     const multiple = 2 * spatialFactor(configs.vae);
     const side = (name: "height" | "width") => {
@@ -406,7 +487,7 @@ export class FluxPipeline {
       options.maxSequenceLength ?? Math.min(guided ? MAX_SEQUENCE_LENGTH : 256, t5Tokenizer.modelMaxLength),
       MAX_SEQUENCE_LENGTH,
     );
-    const guidanceScale = options.guidanceScale ?? 3.5;
+    const guidanceScale = options.guidanceScale ?? (kontext ? 2.5 : 3.5);
     if (!Number.isFinite(Math.fround(1000 * guidanceScale))) { // the transformer embeds 1000 times the scale
       throw new UsageError(`guidanceScale is ${guidanceScale}: give a number, mostly 1 to 30`);
     }
@@ -415,9 +496,19 @@ export class FluxPipeline {
         `${this.model.name} has no guidance embedding: guidance scale ${guidanceScale} has no effect`,
       );
     }
+    const [height, width] = [side("height"), side("width")];
+    if (image !== undefined && options.height === undefined && options.width === undefined) {
+      const shape = image.width / image.height;
+      if (Math.abs(Math.log(shape * height / width)) > 0.05) {
+        options.onWarning?.(
+          `the picture to edit is ${image.width} x ${image.height}, and ${width} x ${height} is drawn: for the same ` +
+            `shape give width ${image.width} and height ${image.height}`,
+        );
+      }
+    }
     return {
-      height: side("height"),
-      width: side("width"),
+      height,
+      width,
       numInferenceSteps: positiveInteger(
         "numInferenceSteps",
         options.numInferenceSteps ?? options.sigmas?.length ?? (guided ? 28 : 4),
@@ -426,6 +517,7 @@ export class FluxPipeline {
       guidanceScale: guided ? guidanceScale : 0,
       seed: new Generator(options.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]).seed,
       maxSequenceLength,
+      ...(image && { image: { width: image.width, height: image.height } }),
     };
   }
 }

@@ -2,6 +2,8 @@ import type { Device, DeviceKind } from "../../ffi/device.ts";
 import type { Tensor } from "../../ffi/tensor.ts";
 import { UsageError } from "./errors.ts";
 import { eagerOps, type Ops } from "./ops.ts";
+import type { Rotary } from "./rotary.ts";
+import type { TransformerConfig } from "./transformer.ts";
 import type { Weights } from "./weights.ts";
 
 /** The parts of the pipeline that have weights, by their folder in diffusers' layout. */
@@ -20,12 +22,40 @@ export type Execute = <O>(
   body: (inputs: readonly Tensor[]) => O,
 ) => O;
 
+/** What a denoising step reads. */
+export interface StepInputs {
+  /** Packed noisy latents, f32 `[batch, tokens, channels]`. */
+  readonly latents: Tensor;
+  /** T5's output `[batch, tokens, joint_attention_dim]`. */
+  readonly embeds: Tensor;
+  /** Latents of the picture to edit, `[batch, tokens, channels]`. */
+  readonly imageLatents: Tensor | undefined;
+  /** Of the text's tokens, the latents' and those of the picture to edit. */
+  readonly rotary: Rotary;
+  /** This step's `[batch, modulations]`. */
+  readonly modulations: Tensor;
+  /** Change of the noise level. */
+  readonly change: number;
+}
+
+/** Runs the steps of one picture, in order, which may share work. */
+export interface Stepper extends Disposable {
+  /** One Euler step: the next latents, which are the caller's. */
+  step(inputs: StepInputs): Promise<Tensor>;
+  /** The steps, counted from 0, that were not computed in full. */
+  readonly reused: readonly number[];
+}
+
 /** What is computed, with which weights and operators, and how it is run. A value: recipes return changed copies. */
 export interface Plan {
   readonly device: Device;
   readonly weights: Readonly<Record<Component, Weights>>;
   readonly ops: Ops;
   readonly execute: Execute;
+  /** Gives up what is kept for the running plan to be faster, where memory is needed for other things. */
+  readonly forget?: (running: Plan) => void;
+  /** How a picture's steps are run, where it is not each by itself: begins a picture. `plan` is the one that runs. */
+  readonly stepper?: (plan: Plan, config: TransformerConfig) => Stepper;
   /** Names of the recipes applied so far, in order. */
   readonly recipes: readonly string[];
 }
@@ -39,6 +69,13 @@ export interface Recipe {
   readonly devices: readonly DeviceKind[];
   /** What was chosen for it, by name; it then differs from the recipe with other options. */
   readonly options?: Readonly<Record<string, string>>;
+  /**
+   * It changes weights, those of a module without looking at others, and those that it has changed not once more: it may be
+   * applied to a part of them as soon as that is loaded, and to all of them again.
+   */
+  readonly preparesWeights?: true;
+  /** Throws {@link UsageError} for models that it is not for: so that this shows before such a one is loaded. */
+  check?(config: TransformerConfig): void;
   /** Returns the changed plan; throws {@link UsageError} when it clashes with a recipe that is there already. */
   apply(plan: Plan): Plan;
 }

@@ -3,43 +3,39 @@ import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { fillRandom } from "../../kernels/random_fill.ts";
 import type { ModelConfigs } from "./model_parts.ts";
-import type { Component } from "./plan.ts";
+import { type Component, COMPONENTS } from "./plan.ts";
 import { type Weights, weightsFrom, type WeightShapes } from "./weights.ts";
 
 /** Random numbers of one part start so far behind those of the one before; no part has that many weights. */
 const STREAMS_PER_PART = 2 ** 20;
 
 /**
- * Weights of a whole model, drawn on the device: for benchmarks and tests without a download. Activations keep their
+ * Weights of a part of a model, drawn on the device: for benchmarks and tests without a download. Activations keep their
  * size through all layers, so that nothing overflows or dies out, and matrix units do the work that they do with
  * trained weights.
  *
  * @param dtype that the weights are made in. @param seed the same one gives the same weights.
- * @param wanted which of them are made; all when left out.
+ * @param names of those that are made; all of the part when left out.
  */
-export function randomWeights(
+export function randomPart(
   device: Device,
   configs: ModelConfigs,
-  shapes: Readonly<Record<Component, WeightShapes>>,
+  component: Component,
+  shapes: WeightShapes,
   dtype: DType,
   seed: number,
-  wanted: (component: Component, name: string) => boolean = () => true,
-): Record<Component, Weights> {
-  const parts = Object.entries(shapes).map(([component, ofPart], part) => {
-    const tensors = [...ofPart].flatMap(([name, shape], i): [string, Tensor][] => {
-      if (!wanted(component as Component, name)) return [];
-      const weight = new Tensor(
-        device.alloc(elementCount(shape) * dtypeBytes(dtype), "weights"),
-        dtype,
-        shape,
-      );
-      const stream = part * STREAMS_PER_PART + i;
-      fillRandom(weight, { seed, stream, kind: "normal", ...distribution(name, shape, configs) });
-      return [[name, weight]];
-    });
-    return [component, weightsFrom(new Map(tensors))];
+  names: readonly string[] = [...shapes.keys()],
+): Weights {
+  const first = COMPONENTS.indexOf(component) * STREAMS_PER_PART;
+  const places = new Map([...shapes.keys()].map((name, i) => [name, first + i]));
+  const tensors = names.map((name): [string, Tensor] => {
+    const shape = shapes.get(name)!;
+    const weight = new Tensor(device.alloc(elementCount(shape) * dtypeBytes(dtype), "weights"), dtype, shape);
+    const stream = places.get(name)!;
+    fillRandom(weight, { seed, stream, kind: "normal", ...distribution(name, shape, configs) });
+    return [name, weight];
   });
-  return Object.fromEntries(parts) as Record<Component, Weights>;
+  return weightsFrom(new Map(tensors));
 }
 
 /** Tables that are looked up, not multiplied with. */

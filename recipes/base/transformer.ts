@@ -1,6 +1,7 @@
 import { z } from "zod";
 import type { Tensor } from "../../ffi/tensor.ts";
 import type { JointTurn, StreamLayers } from "../../kernels/double_block.ts";
+import type { Normed } from "../../kernels/gated_ada_layer_norm.ts";
 import type { ParallelLayers } from "../../kernels/parallel_branches.ts";
 import { MAX_LAYERS } from "./checkpoint.ts";
 import { modulationsOf, TIME_CHANNELS } from "./modulations.ts";
@@ -38,6 +39,8 @@ export interface TransformerInputs {
   readonly modulations: Tensor;
   /** Rotary tables of text tokens, then image tokens. */
   readonly rotary: Rotary;
+  /** Of how many of the image tokens, from the first, the velocity is wanted; of all when left out. */
+  readonly wantedTokens?: number | undefined;
 }
 
 const NORM_EPS = 1e-6;
@@ -48,7 +51,7 @@ const MLP_RATIO = 4;
  * and image that attend jointly (Esser et al. 2024, MM-DiT), then blocks with one stream that run attention and MLP
  * side by side (Dehghani et al. 2023), all modulated by timestep, guidance and pooled text (adaLN-Zero).
  *
- * @returns the velocity `noise - image`, `[batch, imageTokens, out_channels]`, in the weights' dtype.
+ * @returns the velocity `noise - image`, `[batch, wantedTokens, out_channels]`, in the weights' dtype.
  */
 export function fluxTransformer(
   config: TransformerConfig,
@@ -56,44 +59,110 @@ export function fluxTransformer(
   ops: Ops,
   inputs: TransformerInputs,
 ): Tensor {
-  const { device } = inputs.hiddenStates;
+  return inputs.hiddenStates.device.scope(() => {
+    const embedded = embedTokens(weights, ops, inputs);
+    const streams = doubleBlocks(config, weights, ops, embedded, inputs, 0);
+    const { normed } = singleBlocks(config, weights, ops, streams, inputs);
+    return dense(ops, weights, "proj_out", normed);
+  });
+}
+
+/** The two streams of the double blocks, both `[batch, tokens, hidden]`. */
+export interface Streams {
+  readonly hiddenStates: Tensor;
+  readonly encoderHiddenStates: Tensor;
+}
+
+function disposeStreams({ hiddenStates, encoderHiddenStates }: Streams): void {
+  hiddenStates.dispose();
+  encoderHiddenStates.dispose();
+}
+
+/** Image and text tokens as the first double block takes them. */
+export function embedTokens(
+  weights: Weights,
+  ops: Ops,
+  { hiddenStates, encoderHiddenStates }: Pick<TransformerInputs, "hiddenStates" | "encoderHiddenStates">,
+): Streams {
   const { dtype } = weights.get("x_embedder.weight");
-  const textTokens = inputs.encoderHiddenStates.shape[1];
-  const { num_attention_heads: heads } = config;
-  const { cos, sin } = inputs.rotary;
-  return device.scope(() => {
-    const turn: JointTurn = { heads, cos, sin, pairs: ops.rotaryPairs(cos, sin), eps: NORM_EPS };
-    const { doubles, singles, out } = modulationsOf(config, inputs.modulations);
-    const embed = (module: string, x: Tensor) => dense(ops, weights, module, ops.cast(x, dtype));
-    // Text first, as the rotary tables have it.
-    let streams = [
-      embed("context_embedder", inputs.encoderHiddenStates),
-      embed("x_embedder", inputs.hiddenStates),
-    ];
-    const replaceBy = (next: Tensor[]) => {
-      for (const stream of streams) stream.dispose();
-      streams = next;
-    };
-    for (let layer = 0; layer < config.num_layers; layer++) {
+  return hiddenStates.device.scope(() => ({
+    hiddenStates: dense(ops, weights, "x_embedder", ops.cast(hiddenStates, dtype)),
+    encoderHiddenStates: dense(ops, weights, "context_embedder", ops.cast(encoderHiddenStates, dtype)),
+  }));
+}
+
+/** What a block reads beside the tokens. */
+export type BlockInputs = Pick<TransformerInputs, "modulations" | "rotary">;
+
+function jointTurn(config: TransformerConfig, ops: Ops, { rotary: { cos, sin } }: BlockInputs): JointTurn {
+  return { heads: config.num_attention_heads, cos, sin, pairs: ops.rotaryPairs(cos, sin), eps: NORM_EPS };
+}
+
+/**
+ * The double blocks from `first` to `end`, which is behind the last one when left out.
+ *
+ * @param streams are freed, unless `keep` says that they are the caller's.
+ */
+export function doubleBlocks(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  streams: Streams,
+  inputs: BlockInputs,
+  first: number,
+  { end = config.num_layers, keep = false }: { readonly end?: number; readonly keep?: boolean } = {},
+): Streams {
+  return streams.hiddenStates.device.scope(() => {
+    const { doubles } = modulationsOf(config, inputs.modulations);
+    const turn = jointTurn(config, ops, inputs);
+    let current = streams;
+    for (let layer = first; layer < end; layer++) {
       const block = under(weights, `transformer_blocks.${layer}`);
-      const [text, image] = streams;
-      const { text: textModulation, image: imageModulation } = doubles[layer];
-      replaceBy(ops.doubleBlock(
+      const { text, image } = doubles[layer];
+      // Text first, as the rotary tables have it.
+      const [encoderHiddenStates, hiddenStates] = ops.doubleBlock(
         [
-          { x: text, layers: textLayers(block), modulation: textModulation },
-          { x: image, layers: imageLayers(block), modulation: imageModulation },
+          { x: current.encoderHiddenStates, layers: textLayers(block), modulation: text },
+          { x: current.hiddenStates, layers: imageLayers(block), modulation: image },
         ],
         turn,
         ops,
-      ));
+      );
+      if (!(keep && current === streams)) disposeStreams(current);
+      current = { hiddenStates, encoderHiddenStates };
     }
-    const sum = ops.concat(streams, 1);
-    replaceBy([]);
+    return current;
+  });
+}
+
+/**
+ * The single blocks, and the norm behind them.
+ *
+ * @param streams are freed, unless `keep` says that they are the caller's.
+ * @returns of the wanted image tokens, the last block's `sum` and that `normed` and modulated, as `proj_out` reads it: both
+ *   `[batch, wantedTokens, hidden]`.
+ */
+export function singleBlocks(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  streams: Streams,
+  inputs: BlockInputs & Pick<TransformerInputs, "wantedTokens">,
+  { keep = false }: { readonly keep?: boolean } = {},
+): Normed {
+  const { device, shape: [, imageTokens] } = streams.hiddenStates;
+  const textTokens = streams.encoderHiddenStates.shape[1];
+  return device.scope(() => {
+    const { singles, out } = modulationsOf(config, inputs.modulations);
+    const turn = jointTurn(config, ops, inputs);
+    // Text first, as the rotary tables have it.
+    const sum = ops.concat([streams.encoderHiddenStates, streams.hiddenStates], 1);
+    if (!keep) disposeStreams(streams);
     // A block's residual connection and the norm of the next one stand side by side. After the last block that is
     // norm_out, which keeps scale before shift, unlike the blocks.
     const norms = [...singles, out];
     const blocks = singles.map((_, layer) =>
-      singleLayers(heads, under(weights, `single_transformer_blocks.${layer}`))
+      singleLayers(turn.heads, under(weights, `single_transformer_blocks.${layer}`))
     );
     const readers = [...blocks.map(({ q, k, v, mlp }) => [q, k, v, mlp]), [layerOf(weights, "proj_out")]];
     let joint = { sum, normed: ops.adaLayerNorm(sum, norms[0].scale, norms[0].shift, NORM_EPS, readers[0]) };
@@ -106,12 +175,23 @@ export function fluxTransformer(
       joint.normed.dispose();
       joint = next;
     });
-    return dense(
-      ops,
-      weights,
-      "proj_out",
-      joint.normed.narrow(1, textTokens, joint.normed.shape[1] - textTokens),
-    );
+    const wanted = (x: Tensor) => x.narrow(1, textTokens, inputs.wantedTokens ?? imageTokens);
+    return { sum: wanted(joint.sum), normed: wanted(joint.normed) };
+  });
+}
+
+/** The velocity of image tokens behind the last block: the norm, its modulation, and the output projection. */
+export function velocityOf(
+  config: TransformerConfig,
+  weights: Weights,
+  ops: Ops,
+  sum: Tensor,
+  modulations: Tensor,
+): Tensor {
+  return sum.device.scope(() => {
+    const { out } = modulationsOf(config, modulations);
+    const normed = ops.adaLayerNorm(sum, out.scale, out.shift, NORM_EPS, [layerOf(weights, "proj_out")]);
+    return dense(ops, weights, "proj_out", normed);
   });
 }
 

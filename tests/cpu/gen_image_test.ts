@@ -3,7 +3,6 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { readPngText } from "../../recipes/base/image.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
-import { LADDER } from "../../recipes/switches.ts";
 import { withModelCopy } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
 import { ROOT, runTask, taskCommand } from "../support/programs.ts";
@@ -12,17 +11,6 @@ const MODEL = goldenPath("schnell-like");
 
 const command = (args: readonly string[]) => taskCommand("generate", args);
 const run = (...args: string[]) => runTask("generate", ...args);
-
-/** Calls with the flags of recipes that are not written yet. */
-const UNWRITTEN = LADDER.filter(({ recipe }) => recipe === undefined).map((
-  { flag, name },
-): [string[], number, RegExp] => {
-  const values: Record<string, string> = {
-    "--compile_export_mode": "=compile",
-    "--cache_dit_config": "=a.yaml",
-  };
-  return [[`${flag}${values[flag] ?? ""}`], 2, new RegExp(`${flag}.* not available yet.*${name}`)];
-});
 
 /** Size, from the PNG's header chunk. */
 function sizeOf(png: Uint8Array): [number, number] {
@@ -135,6 +123,26 @@ Deno.test("gen_image --random-weights draws from configs and tokenizers alone, a
     );
   }));
 
+Deno.test("gen_image --t5_float8 and --cache_dit_config run their recipes, and say what was reused", async () => {
+  const folder = await Deno.makeTempDir();
+  const args = [
+    "--ckpt",
+    goldenPath("dev-like"),
+    "--output-file",
+    join(folder, "a.png"),
+    "--cache-dir",
+    folder,
+  ];
+  args.push("--height", "32", "--width", "32", "--num_inference_steps", "12", "--max_sequence_length", "16");
+  args.push("--t5_float8", "dynamic", "--cache_dit_config", "1000", "--json", "--verbose");
+  const { code, stdout, stderr } = await run(...args);
+  assert.equal(code, 0, stderr);
+  const { recipes, reusedSteps } = JSON.parse(stdout);
+  assert.deepEqual(recipes.slice(-2), ["09_first_block_cache", "11_float8_text_encoder"]);
+  assert.deepEqual(reusedSteps, [8, 9, 10, 11]);
+  assert.match(stderr, /steps that reused the blocks' result: 4 of 12/);
+});
+
 Deno.test("gen_image says in --verbose what runs where", async () => {
   const folder = await Deno.makeTempDir();
   const args = [
@@ -177,7 +185,6 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
     [["--seed"], 2, /argument missing/],
     [["--device", "tpu"], 2, /--device.*'tpu'.*cpu/],
     [["--device", "hip"], 1, /hip/],
-    ...UNWRITTEN,
     [["--compile_export_mode", "export_aoti"], 2, /08_export, which runs on cuda and hip, not on cpu/],
     [["--use-cached-model"], 2, /--use-cached-model asks for recipe 08_export.*not on cpu/],
     [
@@ -185,8 +192,18 @@ Deno.test("gen_image ends wrong calls with one clear line and an exit code", asy
       2,
       /--compile_export_mode disabled clashes with --use-cached-model/,
     ],
+    [
+      ["--cache_dit_config", "0.1"],
+      2,
+      /09_first_block_cache is for FLUX\.1-dev and Kontext: this model has no guidance/,
+    ],
+    [["--cache_dit_config", "none.yaml"], 2, /Give a threshold.*none\.yaml: there is no such file/],
+    [["--cache_dit_config", "-1"], 2, /Give a threshold from 0/],
+    [["--offload"], 2, /--offload asks for recipe 12_offload, which runs on cuda and hip, not on cpu/],
+    [["--t5_float8", "all"], 2, /--t5_float8.*weights, dynamic/],
+    [["--t5_float8", "weights", "--disable_bf16"], 2, /--disable_bf16 clashes with --t5_float8/],
     [["--trace-file", "t.json"], 2, /--trace-file is for benchmarks/],
-    [["--image", "photo.png"], 2, /Kontext/],
+    [["--image", "photo.png"], 2, /Kontext checkpoints, and schnell-like is none/],
     [["--output-file", "picture.jpg"], 2, /PNG/],
     [["--output-file", join(folder, "missing", "a.png")], 1, /missing does not exist/],
     [["--output-file", join(file, "a.png")], 1, /is not a folder/],

@@ -17,7 +17,7 @@ import { parseXml } from "../support/xml.ts";
 
 /** A rung that took so many milliseconds and drew a picture of one grey. */
 function rung(recipes: string[], whole: number, grey: number, exact = true): Measured {
-  const times = { whole, text: 1, steps: [whole / 4, whole / 2], decode: 2, postprocess: 0.5 };
+  const times = { whole, text: 1, image: 0, steps: [whole / 4, whole / 2], decode: 2, postprocess: 0.5 };
   return {
     recipes,
     exact,

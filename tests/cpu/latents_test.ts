@@ -21,7 +21,11 @@ Deno.test("packing and image ids equal FluxPipeline's", async () => {
       golden.values(`${size}.latents`),
       size,
     );
-    assert.deepEqual(positionIds(0, height / 2, width / 2), golden.values(`${size}.image_ids`), size);
+    assert.deepEqual(
+      positionIds(0, [{ rows: height / 2, columns: width / 2 }]),
+      golden.values(`${size}.image_ids`),
+      size,
+    );
   }
 });
 
@@ -58,5 +62,5 @@ Deno.test("unpackLatents reverses packLatents, and each token holds one square",
 });
 
 Deno.test("positionIds puts the text at the origin", () => {
-  assert.deepEqual([...positionIds(2, 1, 2)], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+  assert.deepEqual([...positionIds(2, [{ rows: 1, columns: 2 }])], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 });

@@ -137,11 +137,11 @@ for (const { kind, what: recipes, ladder } of CASES) {
 }
 
 Deno.test("everything is on by default, as far as the device runs it", () => {
-  const all = COMPLETE.map(({ name }) => name).filter((name) => !/^0[09]/.test(name));
+  const all = COMPLETE.map(({ name }) => name).filter((name) => !/^(0[09]|1[12])/.test(name));
   assert.deepEqual(names({}, "cuda"), all);
   assert.deepEqual(names({}, "cpu"), ["01_bfloat16", "02_compile", "03_fuse_qkv", "07_tuning"]);
   assert.deepEqual(
-    names({ cache_dit_config: "a.yaml" }, "cuda"),
+    names({ cache_dit_config: { threshold: 0.1 } }, "cuda"),
     [...all, "09_first_block_cache"].toSorted(),
     "what has to be asked for",
   );
@@ -240,7 +240,7 @@ Deno.test("flags of rungs that are not written are refused by name, and a recipe
     ["07_tuning", { disable_inductor_tuning_flags: true }, /^--disable_inductor_tuning_flags is.*07_tuning$/],
     ["08_export", { useCachedModel: true }, /^--use-cached-model is not available yet.*08_export$/],
     ["08_export", { compile_export_mode: "export_aoti" }, /^--compile_export_mode export_aoti.*08_export$/],
-    ["09_first_block_cache", { cache_dit_config: "a" }, /^--cache_dit_config is.*09_first_block_cache$/],
+    ["09_first_block_cache", { cache_dit_config: {} }, /^--cache_dit_config is.*09_first_block_cache$/],
   ];
   for (const [missing, given, message] of refusals) {
     assert.throws(() => recipesFor(given, "cuda", without(missing)), { name: "UsageError", message });
@@ -287,11 +287,12 @@ Deno.test("the parser knows flux-fast's switches with its spelling, and shows th
   const flags = parser().parse([
     ...["--disable_bf16", "--disable_fused_projections", "--disable_channels_last", "--disable_fa3"],
     ...["--disable_quant", "--disable_inductor_tuning_flags", "--use-cached-model"],
-    ...["--compile_export_mode", "export_aoti", "--cache_dit_config", "c.yaml"],
+    ...["--compile_export_mode", "export_aoti", "--cache_dit_config", "0.1"],
   ], { from: "user" }).opts();
   const switches: Switches = flags;
   for (const name of TOGGLES) assert.equal(switches[name], true, name);
   assert.equal(switches.compile_export_mode, "export_aoti");
+  assert.deepEqual(switches.cache_dit_config, { threshold: 0.1 });
   const defaults: Switches = parser().parse([], { from: "user" }).opts();
   for (const name of TOGGLES) assert.equal(defaults[name], undefined, name);
   const help = parser().helpInformation();

@@ -4,7 +4,7 @@
     pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 peft==0.21.2
     python tests/golden/make_golden.py                 # all, a minute or two
     python tests/golden/make_golden.py --only NAME     # one of: models components pipelines scheduler random
-                                                       #         tokenizers packing bfl lora tiny
+                                                       #         tokenizers packing bfl lora pictures kontext cache tiny
 The models are small, with random weights made here from fixed seeds: every norm weight and bias is random and no gate
 is small, so that a missing branch shows. README.md beside this file lists every file and tensor.
 """
@@ -51,10 +51,17 @@ check_versions()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 import diffusers  # noqa: E402
 import transformers  # noqa: E402
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -518,8 +525,8 @@ def make_models():
     to_bf16(randomize(odd, 304, VAE_GAINS), ".*").save_pretrained(HERE / "vae-odd")
 
 
-def load_pipeline(folder, dtype):
-    pipe = FluxPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+def load_pipeline(folder, dtype, pipeline=FluxPipeline):
+    pipe = pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
         wrong = [name for name, p in part.named_parameters() if p.dtype != dtype]
@@ -1024,6 +1031,246 @@ def make_packing():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def photo(width, height):
+    """Soft and sharp at once: a gradient, waves that get shorter, a disc, letters' worth of lines."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    disc = (x - width * 0.6) ** 2 + (y - height * 0.4) ** 2 < (height * 0.3) ** 2
+    r = 200 * x / width + 40 * np.sin(x * x / 90)
+    g = np.where(disc, 230, 60 + 120 * y / height)
+    b = np.where((x + 2 * y) % 23 < 2, 20, 128 + 100 * np.cos(y / 5))
+    return Image.fromarray(np.stack([r, g, b], -1).clip(0, 255).astype(np.uint8))
+
+
+def make_pictures():
+    """Files as people have them, what Pillow reads in them, and what it resizes the first one to."""
+    folder = HERE / "pictures"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    source = photo(60, 44)
+    alpha = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8) * 4, (44, 1)))
+    transparent = source.copy()
+    transparent.putalpha(alpha)
+    turned = {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        turned[f"turned{orientation}.jpg"] = (source, dict(quality=95, exif=exif))
+        if orientation == 6:
+            turned["turned6.png"] = (source, dict(exif=exif))
+    files = {
+        "photo.png": (source, {}),
+        "grey.png": (source.convert("L"), {}),
+        "palette.png": (source.quantize(16), {}),
+        "transparent.png": (transparent, {}),
+        "photo.jpg": (source, dict(quality=90)),
+        "photo444.jpg": (source, dict(quality=95, subsampling=0)),
+        "progressive.jpg": (source, dict(quality=80, progressive=True)),
+        "grey.jpg": (source.convert("L"), dict(quality=90)),
+        **turned,
+    }
+    tensors = {}
+    for name, (image, options) in files.items():
+        image.save(folder / name, **options)
+        # as diffusers' load_image
+        read = ImageOps.exif_transpose(Image.open(folder / name)).convert("RGB")
+        tensors[name] = torch.from_numpy(np.array(read))
+    for width, height in ((48, 32), (60, 32), (48, 44), (17, 100), (1, 1), (7, 300)):
+        resized = source.resize((width, height), Image.LANCZOS)
+        tensors[f"{width}x{height}"] = torch.from_numpy(np.array(resized))
+    write_tensors(HERE / "pictures.safetensors", tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kontext
+
+KONTEXT_RUNS = {
+    "one": dict(
+        prompt="make the cat wear a red hat",
+        image="photo.png",
+        seed=5,
+        num_inference_steps=3,
+        height=48,
+        width=64,
+        guidance_scale=2.5,
+        max_sequence_length=24,
+        auto_resize=False,
+    ),
+    # a picture that is higher than wide, several prompts and images
+    "batch": dict(
+        prompt=["a cat", "two dogs on a red carpet"],
+        image="turned6.png",
+        seed=6,
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        guidance_scale=4.0,
+        max_sequence_length=12,
+        num_images_per_prompt=2,
+        auto_resize=False,
+    ),
+    "text": dict(
+        prompt="a painting of the sea",
+        seed=7,
+        num_inference_steps=2,
+        height=32,
+        width=48,
+        guidance_scale=2.5,
+        max_sequence_length=12,
+    ),
+    # the nearest of the preferred sizes
+    "resized": dict(
+        prompt="make it night",
+        image="photo.png",
+        seed=8,
+        num_inference_steps=1,
+        height=32,
+        width=32,
+        guidance_scale=2.5,
+        max_sequence_length=8,
+        auto_resize=True,
+    ),
+}
+
+
+def trace_kontext(pipe, settings):
+    settings = dict(settings)
+    generator = torch.Generator().manual_seed(settings.pop("seed"))
+    if "image" in settings:
+        image = ImageOps.exif_transpose(Image.open(HERE / "pictures" / settings["image"])).convert("RGB")
+        settings |= {"image": image, "_auto_resize": settings.pop("auto_resize")}
+    tensors = {}
+    prepare, encode = pipe.prepare_latents, pipe._encode_vae_image
+
+    def encode_exactly(image, generator):
+        # torch's group norm in float32 loses three digits over a million pixels
+        pipe.vae.double()
+        latents = encode(image.double(), generator).float()
+        pipe.vae.float()
+        return latents
+
+    def prepare_and_keep(image, *args, **kwargs):
+        latents, image_latents, latent_ids, image_ids = prepare(image, *args, **kwargs)
+        tensors["initial"] = latents
+        if image is not None:
+            tensors["size"] = torch.tensor(image.shape[-2:])
+            if image_latents.shape[1] < 100:
+                tensors.update(image_latents=image_latents, image_ids=image_ids)
+        return latents, image_latents, latent_ids, image_ids
+
+    def after_step(pipe, step, timestep, kept):
+        tensors[f"step{step}"] = kept["latents"]
+        return {}
+
+    pipe.prepare_latents = prepare_and_keep
+    if settings.get("_auto_resize") and pipe.vae.dtype == torch.float32:
+        pipe._encode_vae_image = encode_exactly
+    image = pipe(
+        **settings,
+        max_area=settings["height"] * settings["width"],  # else it draws a million pixels, whatever is asked for
+        generator=generator,
+        output_type="pt",
+        callback_on_step_end=after_step,
+    ).images
+    pipe.prepare_latents, pipe._encode_vae_image = prepare, encode
+    tensors["pixels"] = torch.from_numpy((image.float().permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8"))
+    return tensors
+
+
+def make_kontext():
+    """FluxKontextPipeline with the weights of dev-like."""
+    for dtype, suffix in ((torch.float32, "fp32"), (BF16, "bf16")):
+        pipe = load_pipeline(HERE / "dev-like", dtype, FluxKontextPipeline)
+        for name, settings in KONTEXT_RUNS.items():
+            write_tensors(HERE / "kontext" / f"{name}.{suffix}.safetensors", trace_kontext(pipe, settings))
+    write_json(HERE / "kontext" / "runs.json", KONTEXT_RUNS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cache
+
+CACHE_RUNS = {
+    "threshold": dict(threshold=0.72, warmup=3, seed=21, num_inference_steps=12),
+    "all": dict(threshold=1e9, warmup=2, seed=22, num_inference_steps=6),
+    "edit": dict(threshold=0.66, warmup=2, seed=23, num_inference_steps=12, image="photo.png"),
+}
+
+
+class FirstBlockCache:
+    """ParaAttention's rule, around the modules of FluxTransformer2DModel."""
+
+    def __init__(self, model, threshold, warmup):
+        self.model, self.threshold, self.warmup = model, threshold, warmup
+        self.steps, self.reused, self.changes = 0, [], []
+        self.residual = self.added = None
+
+    def __call__(self, hidden_states, timestep, guidance, pooled_projections, encoder_hidden_states, txt_ids, img_ids, **_):
+        model = self.model
+        embedded = model.x_embedder(hidden_states)
+        temb = model.time_text_embed(timestep.to(embedded.dtype) * 1000, guidance.to(embedded.dtype) * 1000, pooled_projections)
+        text = model.context_embedder(encoder_hidden_states)
+        rotary = model.pos_embed(torch.cat((txt_ids, img_ids)))
+        text, image = model.transformer_blocks[0](
+            hidden_states=embedded, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+        )
+        residual = image - embedded
+        near = False
+        if self.residual is not None:
+            change = ((residual - self.residual).abs().mean() / self.residual.abs().mean()).item()
+            self.changes.append(change)
+            near = self.steps >= self.warmup and change < self.threshold
+        if near:
+            self.reused.append(self.steps)
+            result = image + self.added
+        else:
+            self.residual, first = residual, image
+            for block in model.transformer_blocks[1:]:
+                text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+            for block in model.single_transformer_blocks:
+                text, image = block(hidden_states=image, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary)
+            result, self.added = image, image - first
+        self.steps += 1
+        return (model.proj_out(model.norm_out(result, temb)),)
+
+
+def make_cache():
+    """dev-like's pictures with a first-block cache in float32."""
+    runs = {}
+    for name, settings in CACHE_RUNS.items():
+        edits = "image" in settings
+        pipe = load_pipeline(HERE / "dev-like", torch.float32, FluxKontextPipeline if edits else FluxPipeline)
+        cache = FirstBlockCache(pipe.transformer, settings["threshold"], settings["warmup"])
+        forward, pipe.transformer.forward = pipe.transformer.forward, cache
+        if edits:
+            image = Image.open(HERE / "pictures" / settings["image"]).convert("RGB")
+            more = dict(image=image, _auto_resize=False, max_area=48 * 32)
+        else:
+            more = {}
+        latents = {}
+
+        def keep(pipe, step, timestep, kept):
+            latents[f"step{step}"] = kept["latents"]
+            return {}
+
+        shared = dict(prompt="a red apple", height=48, width=32, guidance_scale=3.5, max_sequence_length=16)
+        pipe(
+            **shared,
+            **more,
+            num_inference_steps=settings["num_inference_steps"],
+            generator=torch.Generator().manual_seed(settings["seed"]),
+            output_type="latent",
+            callback_on_step_end=keep,
+        )
+        pipe.transformer.forward = forward
+        write_tensors(HERE / "cache" / f"{name}.safetensors", latents)
+        print("  ", name, cache.reused, [round(change, 3) for change in cache.changes])
+        runs[name] = shared | settings | {"reused": cache.reused}
+    write_json(HERE / "cache" / "runs.json", runs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tiny
 
 
@@ -1225,6 +1472,9 @@ TARGETS = {
     "packing": make_packing,
     "bfl": make_bfl,
     "lora": make_lora,
+    "pictures": make_pictures,
+    "kontext": make_kontext,
+    "cache": make_cache,
     "tiny": make_tiny,
 }
 

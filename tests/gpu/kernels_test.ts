@@ -13,6 +13,7 @@ import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
 import { randomSuite } from "../support/kernel_suites/random.ts";
+import { relativeChangeSuite } from "../support/kernel_suites/relative_change.ts";
 import { tuningSuite } from "../support/kernel_suites/tuning.ts";
 
 checksumSuite();
@@ -29,4 +30,5 @@ fusedBlocksSuite();
 parallelBranchesSuite();
 flashAttentionSuite();
 flashAttention3Suite();
+relativeChangeSuite();
 tuningSuite();

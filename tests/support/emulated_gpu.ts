@@ -45,6 +45,7 @@ import { checkDownload } from "../../ffi/download.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
 import {
   type AttentionPlan,
+  type Deposit,
   type Dim3,
   Float,
   type GpuActivity,
@@ -103,7 +104,7 @@ const ALIGNMENT = 256;
 
 /** What {@link GpuDevice.alloc} gives: host bytes between guards. */
 interface EmulatedMemory extends Memory {
-  readonly purpose: MemoryPurpose;
+  readonly purpose: MemoryPurpose | "deposited";
   /** The bytes with their guards. */
   readonly guarded: Uint8Array<ArrayBuffer>;
 }
@@ -129,6 +130,8 @@ class EmulatedGpu implements GpuDevice {
   readonly #live = new WeakSet<Memory>();
   /** Weights go when nothing refers to them any more. */
   readonly #collected = new FinalizationRegistry<number>((byteLength) => this.#weights -= byteLength);
+  /** What takes a memory out of its deposit; false where it is not there any more. */
+  readonly #depositedMemory = new WeakMap<Memory, () => boolean>();
   #closed = false;
   #current = 0;
   #peak = 0;
@@ -164,14 +167,7 @@ class EmulatedGpu implements GpuDevice {
 
   alloc(byteLength: number, purpose: MemoryPurpose = "activations"): Memory {
     this.#requireOpen();
-    const limit = this.options.memoryBytes ?? 2 ** 31;
-    if (this.#current + this.#weights + byteLength > limit) {
-      throw new OutOfMemoryError(
-        `${this.name}: out of memory: asked for ${byteLength} bytes, ${
-          this.#current + this.#weights
-        } of ${limit} are used`,
-      );
-    }
+    this.#requireRoom(byteLength);
     const bytes = new Uint8Array(byteLength + 2 * GUARD + ALIGNMENT).fill(POISON);
     const address = addressOf(bytes);
     const lead = Number(-address & BigInt(ALIGNMENT - 1));
@@ -194,8 +190,23 @@ class EmulatedGpu implements GpuDevice {
     return memory;
   }
 
+  #requireRoom(byteLength: number): void {
+    const limit = this.options.memoryBytes ?? 2 ** 31;
+    if (this.#current + this.#weights + byteLength <= limit) return;
+    throw new OutOfMemoryError(
+      `${this.name}: out of memory: asked for ${byteLength} bytes, ${
+        this.#current + this.#weights
+      } of ${limit} are used`,
+    );
+  }
+
   free(memory: Memory): void {
     const { purpose, byteLength, guarded } = memory as EmulatedMemory;
+    if (purpose === "deposited") {
+      if (!this.#depositedMemory.get(memory)?.()) throw new FfiError(`${this.name}: memory was freed twice`);
+      if (this.#live.delete(memory)) this.#weights -= byteLength;
+      return;
+    }
     if (!this.#live.delete(memory)) throw new FfiError(`${this.name}: memory was freed twice`);
     this.#scopes.remove(memory);
     if (purpose === "weights") {
@@ -208,6 +219,49 @@ class EmulatedGpu implements GpuDevice {
 
   scope<T>(body: () => T): T {
     return this.#scopes.run(body);
+  }
+
+  deposit(): Deposit {
+    const held = new Map<Memory, Uint8Array>();
+    let present = false;
+    return {
+      add: (memory) => {
+        this.#requireLive(memory, "deposit");
+        this.#requireNotRecording("deposit");
+        if (present) throw new FfiError(`${this.name}: weights are added to a deposit that is on the GPU`);
+        const bytes = bytesOf(memory);
+        const moved = { ...memory as EmulatedMemory, purpose: "deposited" as const };
+        held.set(moved, bytes.slice());
+        this.#depositedMemory.set(moved, () => held.delete(moved));
+        this.#live.delete(memory);
+        this.#weights -= memory.byteLength;
+        this.#collected.unregister(memory);
+        bytes.fill(POISON);
+        return moved;
+      },
+      bring: () => {
+        this.#requireNotRecording("bringing weights");
+        if (present) return;
+        const all = held.keys().reduce((sum, { byteLength }) => sum + byteLength, 0);
+        this.#requireRoom(all);
+        this.#weights += all;
+        for (const [memory, bytes] of held) {
+          this.#live.add(memory);
+          bytesOf(memory).set(bytes);
+        }
+        present = true;
+      },
+      leave: () => {
+        this.#requireNotRecording("offloading");
+        if (!present) return;
+        for (const memory of held.keys()) {
+          this.#live.delete(memory);
+          this.#weights -= memory.byteLength;
+          bytesOf(memory).fill(POISON);
+        }
+        present = false;
+      },
+    };
   }
 
   placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]> {

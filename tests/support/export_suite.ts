@@ -23,13 +23,14 @@ import {
   PackageError,
   writePackage,
 } from "../../recipes/base/package.ts";
-import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import { FluxPipeline, type GenerateOptions } from "../../recipes/base/pipeline.ts";
 import { COMPONENTS, compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
 import { SafetensorsFile, writeSafetensors } from "../../recipes/base/safetensors.ts";
 import { freeAll, weightsFrom } from "../../recipes/base/weights.ts";
 import { recipesFor } from "../../recipes/switches.ts";
 import { inFolder, withModelCopy } from "./folders.ts";
 import { goldenPath } from "./golden.ts";
+import { kontextOptions, withKontext } from "./golden_suite_kontext.ts";
 import { namesIn } from "./programs.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
@@ -47,7 +48,12 @@ const RECIPES: readonly (readonly [what: string, recipes: readonly Recipe[]])[] 
 const PICTURE = { prompt: "a red apple", seed: 5, height: 32, width: 32, numInferenceSteps: 2 };
 
 /** A plan that has drawn {@link PICTURE}, and the picture. */
-async function drawn(model: Model, device: GpuDevice, recipes: readonly Recipe[], options = PICTURE) {
+async function drawn(
+  model: Model,
+  device: GpuDevice,
+  recipes: readonly Recipe[],
+  options: GenerateOptions = PICTURE,
+) {
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const { images: [{ rgb }] } = await new FluxPipeline(model, plan).generate(options);
   return { plan, rgb };
@@ -150,6 +156,24 @@ export function exportSuite(target: TestDevice<GpuDevice>): void {
       assert.deepEqual(second.notes, []);
       assert.deepEqual((await drawn(model!, device, recipes, options)).rgb, expected);
     }));
+
+  test("a Kontext model edits a picture from its package as before", (device) =>
+    withKontext((ckpt) =>
+      inFolder(async (cacheDir) => {
+        const options = await kontextOptions("one");
+        let expected: Uint8Array;
+        {
+          using model = await Model.load(ckpt, device);
+          const { plan, rgb } = await drawn(model, device, ROWS, options);
+          expected = rgb;
+          await run(device, ROWS, { ckpt, cacheDir }).exported.write(plan);
+        }
+        const later = run(device, ROWS, { ckpt, cacheDir, useCachedModel: true });
+        using model = await later.exported.load();
+        assert.deepEqual([later.notes, model?.kontext], [[], true]);
+        assert.deepEqual((await drawn(model!, device, ROWS, options)).rgb, expected);
+      })
+    ));
 
   test("a damaged file is refused with the reason, nothing of it stays, and it is written anew", (device) =>
     inFolder(async (cacheDir) => {

@@ -126,7 +126,7 @@ async function compareIn(dtype: keyof typeof DTYPES): Promise<void> {
   };
   const rotary = rotaryEmbedding(
     device,
-    positionIds(tokens, rows, columns),
+    positionIds(tokens, [{ rows, columns }]),
     configs.transformer.axes_dims_rope,
   );
   const given = {

@@ -86,7 +86,7 @@ const given = {
   hiddenStates,
   encoderHiddenStates: random(1, flags.tokens, config.joint_attention_dim),
   modulations: fluxModulations(config, plain.weights.transformer, plain.ops, conditioning(1)),
-  rotary: rotaryEmbedding(device, positionIds(flags.tokens, rows, columns), config.axes_dims_rope),
+  rotary: rotaryEmbedding(device, positionIds(flags.tokens, [{ rows, columns }]), config.axes_dims_rope),
 };
 
 const parts = {

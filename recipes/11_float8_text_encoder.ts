@@ -1,0 +1,88 @@
+/**
+ * 11 float8 text encoder: T5's Linear layers in 8-bit floats (E4M3).
+ *
+ * Idea: T5-XXL has 4.7 G parameters, 9.5 GB in bfloat16, for a part that runs once a picture. In float8 they are 4.8 GB.
+ * Two ways, by `--t5_float8`: "weights" keeps them in float8 and multiplies in bfloat16, a weight being widened for its product;
+ * "dynamic" also quantizes what they are multiplied with, with a scale for each token found anew, as 06_float8 does in the
+ * transformer, and multiplies in float8.
+ * Changes: q, k, v, o, wi_0, wi_1 and wo of each layer of T5, with a scale for each row. Embeddings, norms and the position bias
+ * stay, and so do CLIP and everything else. Exact: no. Needs bfloat16 before it. Off unless asked for: it saves memory, and the
+ * text is a small part of the time.
+ *
+ *     deno run -A recipes/11_float8_text_encoder.ts --device cuda --ckpt FLUX.1-dev --t5_float8 weights --verbose
+ */
+import type { Tensor } from "../ffi/tensor.ts";
+import type { Float8Matrix } from "../kernels/float8_tensor.ts";
+import { linearFloat8Weight } from "../kernels/linear_float8_weight.ts";
+import { float8Products, matricesOf, quantizeWeights } from "./06_float8.ts";
+import { UsageError } from "./base/errors.ts";
+import type { Ops } from "./base/ops.ts";
+import type { Plan, Recipe } from "./base/plan.ts";
+
+export const TEXT_ENCODER_FLOAT8 = ["weights", "dynamic"] as const;
+export type TextEncoderFloat8 = (typeof TEXT_ENCODER_FLOAT8)[number];
+
+/** T5's Linear layers; its tables, which are matrices too, are looked up. */
+const LINEAR = /\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi_0|wi_1|wo))\.weight$/;
+/** What float8 matrix units read at a time: sizes are multiples of it. */
+const MULTIPLE = 16;
+
+/** @param mode what is in float8: "weights" alone, or "dynamic": what they are multiplied with, too. */
+export function float8TextEncoder(mode: TextEncoderFloat8 = "weights"): Recipe {
+  return {
+    name: "11_float8_text_encoder",
+    exact: false,
+    devices: ["cpu", "cuda", "hip"],
+    options: { mode },
+    preparesWeights: true,
+    apply: (plan: Plan) => {
+      const { device, ops, weights } = plan;
+      const wide = weights.text_encoder_2.names.find((name) =>
+        LINEAR.test(name) && !["bf16", "f8e4m3"].includes(weights.text_encoder_2.get(name).dtype)
+      );
+      if (wide !== undefined) {
+        throw new UsageError(
+          `11_float8_text_encoder takes bfloat16 weights, and ${wide} is ${weights.text_encoder_2.get(wide)}`,
+          { hint: "leave out --disable_bf16, or --t5_float8" },
+        );
+      }
+      const quantized = quantizeWeights(device, weights.text_encoder_2, true, isQuantized);
+      const matrices = matricesOf(quantized, true);
+      const products = mode === "dynamic" ? float8Products(ops, matrices) : wideProducts(ops, matrices);
+      return {
+        ...plan,
+        weights: { ...weights, text_encoder_2: quantized },
+        ops: { ...ops, ...products },
+      };
+    },
+  };
+}
+
+function isQuantized(name: string, { shape }: Tensor): boolean {
+  return LINEAR.test(name) && shape.every((size) => size % MULTIPLE === 0);
+}
+
+/** The operators that multiply, by quantized weights in the dtype of the other factor; for all others those of `ops`. */
+function wideProducts(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
+  const linear: Ops["linear"] = (x, weight, bias, activation, place) => {
+    const matrix = matrices.get(weight);
+    return matrix === undefined
+      ? ops.linear(x, weight, bias, activation, place)
+      : linearFloat8Weight(x, matrix, bias, activation, place);
+  };
+  return {
+    linear,
+    linearGelu(x, weight, bias, place) {
+      const matrix = matrices.get(weight);
+      return matrix === undefined
+        ? ops.linearGelu(x, weight, bias, place)
+        : linearFloat8Weight(x, matrix, bias, "geluTanh", place);
+    },
+    linears: (x, layers) =>
+      layers.some(({ weight }) => matrices.has(weight))
+        ? layers.map(({ weight, bias }) => linear(x, weight, bias))
+        : ops.linears(x, layers),
+  } satisfies Partial<Ops>;
+}
+
+if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(float8TextEncoder().name));
