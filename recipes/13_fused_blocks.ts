@@ -14,7 +14,7 @@
  *
  *     deno run -A recipes/13_fused_blocks.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
-import { isGpu } from "../ffi/gpu.ts";
+import { type GpuDevice, isGpu } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { adaLayerNormFloat8 } from "../kernels/ada_layer_norm.ts";
 import {
@@ -26,7 +26,7 @@ import {
 } from "../kernels/fused_blocks.ts";
 import { gatedAdaLayerNormFloat8 } from "../kernels/gated_ada_layer_norm.ts";
 import type { Readers } from "../kernels/linears.ts";
-import { type LayerBound, layerBound } from "../kernels/output_scales.ts";
+import { type LayerBound, layerBound, renewLayerBound } from "../kernels/output_scales.ts";
 import { rotaryPairs } from "../kernels/rotary_pairs.ts";
 import { ownAttention } from "./05_flash_attention.ts";
 import { isQuantizedByRows, quantizeRest } from "./06_float8.ts";
@@ -58,6 +58,7 @@ export const fusedBlocks: Recipe = {
     };
     return {
       ...plan,
+      weights: { ...plan.weights, transformer: renewing(device, plan.weights.transformer, scales, bounds) },
       ops: {
         ...ops,
         ...(quantized && measuringNorms(ops, scales)),
@@ -96,6 +97,29 @@ function boundsOf(
     const weight = transformer.get(name);
     return [weight, bound(weight, transformer.get(name.replace(/weight$/, "bias")))];
   }));
+}
+
+/** The same weights; with other values of a bounded layer its bound follows. */
+function renewing(
+  device: GpuDevice,
+  transformer: Weights,
+  scales: WeakMap<Tensor, Tensor>,
+  bounds: WeakMap<Tensor, LayerBound>,
+): Weights {
+  return {
+    ...transformer,
+    assign(values) {
+      transformer.assign(values);
+      const modules = new Set(Array.from(values.keys(), (name) => name.replace(/\.(weight|bias)$/, "")));
+      for (const module of modules) {
+        if (!BOUNDED.test(`${module}.weight`)) continue;
+        const weight = transformer.get(`${module}.weight`);
+        const [bound, bias] = [bounds.get(weight), transformer.get(`${module}.bias`)];
+        if (bound === undefined) continue;
+        renewLayerBound(device, { values: weight, scales: scales.get(weight)!, rowwise: true }, bias, bound);
+      }
+    },
+  };
 }
 
 /** The norms that quantized layers read, with the lengths of their rows. */

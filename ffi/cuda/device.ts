@@ -329,6 +329,8 @@ export class CudaDevice implements GpuDevice {
     }
   }
 
+  changed(): void {} // libraries keep nothing that they have made of weights
+
   /** Returns at once; the host's bytes may change afterwards. */
   upload(bytes: Uint8Array, memory: Memory): void {
     this.#checkOpen();

@@ -280,6 +280,8 @@ class EmulatedGpu implements GpuDevice {
     return Promise.resolve(placed);
   }
 
+  changed(): void {}
+
   upload(bytes: Uint8Array, memory: Memory): void {
     this.#requireLive(memory, "upload");
     this.#requireNotRecording("upload");
