@@ -32,6 +32,8 @@ export { offload, piecesFor } from "./recipes/12_offload.ts";
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";
 export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";
+export { hubModel, type HubOptions } from "./recipes/base/hub.ts";
+export { type LoraChoice, Loras } from "./recipes/base/lora.ts";
 export { preferredSize, type Size } from "./recipes/base/kontext.ts";
 export { type LoadOptions, Model } from "./recipes/base/model.ts";
 export { eagerOps, type Ops } from "./recipes/base/ops.ts";
@@ -44,6 +46,7 @@ export {
 } from "./recipes/base/pipeline.ts";
 export { compose, eagerPlan, type Plan, type Recipe } from "./recipes/base/plan.ts";
 export { Generator } from "./recipes/base/random.ts";
+export type { PartFiles } from "./recipes/base/single_file.ts";
 export { decodePicture, readPicture } from "./recipes/base/read_picture.ts";
 export { SafetensorsError, SafetensorsFile, writeSafetensors } from "./recipes/base/safetensors.ts";
 export { recipesFor, type Switches } from "./recipes/switches.ts";

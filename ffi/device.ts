@@ -9,6 +9,8 @@ export interface Memory {
   /** Address on the device: 64-bit, so that offsets are additions. */
   readonly pointer: bigint;
   readonly byteLength: number;
+  /** Nobody may write to it: a mapped file on the CPU. */
+  readonly readOnly?: boolean;
 }
 
 /**
@@ -119,6 +121,8 @@ export interface Device extends Disposable {
    * @throws OutOfMemoryError; FfiError for a file that was shortened meanwhile. Then nothing stays allocated.
    */
   placeAll(parts: readonly Uint8Array[], onBytes?: (bytes: number) => void): Promise<Memory[]>;
+  /** Says that a weight's memory holds other values now: what a library has made of the old ones is dropped. */
+  changed(memory: Memory): void;
   /** Copies host bytes into the start of `memory`. */
   upload(bytes: Uint8Array, memory: Memory): void;
   /**

@@ -74,6 +74,8 @@ export interface AttentionPlan {
 
 /** A mark in the order of the work. */
 export interface GpuEvent extends Disposable {
+  /** Whether the work before it is done. */
+  readonly reached: boolean;
   /** Milliseconds on the device from `earlier` to this one; waits for both. */
   since(earlier: GpuEvent): number;
 }

@@ -237,6 +237,8 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
     }
   }
 
+  changed(): void {} // libraries keep nothing that they have made of weights
+
   /** Returns at once; the host's bytes may change afterwards. */
   upload(bytes: Uint8Array, memory: Memory): void {
     this.checkOpen();

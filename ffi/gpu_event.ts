@@ -10,6 +10,10 @@ export class RuntimeEvent implements GpuEvent {
     this.#handle = handle;
   }
 
+  get reached(): boolean {
+    return this.driver.eventQuery(this.#open);
+  }
+
   since(earlier: GpuEvent): number {
     if (!(earlier instanceof RuntimeEvent)) throw new FfiError("events of two kinds of devices");
     this.driver.eventSynchronize(this.#open);

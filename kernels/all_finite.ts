@@ -11,9 +11,23 @@ const BLOCKS = 4;
 
 /** Whether no element of `x` is an infinity or a NaN. Only a few numbers come to the host. */
 export async function allFinite(x: Tensor): Promise<boolean> {
+  using answer = issueAllFinite(x);
+  return await answer.read();
+}
+
+/** What {@link allFinite} found out, or will have when it is read. */
+export interface FiniteAnswer extends Disposable {
+  /** Waits for it; before it is disposed. */
+  read(): Promise<boolean>;
+}
+
+/** Issues the work of {@link allFinite}, so that more can be issued behind it before somebody waits. */
+export function issueAllFinite(x: Tensor): FiniteAnswer {
   const gpu = gpuOf(x);
-  if (gpu === undefined) return allFiniteReference(readFloat32(x));
-  if (x.size === 0) return true;
+  if (gpu === undefined || x.size === 0) {
+    const answer = x.size === 0 || allFiniteReference(readFloat32(x));
+    return { read: () => Promise.resolve(answer), [Symbol.dispose]() {} };
+  }
   const partial = gpu.scope(() => {
     const flat = contiguous(x).reshape([x.size]);
     const width = vectorWidth(x.size, [flat]);
@@ -29,12 +43,10 @@ export async function allFinite(x: Tensor): Promise<boolean> {
     });
     return out;
   });
-  try {
-    const { buffer } = await gpu.download(partial);
-    return allFiniteReference(new Float32Array(buffer));
-  } finally {
-    partial.dispose();
-  }
+  return {
+    read: async () => allFiniteReference(new Float32Array((await gpu.download(partial)).buffer)),
+    [Symbol.dispose]: () => partial.dispose(),
+  };
 }
 
 /** A plain loop: `every` takes five times as long. */

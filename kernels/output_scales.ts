@@ -51,6 +51,17 @@ export function layerBound(
   return bound;
 }
 
+/** {@link layerBound} anew, in its place, for a weight that holds other values now. */
+export function renewLayerBound(
+  gpu: GpuDevice,
+  matrix: Float8Matrix,
+  bias: Tensor | undefined,
+  bound: LayerBound,
+): void {
+  gpu.scope(() => copyInto(bound, Tensor.fromFloat32(gpu, [0, 0], [2])));
+  layerBound(gpu, matrix, bias, bound);
+}
+
 function nothing(gpu: GpuDevice): LayerBound {
   const bound = Tensor.empty(gpu, [2], "f32", "weights");
   gpu.scope(() => copyInto(bound, Tensor.fromFloat32(gpu, [0, 0], [2])));

@@ -19,6 +19,8 @@ import type { Device } from "../ffi/device.ts";
 import { isGpu } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { adaLayerNormFloat8 } from "../kernels/ada_layer_norm.ts";
+import { cast } from "../kernels/cast.ts";
+import { concat } from "../kernels/concat.ts";
 import { copyInto } from "../kernels/copy_into.ts";
 import { feedForwardFloat8 } from "../kernels/feed_forward.ts";
 import type { Float8Matrix } from "../kernels/float8_tensor.ts";
@@ -131,7 +133,64 @@ export function quantizeWeights(
       if (isGpu(device)) transformer.free(group[i]);
     });
   }
-  return replaced(transformer, own);
+  return quantizing(replaced(transformer, own), rowwise);
+}
+
+/** The same weights; what is stored under the name of a quantized one is quantized as it was. */
+function quantizing(weights: Weights, rowwise: boolean): Weights {
+  const isOne = (name: string) => weights.has(scaleName(name));
+  return {
+    ...weights,
+    assign(values) {
+      const [quantized, others] = [true, false].map((yes) =>
+        [...values.keys()].filter((name) => isOne(name) === yes)
+      );
+      if (others.length > 0) weights.assign(new Map(others.map((name) => [name, values.get(name)!])));
+      const bf16 = (name: string) => cast(values.get(name)!, "bf16");
+      if (rowwise) {
+        for (const name of quantized) {
+          quantizeInto(weights, [name], () => quantizeRows(bf16(name)));
+        }
+      } else {
+        for (const group of Map.groupBy(quantized, (name) => weights.get(name).memory).values()) {
+          quantizeInto(
+            weights,
+            wholeGroup(weights, group),
+            (names) => quantizeTensor(concat(names.map(bf16), 0)),
+          );
+        }
+      }
+    },
+  };
+}
+
+/** All weights of a memory, which have one scale by tensors: in the order in which they lie. */
+function wholeGroup(weights: Weights, names: readonly string[]): readonly string[] {
+  const { memory } = weights.get(names[0]);
+  const all = weights.names.filter((name) => weights.get(name).memory === memory);
+  if (all.length === names.length) return all.sort((a, b) => weights.get(a).offset - weights.get(b).offset);
+  throw new UsageError(
+    `06_float8: ${all.join(", ")} have one scale, and only ${names.join(", ")} is stored anew`,
+    {
+      hint: 'store them together, or use the granularity "row"',
+    },
+  );
+}
+
+/** Stores rows that lie behind one another, and their scales. */
+function quantizeInto(
+  weights: Weights,
+  names: readonly string[],
+  quantize: (names: readonly string[]) => Float8Matrix,
+): void {
+  const places = [names, names.map(scaleName)].map((all) => all.map((name) => weights.get(name)));
+  const [{ device }] = places[0];
+  device.scope(() => {
+    const { values, scales } = quantize(names);
+    copyInto(joinedView(places[0])!, values);
+    copyInto(scales.size === 1 ? places[1][0].reshape([1]) : joinedView(places[1])!, scales);
+  });
+  for (const memory of new Set(places.flat().map(({ memory }) => memory))) device.changed(memory);
 }
 
 /** A copy in a memory of its own. */

@@ -25,9 +25,11 @@ import { EMBEDDED_MODEL, gigabytes, interruptibly, Progress } from "./base/comma
 import { FluxError, UsageError } from "./base/errors.ts";
 import { identityOf } from "./base/identity.ts";
 import type { ModelChoice } from "./base/loading.ts";
-import { Model, modelName } from "./base/model.ts";
+import { Model } from "./base/model.ts";
+import { modelName } from "./base/model_parts.ts";
 import { type Origin, Package, writePackage } from "./base/package.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
+import { fileModelName, type PartFiles } from "./base/single_file.ts";
 
 /** Leaves the plan as it is: {@link ExportedModel} is about where a plan's weights come from. */
 export const exporting: Recipe = {
@@ -81,6 +83,7 @@ export class ExportedModel {
   readonly path: string;
   readonly #folder: string;
   readonly #random: boolean;
+  readonly #files: PartFiles;
   readonly #origin: Origin;
   #loaded = false;
 
@@ -93,16 +96,26 @@ export class ExportedModel {
     private readonly device: GpuDevice,
     private readonly note: (message: string) => void,
   ) {
-    this.#folder = resolveModelFolder(flags.ckpt ?? EMBEDDED_MODEL);
+    this.#folder = resolveModelFolder(
+      flags.ckpt ?? EMBEDDED_MODEL,
+      flags.transformer === undefined ? "model_index.json" : "text_encoder",
+    );
     this.#random = flags.randomWeights === true;
+    this.#files = { transformer: flags.transformer, vae: flags.vae };
     this.#origin = {
       environment: device.environment(),
       // Before the weights are read: a file that changes meanwhile makes a package that is not used.
-      checkpoint: identityOf(this.#folder, this.#random),
+      checkpoint: identityOf(this.#folder, this.#random, this.#files),
       recipes: Object.fromEntries(recipes.map(({ name, options }) => [name, optionsText(options)])),
     };
-    const model = `${this.#random ? "random " : ""}${modelName(this.#folder)}`.replaceAll(/[^\w.-]+/g, "-");
-    const keys = [[this.#folder, this.#random], this.#origin.recipes].map(shortHash);
+    const model = `${this.#random ? "random " : ""}${
+      flags.transformer === undefined ? modelName(this.#folder) : fileModelName(flags.transformer)
+    }`.replaceAll(/[^\w.-]+/g, "-");
+    const keys = [[
+      this.#folder,
+      this.#random,
+      ...Object.values(this.#files).filter((file) => file !== undefined),
+    ], this.#origin.recipes].map(shortHash);
     this.path = join(cacheDir, "exported", `${model}-${keys.join("-")}.safetensors`);
   }
 
@@ -122,7 +135,7 @@ export class ExportedModel {
         bar ??= new Progress("loading", total, "bytes");
         bar.update(bytes);
       });
-      const model = Model.placed(this.#folder, weights, this.#random);
+      const model = Model.placed(this.#folder, weights, this.#random, this.#files);
       this.#loaded = true;
       return model;
     } catch (error) {

@@ -8,13 +8,14 @@
  * In float8 a result's scale has to be known before it is there: a row a and a weight w give at most |a| |w|, and E4M3 has
  * exponents enough for a scale that is some 16 times too large (kernels/output_scales.cu).
  * Changes: `doubleBlock` and `singleBlock`, where our kernels take them: heads of 128, one sample, text tokens in whole tiles,
- * weights that 03_fuse_qkv has laid together, our own attention. The norms that they read have their rows' lengths, too.
+ * weights that 03_fuse_qkv has laid together, our own attention; with 07_tuning, where it finds them faster. Norms before
+ * float8 weights give the lengths of their rows, too.
  * With 06_float8 the text's down projections are in float8 as well, which cuBLASLt has no kernel for.
  * Exact: yes, up to roundings, in bfloat16; behind 06_float8 as lossy as that.
  *
  *     deno run -A recipes/13_fused_blocks.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
-import { isGpu } from "../ffi/gpu.ts";
+import { type GpuDevice, isGpu } from "../ffi/gpu.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import { adaLayerNormFloat8 } from "../kernels/ada_layer_norm.ts";
 import {
@@ -26,8 +27,9 @@ import {
 } from "../kernels/fused_blocks.ts";
 import { gatedAdaLayerNormFloat8 } from "../kernels/gated_ada_layer_norm.ts";
 import type { Readers } from "../kernels/linears.ts";
-import { type LayerBound, layerBound } from "../kernels/output_scales.ts";
+import { type LayerBound, layerBound, renewLayerBound } from "../kernels/output_scales.ts";
 import { rotaryPairs } from "../kernels/rotary_pairs.ts";
+import { runFastest } from "../kernels/run_fastest.ts";
 import { ownAttention } from "./05_flash_attention.ts";
 import { isQuantizedByRows, quantizeRest } from "./06_float8.ts";
 import type { Ops } from "./base/ops.ts";
@@ -56,21 +58,26 @@ export const fusedBlocks: Recipe = {
       scalesOf: (weight) => scales.get(weight),
       boundOf: (weight) => bounds.get(weight)!,
     };
+    const numbers = `${quantized ? "float8" : "bf16"} and attention in ${attention}`;
+    const key = (block: string, tokens: readonly Tensor[]) => `${block} in ${numbers}: ${tokens}`;
     return {
       ...plan,
+      weights: { ...plan.weights, transformer: renewing(device, plan.weights.transformer, scales, bounds) },
       ops: {
         ...ops,
         ...(quantized && measuringNorms(ops, scales)),
         rotaryPairs: (cos, sin) => rotaryPairs(device, cos, sin),
-        doubleBlock: (streams, turn, table) =>
-          doubleBlockFusedTakes(device, weights, streams, turn)
-            ? doubleBlockFused(device, weights, streams, turn, table)
-            : ops.doubleBlock(streams, turn, table),
+        doubleBlock: (streams, turn, table) => {
+          const otherwise = () => ops.doubleBlock(streams, turn, table);
+          if (!doubleBlockFusedTakes(device, weights, streams, turn)) return otherwise();
+          const fused = () => doubleBlockFused(device, weights, streams, turn, table);
+          return runFastest(device, key("doubleBlock", streams.map(({ x }) => x)), [fused, otherwise]);
+        },
         singleBlock: (x, layers, modulation, turn, readers, table) => {
-          const block = singleBlockFusedTakes(device, weights, x, layers, turn)
-            ? singleBlockFused.bind(undefined, device, weights)
-            : ops.singleBlock;
-          return block(x, layers, modulation, turn, readers, table);
+          const otherwise = () => ops.singleBlock(x, layers, modulation, turn, readers, table);
+          if (!singleBlockFusedTakes(device, weights, x, layers, turn)) return otherwise();
+          const fused = () => singleBlockFused(device, weights, x, layers, modulation, turn, readers, table);
+          return runFastest(device, key("singleBlock", [x.sum]), [fused, otherwise]);
         },
       },
     };
@@ -96,6 +103,29 @@ function boundsOf(
     const weight = transformer.get(name);
     return [weight, bound(weight, transformer.get(name.replace(/weight$/, "bias")))];
   }));
+}
+
+/** The same weights; with other values of a bounded layer its bound follows. */
+function renewing(
+  device: GpuDevice,
+  transformer: Weights,
+  scales: WeakMap<Tensor, Tensor>,
+  bounds: WeakMap<Tensor, LayerBound>,
+): Weights {
+  return {
+    ...transformer,
+    assign(values) {
+      transformer.assign(values);
+      const modules = new Set(Array.from(values.keys(), (name) => name.replace(/\.(weight|bias)$/, "")));
+      for (const module of modules) {
+        if (!BOUNDED.test(`${module}.weight`)) continue;
+        const weight = transformer.get(`${module}.weight`);
+        const [bound, bias] = [bounds.get(weight), transformer.get(`${module}.bias`)];
+        if (bound === undefined) continue;
+        renewLayerBound(device, { values: weight, scales: scales.get(weight)!, rowwise: true }, bias, bound);
+      }
+    },
+  };
 }
 
 /** The norms that quantized layers read, with the lengths of their rows. */

@@ -17,7 +17,14 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
-import { checkModel, loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
+import {
+  checkModel,
+  loadModel,
+  mergeLoras,
+  openChosen,
+  pictureToEdit,
+  withLocalModel,
+} from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
@@ -29,6 +36,8 @@ Examples:
   deno task generate --prompt "A cat playing with a ball of yarn"
   deno task generate --prompt "three red apples on a blue background" --seed 7 --output-file apples.png
   deno task generate --ckpt ~/models/FLUX.1-schnell --height 512 --width 768 --prompt "a lighthouse at night"
+  deno task generate --ckpt black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --prompt "a lighthouse"
+  deno task generate --ckpt black-forest-labs/FLUX.1-dev --transformer flux1-dev-fp8.safetensors --vae ae.safetensors
   deno task generate --prompt-file prompts.txt --num_images_per_prompt 4 --output-file drawn.png
   deno task generate --ckpt ~/models/FLUX.1-Kontext-dev --image photo.jpg --prompt "make it winter"
   deno task generate --disable_bf16 --json --verbose
@@ -41,7 +50,7 @@ const MOST_IMAGES = 64;
 
 /** @param ladder the rungs that the flags switch. */
 export async function generateImage(args: string[], ladder: readonly Rung[] = LADDER): Promise<void> {
-  const flags = createPictureParser(NAME, "Draws pictures from prompts with FLUX.1.")
+  const given = createPictureParser(NAME, "Draws pictures from prompts with FLUX.1.")
     .addOption(
       new Option(
         "--prompt-file <file>",
@@ -60,18 +69,19 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  if (flags.traceFile !== undefined) {
+  if (given.traceFile !== undefined) {
     throw new UsageError("--trace-file is for benchmarks", { hint: "deno task benchmark --trace-file ..." });
   }
-  const recipes = recipesFor(flags, kindOf(flags.device), ladder);
-  const { num_images_per_prompt: numImagesPerPrompt } = flags;
-  const prompts = flags.promptFile === undefined ? [flags.prompt] : await readPrompts(flags.promptFile);
-  const paths = numberedPaths(flags.outputFile, prompts.length * numImagesPerPrompt);
+  const recipes = recipesFor(given, kindOf(given.device), ladder);
+  const { num_images_per_prompt: numImagesPerPrompt } = given;
+  const prompts = given.promptFile === undefined ? [given.prompt] : await readPrompts(given.promptFile);
+  const paths = numberedPaths(given.outputFile, prompts.length * numImagesPerPrompt);
   for (const path of paths) await checkWritable(path); // before minutes of work, not after
-  checkModel(flags, recipes);
-  const edited = await pictureToEdit(flags);
   let started = performance.now();
   const note = (message: string) => console.error(`${NAME}: ${message}`);
+  const flags = await withLocalModel(given, note);
+  checkModel(flags, recipes);
+  const edited = await pictureToEdit(flags);
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
@@ -80,6 +90,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
     await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
+  const loras = await mergeLoras(flags.lora, model, plan, note);
   if (flags.verbose) {
     const { description, providers } = device.properties();
     note(`${model.name} on ${device.name} (${description}), ${plan.recipes.join(", ")}`);
@@ -107,7 +118,10 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
     for (const [i, picture] of images.entries()) {
       const path = paths[number * numImagesPerPrompt + i];
       const place = images.length === 1 ? undefined : `${i + 1} of ${images.length}`;
-      await writeInterruptibly(path, await encodePicture(picture, { prompt, settings, model, plan, place }));
+      await writeInterruptibly(
+        path,
+        await encodePicture(picture, { prompt, settings, model, plan, place, loras: flags.lora }),
+      );
     }
 
     const seconds = (performance.now() - started) / 1000;
@@ -136,6 +150,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
         model: model.name,
         device: device.name,
         recipes: plan.recipes,
+        ...(flags.lora && { loras: flags.lora }),
         ...settings,
         seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
         seconds: Number(seconds.toFixed(3)),
@@ -145,6 +160,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
       }));
     });
   }
+  if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for this picture
   await exported?.write(plan);
 }
 

@@ -20,7 +20,7 @@ import {
   writeInterruptibly,
 } from "./base/command_line.ts";
 import { FluxError, UsageError } from "./base/errors.ts";
-import { loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
+import { loadModel, openChosen, pictureToEdit, withLocalModel } from "./base/loading.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
@@ -179,7 +179,11 @@ async function runLadder(args: string[]): Promise<number> {
   const { chart, warmups, runs } = flags;
   if (chart !== undefined) await checkWritable(chart); // before minutes of work, not after
   const note = onlyOnce((message) => console.error(`${NAME}: ${message}`));
-  const { rungs, setting } = await climb(cumulativeRungs(kindOf(flags.device)), flags, note);
+  const { rungs, setting } = await climb(
+    cumulativeRungs(kindOf(flags.device)),
+    await withLocalModel(flags, note),
+    note,
+  );
   const { settings, model, device, description } = setting;
   const title = `${model} on ${device} (${description}), ${settings.width} x ${settings.height}, ` +
     `steps: ${settings.numInferenceSteps}, medians of ${runs}`;

@@ -20,7 +20,14 @@ import {
 } from "./base/command_line.ts";
 import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
-import { checkModel, loadModel, openChosen, pictureToEdit } from "./base/loading.ts";
+import {
+  checkModel,
+  loadModel,
+  mergeLoras,
+  openChosen,
+  pictureToEdit,
+  withLocalModel,
+} from "./base/loading.ts";
 import {
   measure,
   type PartStatistics,
@@ -51,7 +58,7 @@ Open a trace in ui.perfetto.dev or chrome://tracing; kernels are in it where CUP
 `;
 
 async function runBenchmark(args: string[]): Promise<void> {
-  const flags = createPictureParser(
+  const given = createPictureParser(
     NAME,
     "Times pictures: the same one several times, with the model loaded.",
   )
@@ -66,14 +73,15 @@ async function runBenchmark(args: string[]): Promise<void> {
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  const recipes = recipesFor(flags, kindOf(flags.device));
-  const { outputFile: output, traceFile, prompt, warmups, runs } = flags;
+  const recipes = recipesFor(given, kindOf(given.device));
+  const { outputFile: output, traceFile, prompt, warmups, runs } = given;
   for (const path of [output, traceFile]) {
     if (path !== undefined) await checkWritable(path); // before minutes of work, not after
   }
+  const note = (message: string) => console.error(`${NAME}: ${message}`);
+  const flags = await withLocalModel(given, note);
   checkModel(flags, recipes);
   const edited = await pictureToEdit(flags);
-  const note = (message: string) => console.error(`${NAME}: ${message}`);
 
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
@@ -82,6 +90,7 @@ async function runBenchmark(args: string[]): Promise<void> {
     await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
+  const loras = await mergeLoras(flags.lora, model, plan, note);
   const { description, providers } = device.properties();
   if (flags.verbose) {
     for (const [what, provider] of Object.entries(providers)) note(`${what}: ${provider}`);
@@ -96,7 +105,10 @@ async function runBenchmark(args: string[]): Promise<void> {
     onPicture: (done) => bar.update(done),
   }).finally(() => bar.stop());
   const memory = device.memoryUse();
-  await writeInterruptibly(output, await encodePicture(picture, { prompt, settings, model, plan }));
+  await writeInterruptibly(
+    output,
+    await encodePicture(picture, { prompt, settings, model, plan, loras: flags.lora }),
+  );
   if (traceFile !== undefined) {
     const events = await tracePicture(pipeline, drawing); // afterwards, since it takes time itself
     await writeInterruptibly(traceFile, await encodeTrace(events, traceFile));
@@ -126,6 +138,7 @@ async function runBenchmark(args: string[]): Promise<void> {
     memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
   };
   printLine(flags.json ? JSON.stringify(report) : describe(report));
+  if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for the pictures
   await exported?.write(plan);
 }
 

@@ -21,7 +21,7 @@ import { firstBlockCache, type FirstBlockCacheOptions } from "./09_first_block_c
 import { float8TextEncoder, TEXT_ENCODER_FLOAT8, type TextEncoderFloat8 } from "./11_float8_text_encoder.ts";
 import { offload } from "./12_offload.ts";
 import { fusedBlocks } from "./13_fused_blocks.ts";
-import { createParser, pngPath, userPath } from "./base/command_line.ts";
+import { createParser, loraChoice, pngPath, userPath } from "./base/command_line.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Recipe } from "./base/plan.ts";
 import { cacheDitConfig } from "./cache_dit_config.ts";
@@ -320,6 +320,11 @@ export function createPictureParser(name: string, description: string) {
       "--cache-dir after the picture, by default the first time only; disabled: neither",
   ).choices(COMPILE_EXPORT_MODES);
   return createParser(name, description)
+    .option(
+      "--lora <file[:scale]>",
+      "a LoRA to merge into the weights, in diffusers', PEFT's, Kohya's or BFL's naming; again for several",
+      loraChoice,
+    )
     .option("--output-file <file>", "the PNG to write", pngPath, userPath("output.png"))
     .option("--disable_bf16", "compute in float32 instead of bfloat16")
     .addOption(mode.hideHelp(!written("--compile_export_mode")))

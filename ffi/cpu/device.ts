@@ -189,15 +189,20 @@ export class CpuDevice implements Device {
   }
 
   /** Host bytes as memory of this device, where they are. */
-  place(bytes: Uint8Array): CpuMemory {
+  place(bytes: Uint8Array, readOnly = true): CpuMemory {
     return {
       device: this,
       pointer: addressOf(bytes),
       byteLength: bytes.byteLength,
+      readOnly,
       buffer: bytes.buffer,
       byteOffset: bytes.byteOffset,
       wasmOffset: undefined,
     };
+  }
+
+  changed(memory: Memory): void {
+    this.#provider?.forget?.(memory);
   }
 
   upload(bytes: Uint8Array, memory: Memory): void {
@@ -277,6 +282,7 @@ export class CpuDevice implements Device {
     const address = addressOf(bytes);
     const memory = this.place(
       bytes.subarray(Number(-address & BigInt(ALIGNMENT - 1))).subarray(0, byteLength),
+      false,
     );
     this.#weights.add(memory);
     this.#live.add(memory);

@@ -5,29 +5,12 @@
  */
 import { basename, dirname, join, sep } from "node:path";
 import { z } from "zod";
+import { CheckpointError, ComponentWeights, type WeightPlace, WRONG_MODEL } from "./component_weights.ts";
 import { FluxError, ModelError } from "./errors.ts";
-import { alignedBytes, type FileDType, fileDTypeBits, printable, SafetensorsFile } from "./safetensors.ts";
+import { printable, SafetensorsFile } from "./safetensors.ts";
 
-/** One error for all that is wrong with the weights of a component, or of several. */
-export class CheckpointError extends ModelError {
-  constructor(
-    /** The component's folder; the model's where several components are at fault. */
-    readonly folder: string,
-    what: string,
-    /** Every single problem; of several components, all that is wrong with one. The message shows {@link SHOWN}. */
-    readonly problems: readonly string[],
-    hint: string,
-  ) {
-    const shown = problems.slice(0, SHOWN).map((problem) => `\n  ${problem}`).join("");
-    const rest = problems.length > SHOWN ? `\n  and ${problems.length - SHOWN} more` : "";
-    super(`${folder}: ${what}${shown}${rest}`, { hint });
-  }
-}
-
-const SHOWN = 50;
-
-/** The folder must hold a model, so it has to be a folder with a model_index.json: says what it is otherwise. */
-export function resolveModelFolder(path: string): string {
+/** The folder must hold a model, so it has to be a folder with a certain entry: says what it is otherwise. */
+export function resolveModelFolder(path: string, mark = "model_index.json"): string {
   let folder: string;
   try {
     folder = Deno.realPathSync(path);
@@ -39,18 +22,21 @@ export function resolveModelFolder(path: string): string {
   }
   if (!Deno.statSync(folder).isDirectory) {
     throw new ModelError(`${path} is a file, not a model folder`, {
-      hint: "give the folder that has model_index.json, not a file in it",
+      hint: path.endsWith(".safetensors")
+        ? "a transformer in one file is given to --transformer, an autoencoder to --vae, a LoRA to --lora; --ckpt is the " +
+          "model with text encoders and tokenizers, a folder or an id such as black-forest-labs/FLUX.1-dev"
+        : "give the folder that has model_index.json, not a file in it",
     });
   }
   const entries = listNames(folder);
-  if (entries.includes("model_index.json")) return folder;
+  if (entries.includes(mark)) return folder;
   if (entries.length === 0) {
     throw new ModelError(`${path} is empty: no model in it`, {
       hint: "was the download interrupted? Start it again",
     });
   }
-  throw new ModelError(`${path} has no model_index.json; it has ${summary(entries)}`, {
-    hint: "give the folder in diffusers' layout that has model_index.json beside transformer/, vae/, ...",
+  throw new ModelError(`${path} has no ${mark}; it has ${summary(entries)}`, {
+    hint: `give the folder in diffusers' layout that has ${mark} beside tokenizer/, text_encoder_2/, ...`,
   });
 }
 
@@ -134,129 +120,9 @@ export function listComponent(folder: string, component: string): string[] {
 /** The most layers that a config may ask for, far above any model's: a damaged number must not fill the memory. */
 export const MAX_LAYERS = 1000;
 
-/** A weight as the model sees it. */
-export interface Weight {
-  readonly dtype: FileDType;
-  readonly shape: readonly number[];
-  /** Row-major, little-endian, aligned for its dtype; a read-only view of the file wherever the file is aligned. */
-  readonly bytes: Uint8Array<ArrayBuffer>;
-  /** Address of the first byte, for native code. Needs --allow-ffi. */
-  readonly pointer: bigint;
-}
-
-/** The weights of one component, over one file or several shards. Dispose it when no weight is in use any more. */
-export class ComponentWeights implements Disposable {
-  readonly #shards: readonly SafetensorsFile[];
-  readonly #places: ReadonlyMap<string, SafetensorsFile>;
-
-  /** Made by {@link openComponent}; `places` says which shard has a weight. */
-  constructor(
-    /** The component's folder. */
-    readonly folder: string,
-    shards: readonly SafetensorsFile[],
-    places: ReadonlyMap<string, SafetensorsFile>,
-  ) {
-    this.#shards = shards;
-    this.#places = places;
-  }
-
-  /** Names of all weights. */
-  names(): string[] {
-    return [...this.#places.keys()];
-  }
-
-  /** Whether there is a weight of this name. */
-  has(name: string): boolean {
-    return this.#places.has(name);
-  }
-
-  /** Size of all weights in bytes. */
-  get byteLength(): number {
-    let sum = 0;
-    for (const [name, shard] of this.#places) sum += shard.info(name).byteLength;
-    return sum;
-  }
-
-  /** Whether all shards are memory-mapped; false when they had to be read into memory (worth a warning). */
-  get mapped(): boolean {
-    return this.#shards.every((shard) => shard.mapped);
-  }
-
-  /** Dtype and shape of a weight, without its bytes. Throws {@link CheckpointError} when there is none. */
-  info(name: string): { readonly dtype: FileDType; readonly shape: readonly number[] } {
-    return this.#shard(name).info(name);
-  }
-
-  /**
-   * A weight.
-   *
-   * @throws {CheckpointError} when there is none of this name
-   * @throws {SafetensorsError} after disposal
-   */
-  get(name: string): Weight {
-    const shard = this.#shard(name);
-    const { dtype, shape } = shard.info(name);
-    const bytes = alignedBytes(shard.bytes(name), Math.max(1, fileDTypeBits(dtype) / 8));
-    return {
-      dtype,
-      shape,
-      bytes,
-      get pointer(): bigint {
-        // After the file was closed `bytes` is empty and has no address: let the shard say so.
-        if (bytes.byteLength === 0) return shard.pointer(name);
-        return Deno.UnsafePointer.value(Deno.UnsafePointer.of(bytes));
-      },
-    };
-  }
-
-  /**
-   * Checks that the weights are those of a model.
-   *
-   * @param expected the shape of every weight that the model reads
-   * @returns names in the files that the model does not read: worth a warning, not an error
-   * @throws {CheckpointError} that lists every missing weight and every unexpected shape
-   */
-  checkShapes(expected: ReadonlyMap<string, readonly number[]>): { unused: string[] } {
-    const problems: string[] = [];
-    for (const [name, shape] of expected) {
-      if (!this.has(name)) {
-        problems.push(`missing: ${printable(name)} [${shape.join(", ")}]`);
-        continue;
-      }
-      const found = this.info(name).shape;
-      if (found.length !== shape.length || found.some((size, dim) => size !== shape[dim])) {
-        problems.push(`shape: ${printable(name)} is [${found.join(", ")}], expected [${shape.join(", ")}]`);
-      }
-    }
-    if (problems.length > 0) {
-      throw new CheckpointError(
-        this.folder,
-        "the weights do not fit the config",
-        problems,
-        "config and weights must be of the same model: download both again",
-      );
-    }
-    return { unused: this.names().filter((name) => !expected.has(name)) };
-  }
-
-  /** Closes all shards. */
-  [Symbol.dispose](): void {
-    for (const shard of this.#shards) shard[Symbol.dispose]();
-  }
-
-  #shard(name: string): SafetensorsFile {
-    const shard = this.#places.get(name);
-    if (shard === undefined) {
-      throw new CheckpointError(this.folder, "a weight is missing", [printable(name)], WRONG_MODEL);
-    }
-    return shard;
-  }
-}
-
-const WRONG_MODEL = "the folder is incomplete or of another model: download it again";
-
 /** The names that diffusers and transformers give to a component's weights. */
-export type WeightsBaseName = "diffusion_pytorch_model" | "model";
+export const WEIGHT_BASES = ["diffusion_pytorch_model", "model"] as const;
+export type WeightsBaseName = (typeof WEIGHT_BASES)[number];
 
 /** An index of shards. z.custom leaves the map as it is: rebuilding it would drop a key named "__proto__". */
 const INDEX = z.looseObject({
@@ -290,14 +156,16 @@ export function openComponent(
     });
   }
   const entries = listComponent(modelFolder, component);
-  const baseNames: WeightsBaseName[] = options.baseName
-    ? [options.baseName]
-    : ["diffusion_pytorch_model", "model"];
+  const baseNames: readonly WeightsBaseName[] = options.baseName ? [options.baseName] : WEIGHT_BASES;
   for (const base of baseNames) {
     const single = `${base}.safetensors`;
     if (entries.includes(single)) {
       const file = SafetensorsFile.open(insideModelFolder(modelFolder, join(component, single)));
-      return new ComponentWeights(folder, [file], new Map(file.names.map((name) => [name, file])));
+      return new ComponentWeights(
+        folder,
+        [file],
+        new Map(file.names.map((name) => [name, { file, tensor: name }])),
+      );
     }
     if (entries.includes(`${single}.index.json`)) {
       return openShards(modelFolder, component, `${single}.index.json`);
@@ -337,11 +205,11 @@ function openShards(modelFolder: string, component: string, index: string): Comp
     for (const shard of shardNames) {
       shards.set(shard, SafetensorsFile.open(insideModelFolder(modelFolder, join(component, shard))));
     }
-    const places = new Map<string, SafetensorsFile>();
+    const places = new Map<string, WeightPlace>();
     const misplaced: string[] = [];
     for (const [name, shard] of wanted) {
       const file = shards.get(shard)!; // one entry for every name in the index
-      if (file.has(name)) places.set(name, file);
+      if (file.has(name)) places.set(name, { file, tensor: name });
       else misplaced.push(`${printable(name)} is not in ${shard}`);
     }
     if (misplaced.length > 0) {
@@ -410,7 +278,7 @@ function cacheRoot(folder: string): string {
 }
 
 /** Whether a name is that of an entry of a folder: no separators, no "..", nothing that a terminal would act on. */
-function isPlainName(name: string): boolean {
+export function isPlainName(name: string): boolean {
   return /^[\w.+-]+$/.test(name) && name !== "." && name !== "..";
 }
 

@@ -5,10 +5,13 @@
 import { Command, CommanderError, InvalidArgumentError, Option } from "@commander-js/extra-typings";
 import { SingleBar } from "cli-progress";
 import process from "node:process";
+import { existsSync } from "node:fs";
 import { isAbsolute, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { writeFileAtomic } from "../../ffi/files.ts";
 import { FileError, FluxError, messageOf, UsageError } from "./errors.ts";
+import { isHubId } from "./hub_id.ts";
+import type { LoraChoice } from "./lora.ts";
 import { type GenerateOptions, MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
 
 /** The repository's folder. */
@@ -54,6 +57,23 @@ export function userPath(text: string): string {
   return resolve(atRoot ? Deno.env.get("INIT_CWD") ?? ROOT : Deno.cwd(), text);
 }
 
+/** A model: the path of a folder or file, or else what can be an id on the hub, as it is. */
+function modelPath(text: string): string {
+  const path = userPath(text);
+  return isHubId(text) && !existsSync(path) ? text : path;
+}
+
+/** A LoRA file, with a scale behind a colon or without; added to those that were given before. */
+export function loraChoice(text: string, others: readonly LoraChoice[] = []): LoraChoice[] {
+  const [, path, scale] = existsSync(userPath(text)) ? [text, text] : text.match(/^(.*?)(?::([^:/]*))?$/)!;
+  if (!path.endsWith(".safetensors")) {
+    throw new InvalidArgumentError(
+      "Give a .safetensors file, and a scale behind a colon: style.safetensors:0.8.",
+    );
+  }
+  return [...others, { path: userPath(path), scale: scale === undefined ? 1 : finiteNumber(scale) }];
+}
+
 /** A path of a PNG to write. */
 export function pngPath(text: string): string {
   if (!/\.png$/i.test(text)) {
@@ -96,10 +116,19 @@ export function createParser(name: string, description: string) {
   return new Command(name)
     .description(description)
     .option(
-      "--ckpt <folder>",
-      "model folder in diffusers' layout; without it the small model of this repository",
+      "--ckpt <model>",
+      "model folder in diffusers' layout, or a model of the Hugging Face hub such as black-forest-labs/FLUX.1-dev, which " +
+        "is downloaded unless the cache has it; without it the small model of this repository",
+      modelPath,
+    )
+    .option("--revision <name>", "branch, tag or commit of a --ckpt from the hub; default main")
+    .option(
+      "--transformer <file>",
+      "a transformer in one safetensors file, in the place of --ckpt's: flux1-*.safetensors of Black Forest Labs, or as " +
+        "ComfyUI has them, in float8 too",
       userPath,
     )
+    .option("--vae <file>", "an autoencoder in one file (ae.safetensors), in the place of --ckpt's", userPath)
     .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
     .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option(
@@ -190,10 +219,17 @@ export async function writeInterruptibly(path: string, bytes: Uint8Array): Promi
   await interruptibly((signal) => writeFileAtomic(path, bytes, { signal }));
 }
 
-/** Runs `write` with a signal that Ctrl-C aborts, so that it can leave nothing behind. */
-export async function interruptibly<T>(write: (signal: AbortSignal) => Promise<T>): Promise<T> {
+/**
+ * Runs `write` with a signal that Ctrl-C aborts, so that it can leave nothing behind, or leave what is worth keeping.
+ *
+ * @param stopped what the user is told then.
+ */
+export async function interruptibly<T>(
+  write: (signal: AbortSignal) => Promise<T>,
+  stopped: () => string = () => "stopped; no file was written",
+): Promise<T> {
   const controller = new AbortController();
-  const stop = () => controller.abort(new UsageError("stopped; no file was written"));
+  const stop = () => controller.abort(new UsageError(stopped()));
   Deno.addSignalListener("SIGINT", stop);
   try {
     return await write(controller.signal);
@@ -286,10 +322,12 @@ export class Progress {
     Progress.#tuning.update(count);
   }
 
-  update(done: number): void {
+  /** @param total where it was not known from the start. @param kept what was done before: the rate is without it. */
+  update(done: number, total?: number, kept = 0): void {
     this.#done = done;
+    if (total !== undefined) this.#bar?.setTotal(total);
     const seconds = (performance.now() - this.#started) / 1000;
-    this.#bar?.update(done, { rate: gigabytes(done / seconds), note: this.#note });
+    this.#bar?.update(done, { rate: gigabytes((done - kept) / seconds), note: this.#note });
   }
 
   stop(): void {

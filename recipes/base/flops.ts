@@ -1,6 +1,6 @@
 /** Arithmetic of the model, from its configs: what a benchmark divides by its times. */
 import { spatialFactor } from "./autoencoder.ts";
-import type { ModelConfigs } from "./model.ts";
+import type { ModelConfigs } from "./model_parts.ts";
 import type { GenerateResult } from "./pipeline.ts";
 import { type TransformerConfig, transformerWeightShapes } from "./transformer.ts";
 

@@ -2,13 +2,19 @@ import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
 import { openDevice } from "../../ffi/open.ts";
 import { readJson, resolveModelFolder } from "./checkpoint.ts";
-import { definedOnly, EMBEDDED_MODEL, Progress } from "./command_line.ts";
+import { definedOnly, EMBEDDED_MODEL, gigabytes, interruptibly, Progress } from "./command_line.ts";
 import { UsageError } from "./errors.ts";
-import { isKontext, Model, modelName } from "./model.ts";
+import { hubModel } from "./hub.ts";
+import { WHOLE_MODEL } from "./hub_files.ts";
+import { isHubId } from "./hub_id.ts";
+import { type LoraChoice, Loras } from "./lora.ts";
+import { Model } from "./model.ts";
+import { isKontext, modelName } from "./model_parts.ts";
 import type { Pieces } from "./pieces.ts";
 import type { GenerateOptions } from "./pipeline.ts";
-import type { Recipe } from "./plan.ts";
+import { COMPONENTS, type Plan, type Recipe } from "./plan.ts";
 import { readPicture } from "./read_picture.ts";
+import { transformerConfigOf } from "./single_file.ts";
 import { transformerConfigSchema } from "./transformer.ts";
 
 /** Which device a program's user wants, and where it keeps what it compiles. */
@@ -31,9 +37,76 @@ export function openChosen(
 
 /** Which model a program's user wants. */
 export interface ModelChoice {
-  /** A model folder; the embedded model when left out. */
+  /** A model folder, or an id on the hub until {@link withLocalModel}; the embedded model when left out. */
   readonly ckpt?: string | undefined;
+  /** Of a model on the hub. */
+  readonly revision?: string | undefined;
   readonly randomWeights?: true | undefined;
+  /** Files in the place of parts of the model. */
+  readonly transformer?: string | undefined;
+  readonly vae?: string | undefined;
+}
+
+/**
+ * The same choice with a folder in the place of a hub's id: the cache's, after what is missing there was downloaded, with a
+ * progress bar. For `--random-weights` that is configs and tokenizers.
+ *
+ * @param note is told what is worth knowing. @throws what {@link hubModel} throws; UsageError on Ctrl-C, which loses nothing,
+ * and for a revision of something else.
+ */
+export async function withLocalModel<Choice extends ModelChoice>(
+  choice: Choice,
+  note: (message: string) => void,
+): Promise<Choice> {
+  const { ckpt, revision, randomWeights, transformer, vae } = choice;
+  refuseClashes(choice);
+  if (ckpt === undefined || !isHubId(ckpt)) {
+    if (revision === undefined) return choice;
+    throw new UsageError("--revision is for a --ckpt from the hub, and this one is a folder", {
+      hint: "leave --revision out",
+    });
+  }
+  let bar: Progress | undefined;
+  let arrived = 0;
+  const folder = await interruptibly(
+    (signal) =>
+      hubModel(ckpt, {
+        revision,
+        wanted: {
+          ...WHOLE_MODEL,
+          weights: randomWeights
+            ? []
+            : COMPONENTS.filter((part) =>
+              !(part === "transformer" && transformer !== undefined) && !(part === "vae" && vae !== undefined)
+            ),
+        },
+        signal,
+        onNote: note,
+        onProgress: ({ doneBytes, totalBytes, keptBytes }) => {
+          bar ??= new Progress("downloading", totalBytes, "bytes");
+          bar.update(arrived = doneBytes, totalBytes, keptBytes);
+        },
+      }),
+    () =>
+      `stopped; what has arrived of ${ckpt} is kept (${
+        gigabytes(arrived)
+      } GB): the same command goes on from there`,
+  )
+    .finally(() => bar?.stop());
+  return { ...choice, ckpt: folder };
+}
+
+function refuseClashes({ ckpt, randomWeights, transformer, vae }: ModelChoice): void {
+  const flag = transformer !== undefined ? "--transformer" : vae !== undefined ? "--vae" : undefined;
+  if (flag === undefined) return;
+  if (randomWeights) {
+    throw new UsageError(`${flag} has weights, and --random-weights makes them up: leave one out`);
+  }
+  if (ckpt === undefined) {
+    throw new UsageError(`${flag} is a part of a model: the others come from --ckpt, which is not given`, {
+      hint: "add --ckpt with a folder or an id on the hub, such as black-forest-labs/FLUX.1-dev",
+    });
+  }
 }
 
 /**
@@ -55,20 +128,25 @@ export async function pictureToEdit(
 }
 
 /** Lets recipes refuse the model that the flags name, before it is loaded. Throws {@link UsageError}. */
-export function checkModel({ ckpt = EMBEDDED_MODEL }: ModelChoice, recipes: readonly Recipe[]): void {
+export function checkModel(
+  { ckpt = EMBEDDED_MODEL, transformer }: ModelChoice,
+  recipes: readonly Recipe[],
+): void {
   if (recipes.every(({ check }) => check === undefined)) return;
-  const config = readJson(resolveModelFolder(ckpt), "transformer/config.json", transformerConfigSchema);
+  const config = transformer !== undefined
+    ? transformerConfigOf(transformer)
+    : readJson(resolveModelFolder(ckpt), "transformer/config.json", transformerConfigSchema);
   for (const recipe of recipes) recipe.check?.(config);
 }
 
 /**
  * Loads the model that the flags name, with a progress bar, or makes its weights up.
  *
- * @param dtype of weights that are made up. @param note is told what is worth knowing.
+ * @param dtype of weights that are made up, and of those that are stored in float8. @param note is told what is worth knowing.
  * @param pieces loads in pieces, with these recipes; all at once when left out.
  */
 export async function loadModel(
-  { ckpt = EMBEDDED_MODEL, randomWeights }: ModelChoice,
+  { ckpt = EMBEDDED_MODEL, randomWeights, transformer, vae }: ModelChoice,
   device: Device,
   dtype: DType,
   note: (message: string) => void,
@@ -77,6 +155,8 @@ export async function loadModel(
   if (randomWeights) return await Model.random(ckpt, device, dtype, 0, pieces);
   let bar: Progress | undefined;
   return await Model.load(ckpt, device, {
+    files: { transformer, vae },
+    dtype,
     onProgress: ({ loadedBytes, totalBytes }) => {
       bar ??= new Progress("loading", totalBytes, "bytes");
       bar.update(loadedBytes);
@@ -84,4 +164,25 @@ export async function loadModel(
     onWarning: note,
     pieces,
   }).finally(() => bar?.stop());
+}
+
+/**
+ * Merges LoRAs into a finished plan, with a progress bar.
+ *
+ * @returns what removes them again; undefined where there are none. @param note is told what is worth knowing.
+ */
+export async function mergeLoras(
+  choices: readonly LoraChoice[] | undefined,
+  model: Model,
+  plan: Plan,
+  note: (message: string) => void,
+): Promise<Loras | undefined> {
+  if (choices === undefined) return undefined;
+  const loras = new Loras(model, plan, note);
+  let bar: Progress | undefined;
+  await loras.merge(choices, ({ done, total }) => {
+    bar ??= new Progress("merging", total, "weights");
+    bar.update(done);
+  }).finally(() => bar?.stop());
+  return loras;
 }

@@ -1,70 +1,42 @@
-import { z } from "zod";
 import type { Device } from "../../ffi/device.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { elementCount } from "../../ffi/tensor.ts";
-import { type AutoencoderConfig, autoencoderConfigSchema, autoencoderWeightShapes } from "./autoencoder.ts";
-import {
-  CheckpointError,
-  type ComponentWeights,
-  openComponent,
-  readJson,
-  resolveModelFolder,
-} from "./checkpoint.ts";
-import { type ClipConfig, clipConfigSchema, clipWeightShapes } from "./clip.ts";
+import { CheckpointError, type ComponentWeights } from "./component_weights.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
+import {
+  bytesOf,
+  EXPECTED_LEFTOVERS,
+  type ModelConfigs,
+  type ModelParts,
+  openPart,
+  readParts,
+  weightShapes,
+  withScales,
+} from "./model_parts.ts";
 import { loadInPieces, type Pieces } from "./pieces.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
 import { randomPart } from "./random_weights.ts";
-import { fileDTypeBits, printable } from "./safetensors.ts";
-import { FlowMatchEulerScheduler, schedulerConfigSchema } from "./scheduler.ts";
-import { type T5Config, t5ConfigSchema, t5WeightShapes } from "./t5.ts";
-import { loadClipTokenizer, loadT5Tokenizer, type TextTokenizer } from "./tokenizer.ts";
-import { type TransformerConfig, transformerConfigSchema, transformerWeightShapes } from "./transformer.ts";
-import { freeAll, placeWeights, type Weights, type WeightShapes } from "./weights.ts";
+import { printable } from "./safetensors.ts";
+import type { FlowMatchEulerScheduler } from "./scheduler.ts";
+import type { PartFiles } from "./single_file.ts";
+import { widenStored } from "./stored_float8.ts";
+import type { TextTokenizer } from "./tokenizer.ts";
+import { freeAll, placeWeights, scaleName, type Weights } from "./weights.ts";
 
-/** The configs of the four parts that have weights. */
-export interface ModelConfigs {
-  readonly text_encoder: ClipConfig;
-  readonly text_encoder_2: T5Config;
-  readonly transformer: TransformerConfig;
-  readonly vae: AutoencoderConfig;
-}
+/** Weights of a part as they were before any recipe: their names and where they come from. */
+type Source = (component: Component, names: readonly string[]) => Promise<Weights>;
 
 export interface LoadOptions {
+  /** Files in the place of parts of the folder. */
+  readonly files?: PartFiles | undefined;
+  /** What float8 weights of a checkpoint become when they are loaded: bf16 when left out, or f32. */
+  readonly dtype?: DType | undefined;
   /** Called before the first byte and again and again: how many bytes of weights are in place, of all. */
   readonly onProgress?: ((event: { loadedBytes: number; totalBytes: number }) => void) | undefined;
   /** Called with things worth knowing that do not stop the loading. */
   readonly onWarning?: ((message: string) => void) | undefined;
   /** Loads in pieces, with these recipes; all at once when left out. */
   readonly pieces?: Pieces | undefined;
-}
-
-const KONTEXT = "FluxKontextPipeline";
-
-/** `model_index.json`: only FluxPipeline's parts, each of the class that is implemented here. */
-const modelIndexSchema = z.looseObject({
-  _class_name: z.literal(["FluxPipeline", KONTEXT], {
-    error: (issue) =>
-      `${printable(String(issue.input))} is no FLUX.1 text-to-image pipeline, expected FluxPipeline`,
-  }),
-  transformer: z.tuple([z.unknown(), z.literal("FluxTransformer2DModel")]),
-  vae: z.tuple([z.unknown(), z.literal("AutoencoderKL")]),
-  text_encoder: z.tuple([z.unknown(), z.literal("CLIPTextModel")]),
-  text_encoder_2: z.tuple([z.unknown(), z.literal("T5EncoderModel")]),
-  scheduler: z.tuple([z.unknown(), z.literal("FlowMatchEulerDiscreteScheduler")]),
-});
-
-/** What a model folder has besides weights. */
-interface ModelParts {
-  /** The folder's name, for messages and metadata. */
-  readonly name: string;
-  readonly folder: string;
-  readonly configs: ModelConfigs;
-  readonly scheduler: FlowMatchEulerScheduler;
-  readonly clipTokenizer: TextTokenizer;
-  readonly t5Tokenizer: TextTokenizer;
-  /** Whether it edits pictures. */
-  readonly kontext: boolean;
 }
 
 /**
@@ -85,6 +57,7 @@ export class Model implements Disposable {
     parts: ModelParts,
     readonly weights: Readonly<Record<Component, Weights>>,
     private readonly checkpoints: readonly ComponentWeights[],
+    private readonly source: Source,
   ) {
     this.name = parts.name;
     this.configs = parts.configs;
@@ -129,7 +102,12 @@ export class Model implements Disposable {
         pieces,
       );
     await device.synchronize();
-    return new Model({ ...parts, name: withRandom(parts.name) }, weights, []);
+    return new Model(
+      { ...parts, name: withRandom(parts.name) },
+      weights,
+      [],
+      (component, names) => Promise.resolve(make(component, names)),
+    );
   }
 
   /**
@@ -139,11 +117,26 @@ export class Model implements Disposable {
    * @throws ModelError that names the file and what is wrong with it, or a weight that is not of these configs; then
    * the weights are freed.
    */
-  static placed(path: string, weights: Readonly<Record<Component, Weights>>, random: boolean): Model {
+  static placed(
+    path: string,
+    weights: Readonly<Record<Component, Weights>>,
+    random: boolean,
+    files: PartFiles = {},
+  ): Model {
     try {
-      const parts = readParts(path);
+      const parts = readParts(path, files);
       for (const component of COMPONENTS) checkWeights(parts, component, weights[component]);
-      return new Model(random ? { ...parts, name: withRandom(parts.name) } : parts, weights, []);
+      const { device, dtype } = weights.transformer.get("x_embedder.weight");
+      if (random) {
+        const source = randomSource(device, parts, dtype, 0);
+        return new Model({ ...parts, name: withRandom(parts.name) }, weights, [], source);
+      }
+      const opened: ComponentWeights[] = [];
+      return new Model(parts, weights, opened, (component, names) => {
+        const checkpoint = openPart(parts.folder, files, parts.configs, component);
+        opened.push(checkpoint);
+        return placeSome(device, checkpoint, names, dtype);
+      });
     } catch (error) {
       for (const component of COMPONENTS) freeAll(weights[component]);
       throw error;
@@ -158,7 +151,8 @@ export class Model implements Disposable {
    * cannot be brought to the device.
    */
   static async load(path: string, device: Device, options: LoadOptions = {}): Promise<Model> {
-    const own = readParts(path);
+    const { files = {}, dtype = "bf16" } = options;
+    const own = readParts(path, files);
     const { folder, configs } = own;
     const checkpoints: ComponentWeights[] = [];
     try {
@@ -166,9 +160,12 @@ export class Model implements Disposable {
       const errors: FluxError[] = [];
       const opened = COMPONENTS.flatMap((component) => {
         try {
-          const checkpoint = openComponent(folder, component);
+          const checkpoint = openPart(folder, files, configs, component);
           checkpoints.push(checkpoint);
-          const shapes = weightShapes(configs, (name) => checkpoint.has(name))[component];
+          const shapes = withScales(
+            weightShapes(configs, (name) => checkpoint.has(name))[component],
+            checkpoint,
+          );
           const { unused } = checkpoint.checkShapes(shapes);
           const strangers = unused.filter((name) => !EXPECTED_LEFTOVERS.test(name));
           if (strangers.length > 0) {
@@ -202,30 +199,45 @@ export class Model implements Disposable {
       const totalBytes = opened.reduce((sum, { checkpoint, shapes }) => sum + bytesOf(checkpoint, shapes), 0);
       const report = (loadedBytes: number) => options.onProgress?.({ loadedBytes, totalBytes });
       report(0);
+      const source: Source = (component, names) =>
+        placeSome(device, opened.find((one) => one.component === component)!.checkpoint, names, dtype);
       const { pieces } = options;
       if (pieces !== undefined) {
         let loadedBytes = 0;
         const unloaded = opened.map(({ component, checkpoint, shapes }) => ({
           component,
-          names: [...shapes.keys()],
+          names: [...shapes.keys()].filter((name) => !isScale(shapes, name)),
           bytesOf: (name: string) => bytesOf(checkpoint, [[name, shapes.get(name)!]]),
           place: async (names: readonly string[]) => {
             const before = loadedBytes;
             const report = (bytes: number) =>
               options.onProgress?.({ loadedBytes: loadedBytes = before + bytes, totalBytes });
-            return (await placeWeights(device, [{ checkpoint, names }], report))[0];
+            return await placeSome(device, checkpoint, names, dtype, report);
           },
         }));
-        return new Model(own, await loadInPieces(device, unloaded, pieces), checkpoints);
+        return new Model(own, await loadInPieces(device, unloaded, pieces), checkpoints, source);
       }
       const parts = opened.map(({ checkpoint, shapes }) => ({ checkpoint, names: shapes.keys() }));
       const placed = await placeWeights(device, parts, report);
-      const weights = Object.fromEntries(opened.map(({ component }, i) => [component, placed[i]]));
-      return new Model(own, weights as Record<Component, Weights>, checkpoints);
+      const weights = Object.fromEntries(
+        opened.map(({ component }, i) => [component, widenStored(device, placed[i], dtype)]),
+      );
+      return new Model(own, weights as Record<Component, Weights>, checkpoints, source);
     } catch (error) {
       for (const checkpoint of checkpoints) checkpoint[Symbol.dispose]();
       throw error;
     }
+  }
+
+  /**
+   * Some weights as they were before any recipe: brought to the device once more, on the CPU those of the mapped file.
+   *
+   * @param names of the part's weights. @returns those, which the caller frees.
+   * @throws ModelError where the model's folder does not have them any more; OutOfMemoryError, and nothing stays.
+   */
+  async originals(component: Component, names: readonly string[]): Promise<Weights> {
+    this.checkOpen();
+    return await this.source(component, names);
   }
 
   #closed = false;
@@ -246,6 +258,31 @@ export class Model implements Disposable {
   }
 }
 
+/** Brings some weights of a checkpoint to the device, float8 ones in `dtype`. */
+async function placeSome(
+  device: Device,
+  checkpoint: ComponentWeights,
+  names: readonly string[],
+  dtype: DType,
+  onBytes?: (bytes: number) => void,
+): Promise<Weights> {
+  const scales = names.map(scaleName).filter((name) => checkpoint.has(name));
+  const [placed] = await placeWeights(device, [{ checkpoint, names: [...names, ...scales] }], onBytes);
+  return widenStored(device, placed, dtype);
+}
+
+/** Weights that were made up, made up again. */
+function randomSource(device: Device, { configs }: ModelParts, dtype: DType, seed: number): Source {
+  const shapes = weightShapes(configs);
+  return (component, names) =>
+    Promise.resolve(randomPart(device, configs, component, shapes[component], dtype, seed, names));
+}
+
+/** Whether a name is that of a weight's scales. */
+function isScale(shapes: ReadonlyMap<string, unknown>, name: string): boolean {
+  return name.endsWith(scaleName("")) && shapes.has(name.slice(0, -scaleName("").length));
+}
+
 function withRandom(name: string): string {
   return `${name} with random weights`;
 }
@@ -260,102 +297,5 @@ function checkWeights({ folder, configs }: ModelParts, component: Component, wei
         shape.join(", ")
       }]`,
     );
-  }
-}
-
-/** Size of the weights that the model reads. */
-function bytesOf(checkpoint: ComponentWeights, shapes: Iterable<[string, readonly number[]]>): number {
-  return [...shapes].reduce(
-    (sum, [name, shape]) => sum + elementCount(shape) * fileDTypeBits(checkpoint.info(name).dtype) / 8,
-    0,
-  );
-}
-
-/** Configs, schedule and tokenizers of a model folder, checked against each other. */
-function readParts(path: string): ModelParts {
-  const folder = resolveModelFolder(path);
-  const kontext = isKontext(folder);
-  const configs: ModelConfigs = {
-    text_encoder: readJson(folder, "text_encoder/config.json", clipConfigSchema),
-    text_encoder_2: readJson(folder, "text_encoder_2/config.json", t5ConfigSchema),
-    transformer: readJson(folder, "transformer/config.json", transformerConfigSchema),
-    vae: readJson(folder, "vae/config.json", autoencoderConfigSchema),
-  };
-  const scheduler = new FlowMatchEulerScheduler(
-    readJson(folder, "scheduler/scheduler_config.json", schedulerConfigSchema),
-  );
-  const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
-  const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
-  checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  return { name: modelName(folder), folder, configs, scheduler, clipTokenizer, t5Tokenizer, kontext };
-}
-
-/**
- * Whether a model folder has a FLUX.1-Kontext, which takes a picture to edit; it has the weights of other models' names and
- * shapes, and only its index tells.
- *
- * @throws ModelError for a folder whose index is no FLUX.1's.
- */
-export function isKontext(folder: string): boolean {
-  return readJson(folder, "model_index.json", modelIndexSchema)._class_name === KONTEXT;
-}
-
-/** The weights that each part reads; `has` tells which of its names a checkpoint uses where there are several. */
-function weightShapes(
-  configs: ModelConfigs,
-  has: (name: string) => boolean = () => false,
-): Record<Component, WeightShapes> {
-  return {
-    text_encoder: clipWeightShapes(configs.text_encoder, has),
-    text_encoder_2: t5WeightShapes(configs.text_encoder_2, has),
-    transformer: transformerWeightShapes(configs.transformer),
-    vae: autoencoderWeightShapes(configs.vae),
-  };
-}
-
-/** Weights that published checkpoints carry beside those that are read: a second name of T5's table, buffers. */
-const EXPECTED_LEFTOVERS = /(^|\.)(position_ids|embed_tokens\.weight|shared\.weight)$/;
-
-/** The folder's own name; for a snapshot of the Hugging Face cache the repository's. */
-export function modelName(folder: string): string {
-  const repository = folder.match(/models--([^/]+)--([^/]+)\/snapshots\//);
-  return repository ? `${repository[1]}/${repository[2]}` : folder.split("/").at(-1) ?? folder;
-}
-
-/** The configs and the tokenizers must be of one model. */
-function checkFit(folder: string, configs: ModelConfigs, clip: TextTokenizer, t5: TextTokenizer): void {
-  const { text_encoder, text_encoder_2, transformer, vae } = configs;
-  const problems: string[] = [];
-  const expect = (what: string, found: number, wanted: number) => {
-    if (found !== wanted) problems.push(`${what} is ${found}, expected ${wanted}`);
-  };
-  const expectAtMost = (what: string, found: number, limit: number, limitedBy: string) => {
-    if (found > limit) problems.push(`${what} is ${found}, expected at most ${limit} (${limitedBy})`);
-  };
-  expect("transformer joint_attention_dim", transformer.joint_attention_dim, text_encoder_2.d_model);
-  expect("transformer pooled_projection_dim", transformer.pooled_projection_dim, text_encoder.hidden_size);
-  expect("transformer in_channels", transformer.in_channels, 4 * vae.latent_channels);
-  expect(
-    "transformer out_channels",
-    transformer.out_channels ?? transformer.in_channels,
-    transformer.in_channels,
-  );
-  expectAtMost(
-    "tokenizer model_max_length",
-    clip.modelMaxLength,
-    text_encoder.max_position_embeddings,
-    "text_encoder max_position_embeddings",
-  );
-  const vocabularies = [
-    ["tokenizer", clip, "text_encoder", text_encoder],
-    ["tokenizer_2", t5, "text_encoder_2", text_encoder_2],
-  ] as const;
-  for (const [name, tokenizer, encoder, { vocab_size }] of vocabularies) {
-    expectAtMost(`${name}'s largest id`, tokenizer.maxId, vocab_size - 1, `${encoder} vocab_size - 1`);
-  }
-  if (problems.length > 0) {
-    throw new ModelError(`${folder}: the parts do not fit together: ${problems.join("; ")}`, {
-      hint: "all parts must be of the same model: download it again",
-    });
   }
 }

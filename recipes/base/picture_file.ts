@@ -1,4 +1,6 @@
+import { basename } from "node:path";
 import { encodePng, parametersText } from "./image.ts";
+import type { LoraChoice } from "./lora.ts";
 import type { Model } from "./model.ts";
 import type { GenerateResult, Picture } from "./pipeline.ts";
 import type { Plan } from "./plan.ts";
@@ -9,6 +11,7 @@ export interface Origin {
   readonly settings: GenerateResult["settings"];
   readonly model: Model;
   readonly plan: Plan;
+  readonly loras?: readonly LoraChoice[] | undefined;
   /** Which of several pictures of one prompt and seed it is: `"2 of 4"`. */
   readonly place?: string | undefined;
 }
@@ -16,7 +19,7 @@ export interface Origin {
 /** A picture as PNG, with how it was made in its `parameters` text. */
 export async function encodePicture(
   { rgb, width, height }: Picture,
-  { prompt, settings, model, plan, place }: Origin,
+  { prompt, settings, model, plan, loras = [], place }: Origin,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const parameters = parametersText({
     prompt,
@@ -26,7 +29,13 @@ export async function encodePicture(
     height: settings.height,
     model: model.name,
     ...(model.configs.transformer.guidance_embeds ? { guidance: settings.guidanceScale } : {}),
-    extra: { ...(place && { Picture: place }), Recipes: plan.recipes.join(" "), Software: "flux-recipes" },
+    extra: {
+      ...(place && { Picture: place }),
+      ...(loras.length > 0 &&
+        { LoRA: loras.map(({ path, scale }) => `${basename(path)}:${scale}`).join(" ") }),
+      Recipes: plan.recipes.join(" "),
+      Software: "flux-recipes",
+    },
   });
   return await encodePng(rgb, width, height, { parameters });
 }

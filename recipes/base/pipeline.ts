@@ -2,13 +2,14 @@ import { setImmediate } from "node:timers";
 import type { Device } from "../../ffi/device.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
-import { allFinite } from "../../kernels/all_finite.ts";
+import { type FiniteAnswer, issueAllFinite } from "../../kernels/all_finite.ts";
 import { BOX_MULLER_BLOCK, boxMuller } from "../../kernels/box_muller.ts";
 import { decode, encode, spatialFactor } from "./autoencoder.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "./clip.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import { fitReference, pixelTensor, type Size, withReference } from "./kontext.ts";
 import { packLatents, positionIds, type TokenGrid, unpackLatents } from "./latents.ts";
+import { type Mark, mark } from "./mark.ts";
 import type { Model } from "./model.ts";
 import { fluxModulations } from "./modulations.ts";
 import type { Ops } from "./ops.ts";
@@ -95,16 +96,27 @@ export interface GenerateResult {
     /** Size of the picture to edit as it was encoded. */
     readonly image?: Size;
   };
-  /** Wall-clock milliseconds by part. */
+  /** When the first part began, on the clock of `performance.now()`; the others follow without gaps. */
+  readonly started: number;
+  /** Wall-clock milliseconds by part, of a GPU's work. */
   readonly milliseconds: {
     readonly text: number;
     /** The autoencoder's encoder; 0 without a picture to edit. */
     readonly image: number;
     readonly steps: readonly number[];
     readonly decode: number;
+    /** Of that, rounding to 8-bit pixels and their way to the host. */
+    readonly pixels: number;
   };
   /** The steps, counted from 0, that were not computed in full, where a recipe allows it. */
   readonly reusedSteps?: readonly number[];
+}
+
+/** What a step has given, or what the first one starts from, and the point in the device's work where it is there. */
+interface Denoised {
+  readonly step: number;
+  readonly latents: Tensor;
+  readonly end: Mark;
 }
 
 /** T5 knows no more positions in FLUX.1's training. */
@@ -156,12 +168,9 @@ export class FluxPipeline {
       owned.push(...[value].flat() as Tensor[]);
       return value;
     };
-    /** Frees the old one, where there was one, and owns the new one instead. */
-    const replace = (old: Tensor | undefined, next: Tensor): Tensor => {
-      if (old === undefined) return own(next);
-      old.dispose();
-      owned[owned.indexOf(old)] = next;
-      return next;
+    const drop = (tensor: Tensor) => {
+      owned.splice(owned.indexOf(tensor), 1);
+      tensor.dispose();
     };
     /** Lets timers and signals in between two long computations, and goes on if the work still makes sense. */
     const pause = async () => {
@@ -169,9 +178,11 @@ export class FluxPipeline {
       signal?.throwIfAborted();
       this.model.checkOpen();
     };
+    using marks = new DisposableStack();
+    const marked = () => marks.use(mark(device));
     try {
       await pause();
-      const textStart = performance.now();
+      const [start, started] = [performance.now(), marked()];
       const pooled = own(this.encodeClip(prompts, images, options.onWarning));
       await pause();
       const embeds = own(this.encodeT5(prompts2, images, settings.maxSequenceLength, options.onWarning));
@@ -180,21 +191,16 @@ export class FluxPipeline {
         grids.push({ rows: image.height / factor / 2, columns: image.width / factor / 2 });
       }
       const rotary = this.#rotary(settings.maxSequenceLength, grids);
-      let latents = own(this.prepareLatents(settings.seed, batch, latentHeight, latentWidth));
-      await device.synchronize();
-      const textTime = performance.now() - textStart;
+      const noise = own(this.prepareLatents(settings.seed, batch, latentHeight, latentWidth));
+      const encoded = marked();
 
       let imageLatents: Tensor | undefined;
-      let imageTime = 0;
       if (image !== undefined) {
         await pause();
-        const imageStart = performance.now();
         imageLatents = own(this.encodeImage(image, batch));
-        await device.synchronize();
-        imageTime = performance.now() - imageStart;
       }
 
-      const report = (step: number) => {
+      const report = ({ step, latents }: Denoised) => {
         if (onProgress === undefined) return;
         device.scope(() => {
           onProgress({
@@ -205,45 +211,71 @@ export class FluxPipeline {
           });
         });
       };
-      report(0);
-      const stepTimes: number[] = [];
+      using stepper = this.plan.stepper?.(this.plan, configs.transformer);
+      // A GPU has its next step issued before anybody waits for the last one, so that it need not wait either.
+      const ahead = isGpu(device) && stepper === undefined ? 1 : 0;
+      let newest: Denoised = { step: 0, latents: noise, end: image === undefined ? encoded : marked() };
+      const ends = [newest.end];
+      const unreported = [newest];
+      /** Waits for steps and reports them, until no more than `most` are left. */
+      const settle = async (most: number) => {
+        while (unreported.length > most) {
+          await unreported[0].end.reached();
+          const done = unreported.shift()!;
+          report(done);
+          if (done !== newest) drop(done.latents);
+        }
+      };
+      await settle(ahead);
       const together = Math.max(1, Math.floor(MODULATION_ROWS / batch));
       let modulations: Tensor | undefined;
-      using stepper = this.plan.stepper?.(this.plan, configs.transformer);
       for (let step = 0; step < steps; step++) {
         await pause();
-        const start = performance.now();
         if (step % together === 0) {
+          if (modulations !== undefined) drop(modulations);
           const times = [...schedule.timesteps.slice(step, step + together)];
-          modulations = replace(modulations, this.#modulations(pooled, times, settings.guidanceScale));
+          modulations = own(this.#modulations(pooled, times, settings.guidanceScale));
         }
         const inputs: StepInputs = {
-          latents,
+          latents: newest.latents,
           embeds,
           imageLatents,
           rotary,
           modulations: modulations!.narrow(0, step % together * batch, batch),
           change: schedule.sigmas[step + 1] - schedule.sigmas[step],
         };
-        const next = stepper === undefined
-          ? device.scope(() => this.#denoise(inputs))
-          : await stepper.step(inputs);
-        latents = replace(latents, next);
-        await device.synchronize();
-        stepTimes.push(performance.now() - start);
-        report(step + 1);
+        const latents = own(
+          stepper === undefined ? device.scope(() => this.#denoise(inputs)) : await stepper.step(inputs),
+        );
+        const before = newest;
+        newest = { step: step + 1, latents, end: marked() };
+        ends.push(newest.end);
+        unreported.push(newest);
+        if (!unreported.includes(before)) drop(before.latents);
+        await settle(ahead);
       }
 
       await pause();
-      const decodeStart = performance.now();
-      await checkFinite("denoising", latents);
+      const { latents } = newest;
+      using denoised = issueAllFinite(latents);
+      if (ahead === 0) await requireFinite("denoising", denoised);
       const pictures = own(this.decodeLatents(latents, latentHeight, latentWidth));
+      using decoded = issueAllFinite(pictures);
+      const drawn = marked();
+      const pixels = own(ops.toPixels(pictures));
       // Touched while the decoder runs: fresh pages take the host longer than the copy into them.
       const bytes = new Uint8Array(batch * height * width * 3).fill(0);
-      await checkFinite("the autoencoder", pictures);
-      await device.download(own(ops.toPixels(pictures)), bytes);
+      await settle(0);
+      await marked().reached();
+      await requireFinite("denoising", denoised);
+      await requireFinite("the autoencoder", decoded);
+      await device.download(pixels, bytes);
       signal?.throwIfAborted();
       const size = height * width * 3;
+      const stepTimes = ends.slice(1).map((end, i) => end.since(ends[i]));
+      const [text, imageTime] = [encoded.since(started), ends[0].since(encoded)];
+      const decode = performance.now() - start -
+        stepTimes.reduce((sum, time) => sum + time, text + imageTime);
       return {
         images: Array.from({ length: batch }, (_, i) => ({
           width,
@@ -251,11 +283,13 @@ export class FluxPipeline {
           rgb: bytes.subarray(i * size, (i + 1) * size),
         })),
         settings,
+        started: start,
         milliseconds: {
-          text: textTime,
+          text,
           image: imageTime,
           steps: stepTimes,
-          decode: performance.now() - decodeStart,
+          decode,
+          pixels: Math.max(0, decode - drawn.since(newest.end)),
         },
         ...(stepper && { reusedSteps: stepper.reused }),
       };
@@ -542,8 +576,8 @@ function repeated(ops: Ops, x: Tensor, images: number): Tensor {
 }
 
 /** NaN in a result would become a black picture: throws {@link ModelError} instead. */
-async function checkFinite(part: string, result: Tensor): Promise<void> {
-  if (await allFinite(result)) return;
+async function requireFinite(part: string, answer: FiniteAnswer): Promise<void> {
+  if (await answer.read()) return;
   throw new ModelError(`${part} gave NaN or infinity: weights are damaged, or a number overflowed`, {
     hint: "download the weights again; if that does not help, try float32 (--disable_bf16)",
   });

@@ -2,7 +2,7 @@ import type { Device } from "../../ffi/device.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { fillRandom } from "../../kernels/random_fill.ts";
-import type { ModelConfigs } from "./model.ts";
+import type { ModelConfigs } from "./model_parts.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
 import { type Weights, weightsFrom, type WeightShapes } from "./weights.ts";
 

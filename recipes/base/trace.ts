@@ -96,14 +96,12 @@ class WatchedPipeline {
   spans: Span[] = [];
   readonly #pipeline: FluxPipeline;
   readonly #drawing: GenerateOptions;
-  #partStart = 0;
 
   constructor({ model, plan }: FluxPipeline, drawing: GenerateOptions) {
     this.#drawing = drawing;
     this.#pipeline = new FluxPipeline(model, {
       ...plan,
       ops: watchOps(plan.ops, (name, start, end, shapes) => {
-        if (name === "toPixels") this.#endPart("decoding", start);
         this.#add(name, "operator", start, end, { shapes });
       }),
     });
@@ -111,18 +109,22 @@ class WatchedPipeline {
 
   async draw(): Promise<void> {
     this.spans = [];
-    this.origin = this.#partStart = performance.now();
-    await this.#pipeline.generate({
-      ...this.#drawing,
-      onProgress: ({ step }) =>
-        this.#endPart(step === 0 ? "prompt_encoding" : "denoising_step", performance.now()),
-    });
-    this.#endPart("postprocessing", performance.now());
-  }
-
-  #endPart(name: string, end: number): void {
-    this.#add(name, "part", this.#partStart, end);
-    this.#partStart = end;
+    this.origin = performance.now();
+    const { started, milliseconds } = await this.#pipeline.generate(this.#drawing);
+    const { text, image, steps, decode, pixels } = milliseconds;
+    // As the device's work went, which a GPU's host has issued before.
+    const parts: [string, number][] = [
+      ["prompt_encoding", text],
+      ...(image > 0 ? [["image_encoding", image] as [string, number]] : []),
+      ...steps.map((time): [string, number] => ["denoising_step", time]),
+      ["decoding", decode - pixels],
+      ["postprocessing", pixels],
+    ];
+    let start = started;
+    for (const [name, time] of parts) {
+      this.#add(name, "part", start, start + time);
+      start += time;
+    }
   }
 
   #add(name: string, cat: "part" | "operator", start: number, end: number, args?: Span["args"]): void {

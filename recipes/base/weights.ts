@@ -3,10 +3,11 @@ import { type DType, dtypeBytes, isDType } from "../../ffi/dtype.ts";
 import { float8FormatOf } from "../../ffi/float8.ts";
 import { isGpu } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
+import { cast } from "../../kernels/cast.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
 import { joinedView } from "../../kernels/joined_linears.ts";
 import type { LinearLayer } from "../../kernels/linears.ts";
-import type { ComponentWeights } from "./checkpoint.ts";
+import type { ComponentWeights } from "./component_weights.ts";
 import { ModelError, UsageError } from "./errors.ts";
 import type { Ops } from "./ops.ts";
 
@@ -18,10 +19,20 @@ export interface Weights {
   get(name: string): Tensor;
   /** Gives a weight's memory back, with the last of the names that share it. Once more does nothing. */
   free(name: string): void;
+  /**
+   * Stores other values of weights, each in the form in which it is kept: rounded to its dtype, as a part of what was
+   * joined, quantized anew. Addresses stay, so that recorded graphs go on with the new values; only on the CPU, where a
+   * weight of a mapped file cannot be written to, it gets a memory of its own, and other plans keep the old one.
+   *
+   * @param values f32 or bf16, dense, with the shapes that the checkpoint has. @throws UsageError for weights that
+   * can be stored together with others only, which are missing.
+   */
+  assign(values: ReadonlyMap<string, Tensor>): void;
 }
 
 /** Weights out of a map; several names may share a memory. */
-export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
+export function weightsFrom(given: ReadonlyMap<string, Tensor>): Weights {
+  const tensors = new Map(given);
   const freed = new Set<string>();
   const names = new Map<Memory, number>();
   for (const { memory } of tensors.values()) names.set(memory, (names.get(memory) ?? 0) + 1);
@@ -30,20 +41,21 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
     if (tensor === undefined) throw new ModelError(`the model has no weight ${name}`);
     return tensor;
   };
+  const get = (name: string) => {
+    const tensor = find(name);
+    if (freed.has(name)) {
+      throw new UsageError(
+        `the weight ${name} is gone from ${tensor.device.name}: a recipe with another dtype or layout took the ` +
+          "model's weights, or the model was disposed",
+        { hint: "load the model once for each dtype and layout, or give all pipelines the same plan" },
+      );
+    }
+    return tensor;
+  };
   return {
     names: [...tensors.keys()],
     has: (name) => tensors.has(name),
-    get(name) {
-      const tensor = find(name);
-      if (freed.has(name)) {
-        throw new UsageError(
-          `the weight ${name} is gone from ${tensor.device.name}: a recipe with another dtype or layout took the ` +
-            "model's weights, or the model was disposed",
-          { hint: "load the model once for each dtype and layout, or give all pipelines the same plan" },
-        );
-      }
-      return tensor;
-    },
+    get,
     free(name) {
       const { memory } = find(name);
       if (freed.has(name)) return;
@@ -52,7 +64,29 @@ export function weightsFrom(tensors: ReadonlyMap<string, Tensor>): Weights {
       names.set(memory, left);
       if (left === 0) memory.device.free(memory);
     },
+    assign(values) {
+      for (const [name, value] of values) {
+        let place = get(name);
+        if (place.memory.readOnly) {
+          place = writableLike(place);
+          tensors.set(name, place);
+          names.set(place.memory, 1);
+        }
+        store(place, value);
+      }
+    },
   };
+}
+
+/** A memory of the same size for a weight. */
+function writableLike({ device, shape, dtype }: Tensor): Tensor {
+  return Tensor.empty(device, shape, dtype, "weights");
+}
+
+/** Overwrites a weight. */
+export function store(place: Tensor, value: Tensor): void {
+  place.device.scope(() => copyInto(place, cast(value, place.dtype)));
+  place.device.changed(place.memory);
 }
 
 /** Gives the memory of all weights back. */
@@ -143,13 +177,28 @@ export function castWeights(weights: Weights, dtype: DType, ops: Ops): Weights {
 
 /** The same weights, with others under some of their names or beside them; they are freed with the new ones. */
 export function replaced(weights: Weights, own: ReadonlyMap<string, Tensor>): Weights {
-  const mine = weightsFrom(own);
+  let mine = weightsFrom(own);
   const holder = (name: string) => mine.has(name) ? mine : weights;
   return {
     names: [...new Set([...weights.names, ...own.keys()])],
     has: (name) => holder(name).has(name),
     get: (name) => holder(name).get(name),
     free: (name) => holder(name).free(name),
+    assign(values) {
+      const names = [...values.keys()];
+      // Those below stay as they are for others who share them, where they cannot be written to.
+      const mapped = names.filter((name) => !mine.has(name) && weights.get(name).memory.readOnly);
+      if (mapped.length > 0) {
+        const held = mine.names.map((name) => [name, mine.get(name)] as const);
+        mine = weightsFrom(
+          new Map([...held, ...mapped.map((name) => [name, writableLike(weights.get(name))] as const)]),
+        );
+      }
+      for (const each of [mine, weights]) {
+        const theirs = names.filter((name) => holder(name) === each);
+        if (theirs.length > 0) each.assign(new Map(theirs.map((name) => [name, values.get(name)!])));
+      }
+    },
   };
 }
 
@@ -201,6 +250,8 @@ export function under(weights: Weights, module: string): Weights {
     has: (name) => weights.has(prefix + name),
     get: (name) => weights.get(prefix + name),
     free: (name) => weights.free(prefix + name),
+    assign: (values) =>
+      weights.assign(new Map(Array.from(values, ([name, value]) => [prefix + name, value] as const))),
   };
 }
 

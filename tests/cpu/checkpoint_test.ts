@@ -2,13 +2,8 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
-import {
-  CheckpointError,
-  type ComponentWeights,
-  openComponent,
-  readJson,
-  resolveModelFolder,
-} from "../../recipes/base/checkpoint.ts";
+import { openComponent, readJson, resolveModelFolder } from "../../recipes/base/checkpoint.ts";
+import { CheckpointError, type ComponentWeights } from "../../recipes/base/component_weights.ts";
 import { ModelError } from "../../recipes/base/errors.ts";
 import {
   SafetensorsError,

@@ -461,10 +461,22 @@ testFakeDevice("cuda: events measure the time between them", {}, (device) => {
   using start = device.event();
   using end = device.event();
   assert.equal(end.since(start), 1.5);
+  assert.ok(start.reached && end.reached);
   const gone = device.event();
   gone[Symbol.dispose]();
   gone[Symbol.dispose]();
   assert.throws(() => gone.since(start), /the event was disposed/);
+  assert.throws(() => gone.reached, /the event was disposed/);
+});
+
+testFakeDevice("cuda: an event is reached when the work before it is done", {}, (device) => {
+  const tensor = Tensor.fromInt32(device, [0, 0, 0, 0], [4]);
+  for (let i = 0; i < 3; i++) fill(device, tensor, i);
+  using event = device.event();
+  assert.equal(event.reached, false);
+  let looks = 0;
+  while (!event.reached) looks++;
+  assert.ok(looks > 0);
 });
 
 testFakeDevice(

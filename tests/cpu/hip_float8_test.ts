@@ -10,7 +10,7 @@ import { Tensor } from "../../ffi/tensor.ts";
 import { cast } from "../../kernels/cast.ts";
 import { linearFloat8 } from "../../kernels/linear_float8.ts";
 import { quantizeReference, quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
-import type { ComponentWeights } from "../../recipes/base/checkpoint.ts";
+import type { ComponentWeights } from "../../recipes/base/component_weights.ts";
 import { placeWeights } from "../../recipes/base/weights.ts";
 import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { float8RecipeSuite } from "../support/golden_suite_float8.ts";

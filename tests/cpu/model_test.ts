@@ -4,7 +4,7 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { openCpu } from "../../ffi/cpu/open.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
-import { CheckpointError } from "../../recipes/base/checkpoint.ts";
+import { CheckpointError } from "../../recipes/base/component_weights.ts";
 import { ModelError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";

@@ -11,9 +11,10 @@ import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { SafetensorsFile } from "../../recipes/base/safetensors.ts";
 import { draw, pixelsOf } from "../support/drawing.ts";
 import { withModelCopy } from "../support/folders.ts";
-import { goldenPath } from "../support/golden.ts";
+import { goldenPath, valuesOf } from "../support/golden.ts";
+import { TEST_GPU } from "../support/gpu_devices.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
-import { ownDevice } from "../support/test_device.ts";
+import { ownDevice, testOn } from "../support/test_device.ts";
 
 /** Runs the model of a folder on a CPU device of its own. */
 async function generate(folder: string, recipe: Recipe, options: GenerateOptions): Promise<GenerateResult> {
@@ -247,6 +248,50 @@ Deno.test("pipeline stops between steps when its signal aborts, and gives its me
   assert.deepEqual(steps, [0, 1, 2]);
   assert.equal(device.memoryUse().current, before);
 });
+
+testOn(
+  TEST_GPU,
+  "pipeline issues a GPU's next step before it reports the last one, and frees what it gave",
+  async (device) => {
+    using model = await Model.load(SCHNELL, device);
+    const heard: string[] = [];
+    const plan = compose(eagerPlan(device, model.weights), baselineFp32);
+    const { execute } = plan;
+    const pipeline = new FluxPipeline(model, {
+      ...plan,
+      execute: (running, part, inputs, body) => {
+        if (part === "transformer" || part === "vae") heard.push(part);
+        return execute(running, part, inputs, body);
+      },
+    });
+    const before = device.memoryUse().current;
+    const previews: Promise<Float32Array>[] = [];
+    const { milliseconds } = await pipeline.generate({
+      ...QUICK,
+      onProgress: ({ step, latents }) => {
+        heard.push(`step ${step}`);
+        previews.push(valuesOf(latents()));
+      },
+    });
+    assert.deepEqual(heard, ["transformer", "step 0", "transformer", "step 1", "vae", "step 2"]);
+    assert.equal(milliseconds.steps.length, 2);
+    assert.ok(milliseconds.pixels <= milliseconds.decode);
+    // Each step is shown what it gave, and not what was issued since.
+    const shown = (await Promise.all(previews)).map((values) => values.join());
+    assert.equal(new Set(shown).size, 3);
+    assert.equal(device.memoryUse().current, before);
+    heard.length = 0;
+    const controller = new AbortController();
+    const stopped = pipeline.generate({
+      ...QUICK,
+      signal: controller.signal,
+      onProgress: () => controller.abort(),
+    });
+    await assert.rejects(stopped, { name: "AbortError" });
+    assert.deepEqual(heard, ["transformer"]);
+    assert.equal(device.memoryUse().current, before);
+  },
+);
 
 Deno.test("pipeline looks at its signal before the text, between the encoders, and around the decoder", async () => {
   using opened = await openPipeline(SCHNELL);

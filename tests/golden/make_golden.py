@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Writes the golden fixtures of this folder with diffusers, transformers, tokenizers and torch on the CPU.
 
-    pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0
+    pip install torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 peft==0.21.2
     python tests/golden/make_golden.py                 # all, a minute or two
     python tests/golden/make_golden.py --only NAME     # one of: models components pipelines scheduler random
-                                                       #         tokenizers packing pictures kontext cache tiny
+                                                       #         tokenizers packing bfl lora pictures kontext cache tiny
 The models are small, with random weights made here from fixed seeds: every norm weight and bias is random and no gate
 is small, so that a missing branch shows. README.md beside this file lists every file and tensor.
 """
@@ -30,6 +30,7 @@ VERSIONS = {
     "transformers": "5.23.0",
     "tokenizers": "0.23.3",
     "safetensors": "0.8.0",
+    "peft": "0.21.2",
 }
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -62,6 +63,7 @@ from diffusers import (  # noqa: E402
     FluxTransformer2DModel,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast  # noqa: E402
 
@@ -1311,6 +1313,155 @@ def make_tiny():
     write_json(out / "runs.json", {"versions": VERSIONS, "model": "models/tiny", "sha256": weights, "runs": runs})
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# lora
+
+# Every Linear of the transformer has one, some of another rank or alpha; of CLIP those of the attention.
+LORAS = {
+    "a": dict(r=4, lora_alpha=8, rank_pattern={"attn.to_q": 3, "proj_out": 2}, alpha_pattern={"attn.to_k": 1.5}),
+    "b": dict(r=1, lora_alpha=1, use_rslora=False),
+}
+
+
+def write_lora(folder, name, seed):
+    """A file as diffusers' own training scripts write it, with alpha in its metadata."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = load_pipeline(HERE / folder, torch.float32)
+    modules = {}
+    chosen = {
+        "transformer": (pipe.transformer, r"."),
+        "text_encoder": (pipe.text_encoder, r"self_attn"),
+    }
+    for part, (model, pattern) in chosen.items():
+        if part == "text_encoder" and name != "a":
+            continue
+        layers = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search(pattern, n)]
+        model.add_adapter(LoraConfig(target_modules=layers, init_lora_weights=False, **LORAS[name]))
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in sorted(model.named_parameters()):
+            if "lora_" in key:
+                # large enough to show in every output, small enough that a wrong one is no catastrophe of numbers
+                parameter.data = 0.15 * torch.randn(parameter.shape, generator=generator) / parameter.shape[0] ** 0.25
+        model.peft_config["default"].base_model_name_or_path = None  # a path of the machine that this runs on
+        modules[part] = model
+    metadata = _collate_lora_metadata(modules)
+    for config in metadata.values():
+        config["target_modules"] = sorted(config["target_modules"])  # a set, whose order changes from run to run
+    FluxPipeline.save_lora_weights(
+        save_directory=HERE / "lora",
+        weight_name=f"{folder}.{name}.safetensors",
+        transformer_lora_layers={k: v.to(BF16) for k, v in get_peft_model_state_dict(modules["transformer"]).items()},
+        text_encoder_lora_layers={k: v.to(BF16) for k, v in get_peft_model_state_dict(modules["text_encoder"]).items()}
+        if "text_encoder" in modules
+        else None,
+        **metadata,
+    )
+    path = HERE / "lora" / f"{folder}.{name}.safetensors"
+    with safe_open(path, "pt") as file:  # two keys of metadata have no fixed order
+        kept = {key: file.metadata()[key] for key in ("lora_adapter_metadata",)}
+    save_file(load_file(path), str(path), metadata=kept)
+    path.chmod(0o644)
+
+
+def make_lora():
+    (HERE / "lora").mkdir(exist_ok=True)
+    for folder in FOLDERS:
+        seed = SETTINGS[folder]["seed"] + 60
+        for i, name in enumerate(LORAS):
+            write_lora(folder, name, seed + i)
+        given = load_file(HERE / "components" / folder / "transformer.safetensors")
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "img_ids", "txt_ids")
+        inputs = {key: given[f"in.{key}"] for key in names if f"in.{key}" in given}
+        ids = load_file(HERE / "components" / folder / "clip.safetensors")["in.ids"]
+        tensors = {}
+        cases = {"one": {"a": 1.0}, "scaled": {"b": -0.7}, "both": {"a": 0.6, "b": 1.2}}
+        for dtype, prefix in ((torch.float32, "out"), (BF16, "out_bf16")):
+            for what, adapters in cases.items():
+                pipe = load_pipeline(HERE / folder, dtype)
+                for name in adapters:
+                    pipe.load_lora_weights(HERE / "lora", weight_name=f"{folder}.{name}.safetensors", adapter_name=name)
+                pipe.set_adapters(list(adapters), list(adapters.values()))
+                if dtype == BF16:  # merged, as ours: in float32 that makes no difference
+                    pipe.fuse_lora()
+                sample = pipe.transformer(**{key: value.to(dtype) for key, value in inputs.items()}).sample
+                tensors[f"{prefix}.{what}"] = sample
+                if "a" in adapters:
+                    tensors[f"{prefix}.{what}.pooled"] = pipe.text_encoder(ids).pooler_output
+        write_tensors(HERE / "lora" / f"{folder}.outputs.safetensors", tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfl
+
+HIDDEN = 3072  # which diffusers' converter takes for granted
+
+
+def bfl_rows():
+    """Rows of each tensor of a flux1-dev.safetensors with one block of each kind, by black-forest-labs/flux, model.py."""
+    rows = {"img_in": HIDDEN, "txt_in": HIDDEN, "final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * HIDDEN}
+    for name in ("time_in", "vector_in", "guidance_in"):
+        rows |= {f"{name}.in_layer": HIDDEN, f"{name}.out_layer": HIDDEN}
+    for stream in ("img", "txt"):
+        block = f"double_blocks.0.{stream}"
+        rows |= {f"{block}_mod.lin": 6 * HIDDEN, f"{block}_attn.qkv": 3 * HIDDEN, f"{block}_attn.proj": HIDDEN}
+        rows |= {f"{block}_mlp.0": 4 * HIDDEN, f"{block}_mlp.2": HIDDEN}
+    block = "single_blocks.0"
+    rows |= {f"{block}.linear1": 7 * HIDDEN, f"{block}.linear2": HIDDEN, f"{block}.modulation.lin": 3 * HIDDEN}
+    rows = {f"{name}.{kind}": count for name, count in rows.items() for kind in ("weight", "bias")}
+    for norm in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm"):
+        rows |= {f"{norm}.{part}_norm.scale": 128 for part in ("query", "key")}
+    return rows
+
+
+def make_bfl():
+    """Where diffusers' converters take each weight from: they are given rows that are numbered."""
+    from diffusers.loaders.single_file_utils import (
+        convert_flux_transformer_checkpoint_to_diffusers,
+        convert_ldm_vae_checkpoint,
+    )
+
+    rows = bfl_rows()
+    names = sorted(rows)
+    numbered = {
+        name: (torch.arange(rows[name], dtype=torch.float64) + i * 1e6).reshape(-1, 1) for i, name in enumerate(names)
+    }
+    transformer = {}
+    for key, tensor in convert_flux_transformer_checkpoint_to_diffusers(numbered).items():
+        ranges = []
+        for value in tensor.flatten().tolist():
+            name, row = names[int(value // 1e6)], int(value % 1e6)
+            if ranges and ranges[-1][0] == name and sum(ranges[-1][1:]) == row:
+                ranges[-1][2] += 1
+            else:
+                ranges.append([name, row, 1])
+        transformer[key] = ranges
+
+    # ae.safetensors, by black-forest-labs/flux, modules/autoencoder.py
+    modules = []
+    for side, count in (("encoder", 2), ("decoder", 3)):
+        level = {"encoder": "down", "decoder": "up"}[side]
+        modules += [f"{side}.{name}" for name in ("conv_in", "norm_out", "conv_out", "mid.attn_1.norm")]
+        modules += [f"{side}.mid.attn_1.{name}" for name in ("q", "k", "v", "proj_out")]
+        resnets = [f"{side}.mid.block_{i}" for i in (1, 2)]
+        resnets += [f"{side}.{level}.{i}.block.{j}" for i in range(4) for j in range(count)]
+        modules += [f"{resnet}.{name}" for resnet in resnets for name in ("norm1", "conv1", "norm2", "conv2")]
+    modules += [f"encoder.down.{i}.block.0.nin_shortcut" for i in (1, 2)]
+    modules += [f"decoder.up.{i}.block.0.nin_shortcut" for i in (0, 1)]
+    modules += [f"encoder.down.{i}.downsample.conv" for i in range(3)] + [f"decoder.up.{i}.upsample.conv" for i in (1, 2, 3)]
+    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    numbered = {name: torch.full((1, 1, 1, 1), float(i)) for i, name in enumerate(names)}
+    for name in names:  # only matrices are taken apart
+        if name.endswith("bias") or ".attn_1.norm" in name:
+            numbered[name] = numbered[name].flatten()
+    config = {"down_block_types": [None] * 4, "up_block_types": [None] * 4}
+    converted = convert_ldm_vae_checkpoint(numbered, config)
+    vae = {key: names[int(tensor.flatten()[0])] for key, tensor in converted.items()}
+    write_json(HERE / "bfl.json", {"transformer": transformer, "vae": vae}, compact=True)
+
+
 TARGETS = {
     "models": make_models,
     "components": make_components,
@@ -1319,6 +1470,8 @@ TARGETS = {
     "random": make_random,
     "tokenizers": make_tokenizers,
     "packing": make_packing,
+    "bfl": make_bfl,
+    "lora": make_lora,
     "pictures": make_pictures,
     "kontext": make_kontext,
     "cache": make_cache,

@@ -308,6 +308,8 @@ class EmulatedGpu implements GpuDevice {
     return Promise.resolve(placed);
   }
 
+  changed(): void {}
+
   upload(bytes: Uint8Array, memory: Memory): void {
     this.#requireLive(memory, "upload");
     this.#requireNotRecording("upload");
@@ -601,6 +603,7 @@ class EmulatedGpu implements GpuDevice {
 }
 
 class EmulatedEvent implements GpuEvent {
+  readonly reached = true; // its work is done when it was issued
   readonly #time = performance.now();
 
   since(earlier: GpuEvent): number {

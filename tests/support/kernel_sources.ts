@@ -22,6 +22,7 @@ import { portableAttention } from "../../kernels/portable_attention.ts";
 import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
 import { relativeChange } from "../../kernels/relative_change.ts";
 import { rotaryPairs } from "../../kernels/rotary_pairs.ts";
+import { scaleInto } from "../../kernels/scale_into.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { float8 } from "../../recipes/06_float8.ts";
@@ -55,6 +56,7 @@ function collectingGpu(limits: GpuLimits, sources: Map<string, UsedSource>): Gpu
     placeAll: (parts: readonly Uint8Array[]) =>
       Promise.resolve(parts.map(({ byteLength }) => gpu.alloc(byteLength))),
     upload: () => {},
+    changed: () => {},
     download: (tensor: Tensor) => Promise.resolve(new Uint8Array(tensor.byteLength)),
     kernel: (source: KernelSource, entry: string) => {
       const used = sources.get(source.text) ?? { ...source, entries: new Set() };
@@ -122,6 +124,7 @@ export async function kernelSources(limits: GpuLimits): Promise<UsedSource[]> {
     contiguous(of([4, 6, 8], dtype).permute([2, 1, 0]));
     concat([of([1, 4, 8], dtype), of([1, 3, 8], dtype)], 1);
     multiply(of([64], dtype), of([64], dtype));
+    scaleInto(of([8, 8], dtype), of([4, 8], "f32"), 2);
     await relativeChange(of([64], dtype), of([64], dtype));
     attention(of([1, 5, 2, 64], dtype), of([1, 7, 2, 64], dtype), of([1, 7, 2, 64], dtype));
   }

@@ -8,11 +8,22 @@ const TASKS: Readonly<Record<string, { readonly command: string }>> =
   JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks;
 
 /** A task as a process of its own, by the command line of deno.json, so that its permissions are what is tested. */
-export function taskCommand(task: string, args: readonly string[]): Deno.Command {
-  const [program, ...flags] = TASKS[task].command.split(" ");
+export function taskCommand(
+  task: string,
+  args: readonly string[],
+  env: Readonly<Record<string, string>> = {},
+): Deno.Command {
+  // What stands in "$(...)" is a command whose output takes its place, as in a shell.
+  const command = TASKS[task].command.replaceAll(/"\$\((.*?)\)"/g, (_, inner: string) => {
+    const [program, ...flags] = inner.split(" ");
+    const { stdout } = new Deno.Command(program, { args: flags, cwd: ROOT, env: { ...env } }).outputSync();
+    return new TextDecoder().decode(stdout).trim();
+  });
+  const [program, ...flags] = command.split(" ");
   return new Deno.Command(program, {
     args: [...flags, ...args],
     cwd: ROOT,
+    env: { ...env },
     stdout: "piped",
     stderr: "piped",
   });
@@ -26,8 +37,13 @@ export interface Ended {
 }
 
 /** Runs a task to its end. */
-export async function runTask(task: string, ...args: string[]): Promise<Ended> {
-  const { code, stdout, stderr } = await taskCommand(task, args).output();
+export function runTask(task: string, ...args: string[]): Promise<Ended> {
+  return ended(taskCommand(task, args));
+}
+
+/** Runs a program to its end. */
+export async function ended(command: Deno.Command): Promise<Ended> {
+  const { code, stdout, stderr } = await command.output();
   const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
   return { code, stdout: text(stdout), stderr: text(stderr) };
 }

@@ -2,7 +2,7 @@
 # What is measured on a GPU machine, in two calls of less than ten minutes each:
 #
 #   bash tests/gpu/full_size/session.sh             doctor tests reference compare generate profile bandwidth
-#   bash tests/gpu/full_size/session.sh ladder export sanitize
+#   bash tests/gpu/full_size/session.sh ladder export lora sanitize
 #
 # Any of these steps can be named. Each has a time limit, and none needs another to succeed, except that compare reads
 # what reference has written. Everything that is printed goes to $OUT/session.log, the end of each step's to the
@@ -50,6 +50,7 @@ step generate 40 deno task --quiet generate --device cuda --ckpt "$configs" --ra
 step profile 60 deno run -A $here/profile.ts --configs "$configs" --json "$out/profile.json"
 step ladder 240 deno task --quiet ladder --device cuda --ckpt "$configs" --random-weights --warmups 2 --runs 5 --markdown
 step export 150 bash $here/export.sh "$configs"
+step lora 150 deno run -A $here/lora.ts --configs "$configs" --json "$out/lora.json"
 step bandwidth 45 deno run -A $here/bandwidth.ts --json "$out/bandwidth.json"
 step sanitize 500 env OUT="$out" bash $here/sanitize.sh
 

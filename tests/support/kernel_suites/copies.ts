@@ -10,6 +10,7 @@ import { contiguous } from "../../../kernels/contiguous.ts";
 import { embedding } from "../../../kernels/embedding.ts";
 import { float32ToFloat8 } from "../../../ffi/float8.ts";
 import { isChannelsLast, NHWC } from "../../../kernels/layout.ts";
+import { scaleInto, scaleIntoReference } from "../../../kernels/scale_into.ts";
 import { timestepEmbedding, timestepEmbeddingReference } from "../../../kernels/timestep_embedding.ts";
 import { toPixels, toPixelsReference } from "../../../kernels/to_pixels.ts";
 import { upsampleNearest, upsampleNearestReference } from "../../../kernels/upsample_nearest.ts";
@@ -347,7 +348,50 @@ function pictureTests(): void {
 }
 
 /** All tests of these kernels on the GPU of this process's tests. */
+function scaleIntoTests(): void {
+  forEachGpu("scaleInto", (test) => {
+    const sources = fc.constantFrom<Float>("f32", "bf16", "f16");
+    const count = fc.oneof(fc.integer({ min: 1, max: 40 }), fc.constantFrom(256, 257));
+    const fill = fc.nat(17);
+    test("equals its reference at any size, distance of rows and scale, and fills up with zeros", (device) =>
+      property(
+        device,
+        [
+          floatTypes,
+          sources,
+          fc.tuple(count, count, fill, fill),
+          fc.constantFrom(0, 1, 8),
+          fc.constantFrom(1, -0.7, 3e-3),
+          seeds,
+        ],
+        (dtype, source, [xRows, xColumns, below, beside], gap, scale, seed) => {
+          const x = floats(device, [xRows, xColumns], source, seed);
+          const [rows, columns] = [xRows + below, xColumns + beside];
+          const out = floats(device, [rows, columns + gap], dtype, seed + 1);
+          scaleInto(out.tensor.narrow(1, 0, columns), x.tensor, scale);
+          const expected = new Float32Array(rows * columns);
+          scaleIntoReference(expected, x.values, scale, columns, xColumns);
+          // What lies beside stays as it is.
+          const whole = out.values.map((old, i) => {
+            const [row, column] = [Math.floor(i / (columns + gap)), i % (columns + gap)];
+            return column < columns ? expected[row * columns + column] : old;
+          });
+          return [rounded(out.tensor, dtype, [rows, columns + gap], whole)];
+        },
+      ));
+    test("refuses what does not fit", (device) =>
+      check(device, () => {
+        const x = floats(device, [4, 6], "f32", 1).tensor;
+        const out = floats(device, [4, 5], "bf16", 2).tensor;
+        assert.throws(() => scaleInto(out, x, 1), ShapeError);
+        assert.throws(() => scaleInto(out, x.permute([1, 0]).narrow(1, 0, 4), 1), ShapeError);
+        return [];
+      }));
+  });
+}
+
 export function copySuite(): void {
+  scaleIntoTests();
   castTests();
   copyTests();
   tableTests();
