@@ -1,6 +1,6 @@
 /** Times of whole pictures, and of their parts. */
 import { UsageError } from "./errors.ts";
-import { FluxPipeline, type GenerateOptions, type GenerateResult, type Picture } from "./pipeline.ts";
+import type { FluxPipeline, GenerateOptions, GenerateResult, Picture } from "./pipeline.ts";
 
 /** Defaults of the programs: flux-fast's. */
 export const WARMUPS = 3;
@@ -74,34 +74,21 @@ export async function measure(
   drawing: GenerateOptions,
   { warmups, runs, onPicture }: MeasureOptions,
 ): Promise<Measurement> {
-  const { model, plan } = pipeline;
-  let pixelsStart = NaN;
-  const watched = new FluxPipeline(model, {
-    ...plan,
-    ops: {
-      ...plan.ops,
-      // The pipeline's last operator: what comes before it has been waited for.
-      toPixels: (pictures) => {
-        pixelsStart = performance.now();
-        return plan.ops.toPixels(pictures);
-      },
-    },
-  });
+  const { device } = pipeline.plan;
   const times: PictureTimes[] = [];
   let last: GenerateResult | undefined;
   let first = NaN;
   onPicture?.(0);
   for (let run = 0; run < warmups + runs; run++) {
-    await plan.device.synchronize();
+    await device.synchronize();
     const start = performance.now();
-    last = await watched.generate(drawing);
-    await plan.device.synchronize();
+    last = await pipeline.generate(drawing);
+    await device.synchronize();
     const end = performance.now();
-    const { text, image, steps, decode } = last.milliseconds;
-    const postprocess = end - pixelsStart;
+    const { text, image, steps, decode, pixels } = last.milliseconds;
     if (run === 0) first = end - start;
     if (run >= warmups) {
-      times.push({ whole: end - start, text, image, steps, decode: decode - postprocess, postprocess });
+      times.push({ whole: end - start, text, image, steps, decode: decode - pixels, postprocess: pixels });
     }
     onPicture?.(run + 1);
   }
