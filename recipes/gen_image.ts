@@ -26,8 +26,9 @@ import {
   withLocalModel,
 } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
-import { FluxPipeline } from "./base/pipeline.ts";
+import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
+import { PngEncoder } from "./base/png_encoder.ts";
 import { numberedPaths, readPrompts } from "./base/prompts.ts";
 import { createPictureParser, kindOf, LADDER, recipesFor, type Rung } from "./switches.ts";
 
@@ -99,34 +100,25 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
 
   const pipeline = new FluxPipeline(model, plan);
   const onWarning = onlyOnce(note);
-  for (const [number, prompt] of prompts.entries()) {
-    let bar: Progress | undefined;
-    const { images, settings, milliseconds, reusedSteps } = await pipeline.generate({
-      ...drawingOptions(flags),
-      ...edited,
-      prompt,
-      numImagesPerPrompt,
-      onWarning,
-      onProgress: ({ step, steps }) => {
-        const label = prompts.length === 1 ? "denoising" : `prompt ${number + 1}/${prompts.length}`;
-        bar ??= new Progress(label, steps, "steps");
-        bar.update(step);
-      },
-    }).finally(() => bar?.stop());
-
-    // Each prompt's pictures are written before the next one's are drawn.
+  /** Writes a prompt's pictures and says so. */
+  const finish = async (number: number, prompt: string, result: GenerateResult) => {
+    const { images, settings, milliseconds, reusedSteps } = result;
+    const memory = device.memoryUse();
     for (const [i, picture] of images.entries()) {
       const path = paths[number * numImagesPerPrompt + i];
       const place = images.length === 1 ? undefined : `${i + 1} of ${images.length}`;
       await writeInterruptibly(
         path,
-        await encodePicture(picture, { prompt, settings, model, plan, place, loras: flags.lora }),
+        await encodePicture(
+          picture,
+          { prompt, settings, model, plan, place, loras: flags.lora },
+          encoder?.encode,
+        ),
       );
     }
 
     const seconds = (performance.now() - started) / 1000;
     started = performance.now();
-    const memory = device.memoryUse();
     if (flags.verbose) {
       const { text, image, steps, decode } = milliseconds;
       note(
@@ -159,6 +151,31 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
         memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved }, // in bytes
       }));
     });
+  };
+  // A prompt's pictures are encoded and written while the next one's are drawn.
+  using encoder = prompts.length > 1 ? new PngEncoder() : undefined;
+  let finished = Promise.resolve();
+  try {
+    for (const [number, prompt] of prompts.entries()) {
+      let bar: Progress | undefined;
+      const result = await pipeline.generate({
+        ...drawingOptions(flags),
+        ...edited,
+        prompt,
+        numImagesPerPrompt,
+        onWarning,
+        onProgress: ({ step, steps }) => {
+          const label = prompts.length === 1 ? "denoising" : `prompt ${number + 1}/${prompts.length}`;
+          bar ??= new Progress(label, steps, "steps");
+          bar.update(step);
+        },
+      }).finally(() => bar?.stop());
+      await finished;
+      finished = finish(number, prompt, result);
+      finished.catch(() => {}); // it is waited for below, and its error thrown there
+    }
+  } finally {
+    await finished; // whatever became of the next one
   }
   if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for this picture
   await exported?.write(plan);

@@ -16,10 +16,15 @@ export interface Origin {
   readonly place?: string | undefined;
 }
 
-/** A picture as PNG, with how it was made in its `parameters` text. */
+/**
+ * A picture as PNG, with how it was made in its `parameters` text.
+ *
+ * @param encode what encodes it: a {@link PngEncoder}'s, to go on meanwhile.
+ */
 export async function encodePicture(
   { rgb, width, height }: Picture,
   { prompt, settings, model, plan, loras = [], place }: Origin,
+  encode = encodePng,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const parameters = parametersText({
     prompt,
@@ -37,5 +42,5 @@ export async function encodePicture(
       Software: "flux-recipes",
     },
   });
-  return await encodePng(rgb, width, height, { parameters });
+  return await encode(rgb, width, height, { parameters });
 }

@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import { Image } from "imagescript";
 import { encodePng, parametersText, readPngText } from "../../recipes/base/image.ts";
+import { PngEncoder } from "../../recipes/base/png_encoder.ts";
 import { FileError, UsageError } from "../../recipes/base/errors.ts";
 
 const gradient = (width: number, height: number) =>
@@ -104,4 +105,22 @@ Deno.test("parametersText: AUTOMATIC1111's two lines, with quoting", () => {
     "A cat, playing\nSteps: 4, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 1, Size: 512x768, " +
       'Model: "a,b", Note: "x: \\"y\\"", dtype: bf16',
   );
+});
+
+Deno.test("a PNG encoder gives the same bytes from a thread of its own, and its errors", async () => {
+  using encoder = new PngEncoder();
+  const rgb = Uint8Array.from({ length: 64 * 48 * 3 }, (_, i) => i * 7);
+  for (const metadata of [{}, { parameters: "a red apple", Title: "\u4e00" }]) {
+    assert.deepEqual(await encoder.encode(rgb, 64, 48, metadata), await encodePng(rgb, 64, 48, metadata));
+  }
+  assert.equal(rgb[5], 35, "the pixels are still the caller's");
+  await assert.rejects(
+    encoder.encode(rgb, 64, 47),
+    /^FluxError: encoding a picture failed: .*bytes for 64x47/,
+  );
+  let turns = 0;
+  const timer = setInterval(() => turns++, 1);
+  await encoder.encode(new Uint8Array(1024 * 1024 * 3), 1024, 1024);
+  clearInterval(timer);
+  assert.ok(turns > 2, "this thread went on meanwhile");
 });
