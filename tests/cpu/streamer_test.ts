@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import fc from "fast-check";
 import { mapFile } from "../../ffi/cpu/libc.ts";
-import { type CopyDriver, divide, streamToDevice } from "../../ffi/gpu_streamer.ts";
+import { bufferBytesFor, type CopyDriver, divide, streamToDevice } from "../../ffi/gpu_streamer.ts";
 import { FfiError } from "../../ffi/errors.ts";
 import { inFolder } from "../support/folders.ts";
 
@@ -201,5 +201,16 @@ Deno.test("streaming: a driver's error ends it, and what other lanes have begun 
   for (const failAtCopy of [1, 5, 99]) {
     const failing = stream([pattern(100_000, 1)], 1000, (driver) => driver.failAtCopy = failAtCopy);
     await assert.rejects(failing, /cuMemcpyHtoDAsync failed/);
+  }
+});
+
+Deno.test("streamer: little to copy locks little memory", () => {
+  const MIB = 2 ** 20;
+  assert.equal(bufferBytesFor(0), MIB);
+  assert.equal(bufferBytesFor(170e6), MIB); // a LoRA of rank 16
+  assert.equal(bufferBytesFor(1.4e9), 4 * MIB); // of rank 128
+  assert.equal(bufferBytesFor(24e9), 16 * MIB); // FLUX.1's transformer
+  for (let total = 0; total < 6e9; total += 3e7) {
+    assert.ok(bufferBytesFor(total) <= bufferBytesFor(total + 3e7) && bufferBytesFor(total) % MIB === 0);
   }
 });
