@@ -77,7 +77,7 @@ function collectingGpu(limits: GpuLimits, sources: Map<string, UsedSource>): Gpu
     environment: () => ({}),
     prepared: () => new Map(),
     adopt: () => {},
-    event: () => ({ since: () => 0, [Symbol.dispose]: () => {} }),
+    event: () => ({ reached: true, since: () => 0, [Symbol.dispose]: () => {} }),
     record: (body: () => void) => {
       body();
       return { replay: () => {}, [Symbol.dispose]: () => {} };
