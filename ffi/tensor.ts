@@ -1,6 +1,8 @@
 import type { Device, Memory, MemoryPurpose } from "./device.ts";
 import { type DType, dtypeBytes } from "./dtype.ts";
 import { FfiError } from "./errors.ts";
+import { displayTensor, JUPYTER_DISPLAY } from "./tensor_display.ts";
+import { gatherValues, valuesFromBytes } from "./values.ts";
 
 /** Strides, in elements, of a dense row-major tensor. */
 export function contiguousStrides(shape: readonly number[]): number[] {
@@ -23,6 +25,7 @@ export function elementCount(shape: readonly number[]): number {
  * `permute`, `narrow`) cost nothing and share memory. A tensor never moves between devices by itself.
  */
 export class Tensor {
+  /** A view of `memory`: strides and offset in elements, dense and from its start when left out. */
   constructor(
     readonly memory: Memory,
     readonly dtype: DType,
@@ -72,10 +75,12 @@ export class Tensor {
     return new Tensor(memory, dtype, shape);
   }
 
+  /** Where it lives. */
   get device(): Device {
     return this.memory.device;
   }
 
+  /** Number of dimensions. */
   get rank(): number {
     return this.shape.length;
   }
@@ -85,6 +90,7 @@ export class Tensor {
     return elementCount(this.shape);
   }
 
+  /** Bytes of its elements, without gaps between them. */
   get byteLength(): number {
     return this.size * dtypeBytes(this.dtype);
   }
@@ -155,11 +161,29 @@ export class Tensor {
     return Array.from({ length: parts }, (_, part) => this.narrow(at, part * length, length));
   }
 
+  /** Waits for the work so far and copies the elements to the host, row by row, as f32; those of any dtype and strides. */
+  async toFloat32(): Promise<Float32Array> {
+    // From the first element to the last one that the strides reach, as bytes: any device copies those as they are.
+    const extent = this.size === 0
+      ? 0
+      : this.shape.reduce((last, size, dim) => last + (size - 1) * this.strides[dim], 1);
+    const width = dtypeBytes(this.dtype);
+    const bytes = new Tensor(this.memory, "u8", [extent * width], [1], this.offset * width);
+    const values = valuesFromBytes(await this.device.download(bytes), this.dtype);
+    return this.isContiguous ? values : gatherValues(values, this.shape, this.strides);
+  }
+
+  /** What a notebook shows of it (Deno's `Jupyter.display`): dtype, shape, device, statistics, a heat map. */
+  [JUPYTER_DISPLAY](): Promise<Record<string, string>> {
+    return displayTensor(this);
+  }
+
   /** Frees the memory behind this tensor (and so behind every view of it). */
   dispose(): void {
     this.device.free(this.memory);
   }
 
+  /** Dtype and shape for messages, e.g. `"bf16 [1, 256, 64]"`. */
   toString(): string {
     return `${this.dtype} [${this.shape.join(", ")}]`;
   }
