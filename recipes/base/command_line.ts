@@ -90,6 +90,14 @@ export function svgPath(text: string): string {
   return userPath(text);
 }
 
+/** A path of an HTML page to write. */
+export function htmlPath(text: string): string {
+  if (!/\.html?$/i.test(text)) {
+    throw new InvalidArgumentError("Reports are written as HTML: name it something.html.");
+  }
+  return userPath(text);
+}
+
 function deviceName(text: string): string {
   if (!/^(cpu|(cuda|hip)(:\d+)?)$/.test(text)) {
     throw new InvalidArgumentError("Known devices are cpu, cuda, cuda:N, hip and hip:N.");
