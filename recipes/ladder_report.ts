@@ -7,6 +7,7 @@ import { reportPage, type ReportPicture, shellLine } from "./base/report_page.ts
 import {
   chartOf,
   compare,
+  type LadderFlags,
   type Measured,
   type RungResult,
   type Setting,

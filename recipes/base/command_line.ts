@@ -119,8 +119,8 @@ export function defaultCacheDir(): string | undefined {
   return cache === undefined ? undefined : join(cache, "flux-recipes");
 }
 
-/** The flags that all programs which draw have. */
-export function createParser(name: string, description: string) {
+/** The flags of all programs that load a model. */
+export function createLoadingParser(name: string, description: string) {
   return new Command(name)
     .description(description)
     .option(
@@ -137,15 +137,23 @@ export function createParser(name: string, description: string) {
       userPath,
     )
     .option("--vae <file>", "an autoencoder in one file (ae.safetensors), in the place of --ckpt's", userPath)
-    .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
-    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
+    .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
     .option(
       "--cache-dir <folder>",
       "where compiled kernels, measurements and exported models are kept",
       userPath,
       defaultCacheDir(),
     )
-    .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
+    .configureOutput({ outputError: (text, write) => write(text) })
+    .showHelpAfterError("(--help lists all flags with examples)")
+    .exitOverride();
+}
+
+/** The flags that all programs which draw have. */
+export function createParser(name: string, description: string) {
+  return createLoadingParser(name, description)
+    .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
+    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option(
       "--num_inference_steps <n>",
       "denoising steps; default 4, and 28 for models with guidance (dev)",
@@ -181,10 +189,7 @@ export function createParser(name: string, description: string) {
       "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
     )
     .option("--json", "print one JSON object instead of text, on a line for each picture")
-    .option("--verbose", "say what runs where, and how long each part took")
-    .configureOutput({ outputError: (text, write) => write(text) })
-    .showHelpAfterError("(--help lists all flags with examples)")
-    .exitOverride();
+    .option("--verbose", "say what runs where, and how long each part took");
 }
 
 /** What {@link createParser} parses. */
