@@ -21,6 +21,14 @@ export class FluxError extends Error {
 /** A call into a device or a native library that failed or cannot be made. */
 export class FfiError extends FluxError {}
 
+/** Device code that the compiler refuses. */
+export class CompileError extends FfiError {
+  /** @param log all that the compiler said, with the files' own line numbers. */
+  constructor(message: string, readonly log: string) {
+    super(message);
+  }
+}
+
 /** A tensor whose shape, dtype or layout an operator does not take; the message names the operator. */
 export class ShapeError extends FluxError {}
 

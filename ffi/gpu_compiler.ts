@@ -5,7 +5,7 @@
  * Source: `nvrtc.h` of CUDA 13.0 and `hiprtc.h` of ROCm 6.2; all results up to 11 have equal numbers.
  */
 import type { DiskCache } from "./cache.ts";
-import { FfiError } from "./errors.ts";
+import { CompileError, FfiError } from "./errors.ts";
 import type { KernelSource } from "./gpu.ts";
 import { type OpenedLibrary, openLibrary, type OpenOptions } from "./library.ts";
 
@@ -78,7 +78,7 @@ export abstract class RuntimeCompiler implements Disposable {
   /**
    * Compiles a file for `arch`, or takes it from the cache.
    *
-   * @throws {FfiError} with the first errors of the compiler's log
+   * @throws {CompileError} with the compiler's log, its first errors in the message; {FfiError} for other failures
    */
   compile(source: KernelSource, arch: string, cache?: DiskCache): Uint8Array<ArrayBuffer> {
     const options = this.options(arch);
@@ -109,9 +109,10 @@ export abstract class RuntimeCompiler implements Disposable {
       });
       const status = compileProgram(program, strings.length, pointers);
       if (status !== 0) {
-        const why = firstErrors(this.#log(program));
+        const log = this.#log(program);
+        const why = firstErrors(log);
         if (status === RESULTS.ERROR_COMPILATION) {
-          throw new FfiError(`${source.name} does not compile for ${arch}: ${why}`);
+          throw new CompileError(`${source.name} does not compile for ${arch}: ${why}`, log.trim());
         }
         const hint = status === RESULTS.ERROR_INVALID_OPTION
           ? `${name} ${this.version.join(".")} may be older than this GPU: install a newer one`

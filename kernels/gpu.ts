@@ -24,12 +24,6 @@ const C_TYPES: Partial<Record<DType, string>> = {
   u8: "unsigned char",
 };
 
-/** common.cuh with what it takes in itself. */
-const COMMON = withInclude(COMMON_CUH, "common.cuh", '#include "architecture.cuh"', [
-  '#line 1 "architecture.cuh"',
-  ARCHITECTURE_CUH,
-]);
-
 /** Where a .cu file takes in common.cuh, and, behind it, the types and constants that a launch chooses. */
 const INCLUDE = '#include "common.cuh"';
 /** Where it takes in hopper.cuh, if it does: in the next line. */
@@ -54,6 +48,35 @@ export function gpuOf(tensor: Tensor): GpuDevice | undefined {
 }
 
 const compiled = new WeakMap<GpuDevice, Map<string, GpuKernel>>();
+/** Texts that files have got while the program runs, by their names. */
+const replacedTexts = new Map<string, string>();
+
+/**
+ * Gives a kernel file another text, in this process: its kernels are compiled anew when `gpu` launches them next, those of all
+ * files for a header. What was recorded before still has the old ones.
+ *
+ * @param file its name: `"rms_norm.cu"`, `"common.cuh"`.
+ */
+export function replaceKernelText(gpu: GpuDevice, file: string, text: string): void {
+  replacedTexts.set(file, text);
+  const kernels = compiled.get(gpu);
+  if (kernels === undefined) return;
+  for (const key of [...kernels.keys()]) {
+    if (file.endsWith(".cuh") || key.startsWith(`${file}:`)) kernels.delete(key);
+  }
+}
+
+function textOf(file: string, loaded: string): string {
+  return replacedTexts.get(file) ?? loaded;
+}
+
+/** common.cuh with what it takes in itself. */
+function commonText(): string {
+  return withInclude(textOf("common.cuh", COMMON_CUH), "common.cuh", '#include "architecture.cuh"', [
+    '#line 1 "architecture.cuh"',
+    textOf("architecture.cuh", ARCHITECTURE_CUH),
+  ]);
+}
 
 /**
  * Compiles (once) and launches a kernel of a .cu file with the types and constants filled in.
@@ -82,7 +105,8 @@ export function specialize(
   types: Readonly<Record<string, DType>>,
   constants: Readonly<Record<string, number>>,
 ): KernelSource {
-  const lines = ['#line 1 "common.cuh"', COMMON];
+  const text = textOf(source.name, source.text);
+  const lines = ['#line 1 "common.cuh"', commonText()];
   for (const [name, dtype] of Object.entries(types)) {
     const known = C_TYPES[dtype];
     if (known === undefined) throw new ShapeError(`${source.name}: no kernel takes ${dtype}`);
@@ -90,9 +114,9 @@ export function specialize(
   }
   for (const [name, value] of Object.entries(constants)) lines.push(`constexpr int ${name} = ${value};`);
   const both = `${INCLUDE}\n${INCLUDE_HOPPER}`;
-  const hopper = source.text.includes(both);
-  if (hopper) lines.push('#line 1 "hopper.cuh"', HOPPER);
-  return { name: source.name, text: withInclude(source.text, source.name, hopper ? both : INCLUDE, lines) };
+  const hopper = text.includes(both);
+  if (hopper) lines.push('#line 1 "hopper.cuh"', textOf("hopper.cuh", HOPPER));
+  return { name: source.name, text: withInclude(text, source.name, hopper ? both : INCLUDE, lines) };
 }
 
 /** A file's text with `lines` in the place of lines that include, and its own lines numbered as before. */

@@ -9,8 +9,10 @@ import { barChart } from "./base/bar_chart.ts";
 import {
   type CommonFlags,
   createParser,
+  definedOnly,
   drawingOptions,
   gigabytes,
+  htmlPath,
   onlyOnce,
   printLine,
   Progress,
@@ -19,13 +21,17 @@ import {
   wholeNumber,
   writeInterruptibly,
 } from "./base/command_line.ts";
+import { environmentOf } from "./base/environment.ts";
 import { FluxError, UsageError } from "./base/errors.ts";
-import { loadModel, openChosen, pictureToEdit, withLocalModel } from "./base/loading.ts";
+import { loadModel, mergeLoras, openChosen, pictureToEdit, withLocalModel } from "./base/loading.ts";
+import type { LoraChoice } from "./base/lora.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
 import { largestError, psnr } from "./base/psnr.ts";
 import { markdownLines, numberLines } from "./base/table.ts";
+import { piecesFor } from "./12_offload.ts";
+import { writeLadderReport } from "./ladder_report.ts";
 import { cumulativeRungs, kindOf } from "./switches.ts";
 
 const NAME = "ladder";
@@ -34,6 +40,7 @@ const EXAMPLES = `
 Examples:
   deno task ladder
   deno task ladder --markdown --chart ladder.svg
+  deno task ladder --report ladder.html
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-schnell --warmups 2 --runs 5
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-Kontext-dev --image photo.jpg --prompt "make it winter"
   deno task ladder --device cuda --ckpt ~/models/FLUX.1-schnell-configs --random-weights --json > ladder.json
@@ -172,12 +179,19 @@ async function runLadder(args: string[]): Promise<number> {
     .option("--runs <n>", "pictures of each rung that are timed", wholeNumber(1, 10_000), RUNS)
     .addOption(new Option("--markdown", "print the table in Markdown").conflicts("json"))
     .option("--chart <file>", "an SVG bar chart to write", svgPath)
+    .option(
+      "--report <file>",
+      "a page to write, with chart, table, pictures, environment and commands",
+      htmlPath,
+    )
     .addHelpText("after", EXAMPLES)
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
-  const { chart, warmups, runs } = flags;
-  if (chart !== undefined) await checkWritable(chart); // before minutes of work, not after
+  const { chart, report, warmups, runs } = flags;
+  for (const path of [chart, report]) {
+    if (path !== undefined) await checkWritable(path); // before minutes of work, not after
+  }
   const note = onlyOnce((message) => console.error(`${NAME}: ${message}`));
   const { rungs, setting } = await climb(
     cumulativeRungs(kindOf(flags.device)),
@@ -185,11 +199,12 @@ async function runLadder(args: string[]): Promise<number> {
     note,
   );
   const { settings, model, device, description } = setting;
-  const title = `${model} on ${device} (${description}), ${settings.width} x ${settings.height}, ` +
-    `steps: ${settings.numInferenceSteps}, medians of ${runs}`;
+  const title = titleOf(setting, runs);
   if (chart !== undefined) {
     await writeInterruptibly(chart, new TextEncoder().encode(chartOf(rungs, title)));
   }
+  if (report !== undefined) await writeLadderReport(report, rungs, setting, { task: NAME, args, flags });
+  const written = [chart, report].filter((path) => path !== undefined);
   const [heading, rows] = tableOf(rungs);
   if (flags.json) {
     const comparisons = compare(rungs);
@@ -202,17 +217,23 @@ async function runLadder(args: string[]): Promise<number> {
       seed: settings.seed.toString(), // beyond 2^53 a JSON number would change it
       warmups,
       runs,
-      ...(chart === undefined ? {} : { chart }),
+      ...definedOnly({ chart, report }),
       rungs: rungs.map((rung, i) => ({ ...withoutPicture(rung), ...comparedInJson(comparisons[i]) })),
     }));
   } else if (flags.markdown) {
     printLine([title, "", ...markdownLines(heading, rows)].join("\n"));
   } else {
     printLine(
-      [title, "", ...numberLines(heading, rows), ...(chart === undefined ? [] : ["", chart])].join("\n"),
+      [title, "", ...numberLines(heading, rows), ...(written.length > 0 ? ["", ...written] : [])].join("\n"),
     );
   }
   return rungs.every(isMeasured) ? 0 : 1;
+}
+
+/** What was measured where, in a line. */
+export function titleOf({ settings, model, device, description }: Setting, runs: number): string {
+  return `${model} on ${device} (${description}), ${settings.width} x ${settings.height}, ` +
+    `steps: ${settings.numInferenceSteps}, medians of ${runs}`;
 }
 
 /** JSON has no infinity: an equal picture is `equal`, and has no PSNR. */
@@ -232,21 +253,30 @@ export interface Setting {
   readonly model: string;
   readonly device: string;
   readonly description: string;
+  /** For people to read, by name. */
+  readonly environment: Readonly<Record<string, string>>;
 }
 
 export interface LadderFlags extends CommonFlags {
+  /** Merged into every rung's model. */
+  readonly lora?: readonly LoraChoice[] | undefined;
   readonly warmups: number;
   readonly runs: number;
 }
 
-/** Measures each rung. One that fails is noted, and the others are measured all the same. */
+/**
+ * Measures each rung. One that fails is noted, and the others are measured all the same.
+ *
+ * @param known where a rung was measured already: it can be, so that none has to succeed here.
+ */
 export async function climb(
   ladder: readonly (readonly Recipe[])[],
   flags: LadderFlags,
   note: (message: string) => void,
+  known?: Setting,
 ): Promise<{ rungs: RungResult[]; setting: Setting }> {
   const rungs: RungResult[] = [];
-  let setting: Setting | undefined;
+  let setting = known;
   let failure: FluxError | undefined;
   for (const recipes of ladder) {
     const climbed = { recipes: recipes.map(({ name }) => name), exact: recipes.every(({ exact }) => exact) };
@@ -278,8 +308,10 @@ async function measureRung(
   const edited = await pictureToEdit(flags);
   using device = await openChosen(flags, note);
   const dtype = recipes.some(({ name }) => name === REFERENCE) ? "bf16" : "f32";
-  using model = await loadModel(flags, device, dtype, note);
-  const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), ...recipes));
+  using model = await loadModel(flags, device, dtype, note, piecesFor(recipes));
+  const plan = compose(eagerPlan(device, model.weights), ...recipes);
+  await mergeLoras(flags.lora, model, plan, note);
+  const pipeline = new FluxPipeline(model, plan);
   const { warmups, runs } = flags;
   const bar = new Progress(label, warmups + runs, "pictures");
   const { times, picture, settings } = await measure(
@@ -294,6 +326,7 @@ async function measureRung(
     model: model.name,
     device: device.name,
     description: device.properties().description,
+    environment: environmentOf(device),
   };
 }
 

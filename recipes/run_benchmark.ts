@@ -8,8 +8,10 @@ import { attendsInFloat8 } from "./05_flash_attention.ts";
 import { exportedModel } from "./08_export.ts";
 import { piecesFor } from "./12_offload.ts";
 import {
+  definedOnly,
   drawingOptions,
   gigabytes,
+  htmlPath,
   onlyOnce,
   printLine,
   Progress,
@@ -18,6 +20,7 @@ import {
   wholeNumber,
   writeInterruptibly,
 } from "./base/command_line.ts";
+import { environmentOf } from "./base/environment.ts";
 import { type Floor, measureFloor } from "./base/floor.ts";
 import { type Flops, stepFlops, stepSize } from "./base/flops.ts";
 import {
@@ -38,9 +41,11 @@ import {
 } from "./base/measure.ts";
 import { encodePicture } from "./base/picture_file.ts";
 import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
-import { compose, eagerPlan, type Plan } from "./base/plan.ts";
+import { compose, eagerPlan, type Plan, type Recipe } from "./base/plan.ts";
 import { numberLines } from "./base/table.ts";
 import { encodeTrace, tracePicture } from "./base/trace.ts";
+import { climb, type Measured, type Setting } from "./ladder.ts";
+import { rungsTo, writeLadderReport } from "./ladder_report.ts";
 import { createPictureParser, kindOf, recipesFor } from "./switches.ts";
 
 const NAME = "run_benchmark";
@@ -52,13 +57,14 @@ Examples:
   deno task benchmark --device cuda --ckpt ~/models/FLUX.1-schnell --output-file fast.png
   deno task benchmark --device cuda --ckpt ~/models/FLUX.1-schnell-configs --random-weights
   deno task benchmark --height 512 --width 512 --trace-file trace.json.gz
+  deno task benchmark --report report.html
   deno task benchmark --disable_bf16
 
 Open a trace in ui.perfetto.dev or chrome://tracing; kernels are in it where CUPTI is installed. "deno task ladder" measures all rungs, one after another.
 `;
 
-async function runBenchmark(args: string[]): Promise<void> {
-  const given = createPictureParser(
+function parseFlags(args: string[]) {
+  return createPictureParser(
     NAME,
     "Times pictures: the same one several times, with the model loaded.",
   )
@@ -69,20 +75,50 @@ async function runBenchmark(args: string[]): Promise<void> {
       "afterwards, a trace of one more picture: its parts, operators, and a GPU's kernels (.json or .json.gz)",
       userPath,
     )
+    .option(
+      "--report <file>",
+      "afterwards, a page with these numbers, the ladder up to these recipes (each rung is measured, too), pictures, " +
+        "environment and commands, in one HTML file",
+      htmlPath,
+    )
     .addHelpText("after", EXAMPLES)
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();
+}
+
+async function runBenchmark(args: string[]): Promise<void> {
+  const given = parseFlags(args);
   const recipes = recipesFor(given, kindOf(given.device));
-  const { outputFile: output, traceFile, prompt, warmups, runs } = given;
-  for (const path of [output, traceFile]) {
+  const { outputFile, traceFile, report } = given;
+  for (const path of [outputFile, traceFile, report]) {
     if (path !== undefined) await checkWritable(path); // before minutes of work, not after
   }
-  const note = (message: string) => console.error(`${NAME}: ${message}`);
+  const note = onlyOnce((message) => console.error(`${NAME}: ${message}`));
   const flags = await withLocalModel(given, note);
   checkModel(flags, recipes);
-  const edited = await pictureToEdit(flags);
 
+  const { rung, setting, printed } = await benchmark(flags, recipes, note);
+  if (report === undefined) return;
+  // The device is closed again: each rung opens one of its own.
+  const { rungs } = await climb(rungsTo(recipes).slice(0, -1), flags, note, setting);
+  await writeLadderReport(report, [...rungs, rung], setting, {
+    task: "benchmark",
+    args,
+    flags: given,
+    printed,
+  });
+  if (!flags.json) printLine(report);
+}
+
+/** Draws, measures, writes the picture and prints the numbers; `printed` is their text. */
+async function benchmark(
+  flags: ReturnType<typeof parseFlags>,
+  recipes: readonly Recipe[],
+  note: (message: string) => void,
+): Promise<{ rung: Measured; setting: Setting; printed: string }> {
+  const { outputFile: output, traceFile, prompt, warmups, runs } = flags;
+  const edited = await pictureToEdit(flags);
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
@@ -97,7 +133,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   }
 
   const pipeline = new FluxPipeline(model, plan);
-  const drawing = { ...drawingOptions(flags), ...edited, onWarning: onlyOnce(note) };
+  const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
   const bar = new Progress("drawing", warmups + runs, "pictures");
   const { times, first, picture, settings } = await measure(pipeline, drawing, {
     warmups,
@@ -119,7 +155,7 @@ async function runBenchmark(args: string[]): Promise<void> {
   const floor = await measureFloor(device, flops, productDTypes(plan));
   const report: Report = {
     path: output,
-    ...(traceFile === undefined ? {} : { trace: traceFile }),
+    ...definedOnly({ trace: traceFile, report: flags.report }),
     prompt,
     model: model.name,
     device: device.name,
@@ -137,15 +173,35 @@ async function runBenchmark(args: string[]): Promise<void> {
     },
     memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
   };
-  printLine(flags.json ? JSON.stringify(report) : describe(report));
+  const printed = describe(report);
+  printLine(flags.json ? JSON.stringify(report) : printed);
   if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for the pictures
   await exported?.write(plan);
+  return {
+    rung: {
+      recipes: plan.recipes,
+      exact: recipes.every(({ exact }) => exact),
+      milliseconds: parts,
+      memory: report.memory,
+      picture,
+    },
+    setting: {
+      settings,
+      model: model.name,
+      device: device.name,
+      description,
+      environment: environmentOf(device),
+    },
+    printed,
+  };
 }
 
 /** What `--json` prints. */
 interface Report extends Omit<GenerateResult["settings"], "seed"> {
   readonly path: string;
   readonly trace?: string;
+  /** Written after this is printed. */
+  readonly report?: string;
   readonly prompt: string;
   readonly model: string;
   readonly device: string;

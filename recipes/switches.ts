@@ -299,6 +299,24 @@ function refuseUnwritten(switches: Switches, ladder: readonly Rung[]): void {
   }
 }
 
+/**
+ * The recipes of these names, in the ladder's order.
+ *
+ * @throws UsageError for a name that no written recipe has, for one that the device does not run, and where one is missing
+ * that another builds on.
+ */
+export function recipesNamed(names: readonly string[], kind: DeviceKind): Recipe[] {
+  for (const name of names) {
+    const rung = LADDER.find((rung) => rung.name === name);
+    const recipe = rung?.recipe?.({});
+    if (rung === undefined || recipe === undefined) throw new UsageError(`there is no recipe ${name}`);
+    if (!recipe.devices.includes(kind)) throw new UsageError(`recipe ${name} does not run on ${kind}`);
+    const missing = (rung.needs ?? []).filter((needed) => !names.includes(needed));
+    if (missing.length > 0) throw new UsageError(`recipe ${name} needs ${missing.join(" and ")}`);
+  }
+  return writtenRecipes().filter(({ name }) => names.includes(name));
+}
+
 /** The recipes that are written, in the ladder's order. */
 export function writtenRecipes(ladder: readonly Rung[] = LADDER): Recipe[] {
   return ladder.flatMap(({ recipe }) => recipe === undefined ? [] : [recipe({})]);

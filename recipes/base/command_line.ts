@@ -91,6 +91,14 @@ export function svgPath(text: string): string {
   return userPath(text);
 }
 
+/** A path of an HTML page to write. */
+export function htmlPath(text: string): string {
+  if (!/\.html?$/i.test(text)) {
+    throw new InvalidArgumentError("Reports are written as HTML: name it something.html.");
+  }
+  return userPath(text);
+}
+
 function deviceName(text: string): string {
   if (!/^(cpu|(cuda|hip)(:\d+)?)$/.test(text)) {
     throw new InvalidArgumentError("Known devices are cpu, cuda, cuda:N, hip and hip:N.");
@@ -112,8 +120,8 @@ export function defaultCacheDir(): string | undefined {
   return cache === undefined ? undefined : join(cache, "flux-recipes");
 }
 
-/** The flags that all programs which draw have. */
-export function createParser(name: string, description: string) {
+/** The flags of all programs that load a model. */
+export function createLoadingParser(name: string, description: string) {
   return new Command(name)
     .description(description)
     .option(
@@ -130,15 +138,23 @@ export function createParser(name: string, description: string) {
       userPath,
     )
     .option("--vae <file>", "an autoencoder in one file (ae.safetensors), in the place of --ckpt's", userPath)
-    .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
-    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
+    .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
     .option(
       "--cache-dir <folder>",
       "where compiled kernels, measurements and exported models are kept",
       userPath,
       defaultCacheDir(),
     )
-    .option("--device <name>", "cpu, cuda or cuda:N, hip or hip:N", deviceName, "cpu")
+    .configureOutput({ outputError: (text, write) => write(text) })
+    .showHelpAfterError("(--help lists all flags with examples)")
+    .exitOverride();
+}
+
+/** The flags that all programs which draw have. */
+export function createParser(name: string, description: string) {
+  return createLoadingParser(name, description)
+    .option("--prompt <text>", "what to draw", "A cat playing with a ball of yarn")
+    .option("--image <file>", "PNG or JPEG to edit, for FLUX.1-Kontext checkpoints", userPath)
     .option(
       "--num_inference_steps <n>",
       "denoising steps; default 4, and 28 for models with guidance (dev)",
@@ -174,10 +190,7 @@ export function createParser(name: string, description: string) {
       "make weights up instead of loading them: for benchmarks, with nothing but --ckpt's configs and tokenizers",
     )
     .option("--json", "print one JSON object instead of text, on a line for each picture")
-    .option("--verbose", "say what runs where, and how long each part took")
-    .configureOutput({ outputError: (text, write) => write(text) })
-    .showHelpAfterError("(--help lists all flags with examples)")
-    .exitOverride();
+    .option("--verbose", "say what runs where, and how long each part took");
 }
 
 /** What {@link createParser} parses. */

@@ -1,4 +1,4 @@
-/** Text for XML; what XML 1.0 has no characters for becomes U+FFFD. */
+/** Text for XML and HTML, attributes too; what XML 1.0 has no characters for becomes U+FFFD. */
 export function escapeXml(text: string): string {
   const entities: Readonly<Record<string, string>> = {
     "&": "&amp;",

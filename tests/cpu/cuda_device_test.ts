@@ -438,7 +438,7 @@ testFakeDevice("cuda: a text is compiled and loaded once", {}, (device, fake) =>
   );
   assert.throws(
     () => device.kernel({ ...SOURCE, text: "#error" }, "fill"),
-    /^FfiError: fake.cu does not compile for sm_90a: fake.cu\(2\): error: #error$/,
+    /^CompileError: fake.cu does not compile for sm_90a: fake.cu\(2\): error: #error$/,
   );
 });
 

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { DiskCache } from "../../ffi/cache.ts";
 import { architecture, cudaIncludeFolders, Nvrtc } from "../../ffi/cuda/nvrtc.ts";
-import { FfiError } from "../../ffi/errors.ts";
+import { CompileError, FfiError } from "../../ffi/errors.ts";
 import { firstErrors } from "../../ffi/gpu_compiler.ts";
 import { specialize } from "../../kernels/gpu.ts";
 import LAYER_NORM_CU from "../../kernels/layer_norm.cu" with { type: "text" };
@@ -73,12 +73,15 @@ testNvrtc(
 );
 
 testNvrtc("an error has the file's name and the line that its editor shows", (nvrtc) => {
-  assert.throws(
-    () => nvrtc.compile(kernel("out[0] = nothing;"), "sm_90a"),
-    new FfiError(
-      'twice.cu does not compile for sm_90a: twice.cu(5): error: identifier "nothing" is undefined',
-    ),
-  );
+  assert.throws(() => nvrtc.compile(kernel("out[0] = nothing;"), "sm_90a"), (error) => {
+    assert.ok(error instanceof CompileError);
+    const first = 'twice.cu(5): error: identifier "nothing" is undefined';
+    assert.equal(error.message, `twice.cu does not compile for sm_90a: ${first}`);
+    // All of the log, in lines, with the place below.
+    assert.ok(error.log.startsWith(`${first}\n`), error.log);
+    assert.match(error.log, /^ +out\[0\] = nothing;\n +\^$/m);
+    return true;
+  });
   const broken = kernel();
   assert.throws(
     () => nvrtc.compile({ ...broken, text: broken.text.replace("struct bf16 {", "struct bf16 [") }, "sm_90a"),

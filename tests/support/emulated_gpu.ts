@@ -44,7 +44,7 @@ import { aiterTakesPlan } from "../../ffi/hip/aiter.ts";
 import { type Float8Format, float8FormatOf } from "../../ffi/float8.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { checkDownload } from "../../ffi/download.ts";
-import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
+import { CompileError, FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
 import {
   type AttentionPlan,
   type Deposit,
@@ -850,7 +850,9 @@ function gpp(args: readonly string[]): Deno.CommandOutput {
 
 function compile(what: string, args: readonly string[]): void {
   const { success, stderr } = gpp([...COMPILER_FLAGS, ...args]);
-  if (!success) throw new FfiError(`${what} does not compile: ${new TextDecoder().decode(stderr).trim()}`);
+  if (success) return;
+  const log = new TextDecoder().decode(stderr).trim();
+  throw new CompileError(`${what} does not compile: ${log}`, log);
 }
 
 function exists(path: string): boolean {

@@ -7,11 +7,16 @@ export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
 const TASKS: Readonly<Record<string, { readonly command: string }>> =
   JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks;
 
-/** A task as a process of its own, by the command line of deno.json, so that its permissions are what is tested. */
+/**
+ * A task as a process of its own, by the command line of deno.json, so that its permissions are what is tested.
+ *
+ * @param change what the test has to have different in a flag of that line.
+ */
 export function taskCommand(
   task: string,
   args: readonly string[],
   env: Readonly<Record<string, string>> = {},
+  change: (flag: string) => string = (flag) => flag,
 ): Deno.Command {
   // What stands in "$(...)" is a command whose output takes its place, as in a shell.
   const command = TASKS[task].command.replaceAll(/"\$\((.*?)\)"/g, (_, inner: string) => {
@@ -21,7 +26,7 @@ export function taskCommand(
   });
   const [program, ...flags] = command.split(" ");
   return new Deno.Command(program, {
-    args: [...flags, ...args],
+    args: [...flags.map(change), ...args],
     cwd: ROOT,
     env: { ...env },
     stdout: "piped",
