@@ -31,11 +31,15 @@ export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "
 export { offload, piecesFor } from "./recipes/12_offload.ts";
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export { ModelError, UsageError } from "./recipes/base/errors.ts";
+export { type Bar, type BarChart, barChart } from "./recipes/base/bar_chart.ts";
+export { Progress } from "./recipes/base/command_line.ts";
 export { encodePng, parametersText, readPngText } from "./recipes/base/image.ts";
 export { hubModel, type HubOptions } from "./recipes/base/hub.ts";
 export { type LoraChoice, Loras } from "./recipes/base/lora.ts";
 export { preferredSize, type Size } from "./recipes/base/kontext.ts";
+export { measure, type Measurement, type MeasureOptions, type PictureTimes } from "./recipes/base/measure.ts";
 export { type LoadOptions, Model } from "./recipes/base/model.ts";
+export { type Displayable, showPicture, showPictures, showSvg } from "./recipes/base/notebook.ts";
 export { eagerOps, type Ops } from "./recipes/base/ops.ts";
 export {
   FluxPipeline,
@@ -45,6 +49,7 @@ export {
   type ProgressEvent,
 } from "./recipes/base/pipeline.ts";
 export { compose, eagerPlan, type Plan, type Recipe } from "./recipes/base/plan.ts";
+export { largestError, psnr } from "./recipes/base/psnr.ts";
 export { Generator } from "./recipes/base/random.ts";
 export type { PartFiles } from "./recipes/base/single_file.ts";
 export { decodePicture, readPicture } from "./recipes/base/read_picture.ts";

@@ -1,6 +1,8 @@
 import type { Device, Memory, MemoryPurpose } from "./device.ts";
 import { type DType, dtypeBytes } from "./dtype.ts";
 import { FfiError } from "./errors.ts";
+import { displayTensor, JUPYTER_DISPLAY } from "./tensor_display.ts";
+import { gatherValues, valuesFromBytes } from "./values.ts";
 
 /** Strides, in elements, of a dense row-major tensor. */
 export function contiguousStrides(shape: readonly number[]): number[] {
@@ -153,6 +155,23 @@ export class Tensor {
     const length = this.shape[at] / parts;
     if (!Number.isInteger(length)) throw new FfiError(`${this} does not split into ${parts} along ${dim}`);
     return Array.from({ length: parts }, (_, part) => this.narrow(at, part * length, length));
+  }
+
+  /** Waits for the work so far and copies the elements to the host, row by row, as f32; those of any dtype and strides. */
+  async toFloat32(): Promise<Float32Array> {
+    // From the first element to the last one that the strides reach, as bytes: any device copies those as they are.
+    const extent = this.size === 0
+      ? 0
+      : this.shape.reduce((last, size, dim) => last + (size - 1) * this.strides[dim], 1);
+    const width = dtypeBytes(this.dtype);
+    const bytes = new Tensor(this.memory, "u8", [extent * width], [1], this.offset * width);
+    const values = valuesFromBytes(await this.device.download(bytes), this.dtype);
+    return this.isContiguous ? values : gatherValues(values, this.shape, this.strides);
+  }
+
+  /** What a notebook shows of it (Deno's `Jupyter.display`): dtype, shape, device, statistics, a heat map. */
+  [JUPYTER_DISPLAY](): Promise<Record<string, string>> {
+    return displayTensor(this);
   }
 
   /** Frees the memory behind this tensor (and so behind every view of it). */

@@ -1,4 +1,5 @@
 /** A bar chart as an SVG file (SVG 1.1), on a white ground. */
+import { escapeXml } from "./xml.ts";
 
 /** One bar. */
 export interface Bar {
@@ -36,36 +37,22 @@ export function barChart({ title, subtitle, bars }: BarChart): string {
     const middle = top + BAR / 2 + 5;
     const width = value === undefined || longest === 0 ? 0 : (WIDTH - LEFT - RIGHT) * value / longest;
     return [
-      `  <text x="${LEFT - 10}" y="${middle}" text-anchor="end">${escape(label)}</text>`,
+      `  <text x="${LEFT - 10}" y="${middle}" text-anchor="end">${escapeXml(label)}</text>`,
       `  <rect x="${LEFT}" y="${top}" width="${width.toFixed(1)}" height="${BAR}" fill="${
         accent ? COLOURS.accent : COLOURS.plain
       }"/>`,
-      `  <text x="${(LEFT + width + 8).toFixed(1)}" y="${middle}">${escape(note)}</text>`,
+      `  <text x="${(LEFT + width + 8).toFixed(1)}" y="${middle}">${escapeXml(note)}</text>`,
     ];
   });
   return [
     `<svg xmlns="http://www.w3.org/2000/svg" width="${WIDTH}" height="${height}" ` +
     `viewBox="0 0 ${WIDTH} ${height}" font-family="sans-serif" font-size="14">`,
-    `  <title>${escape(title)}</title>`,
+    `  <title>${escapeXml(title)}</title>`,
     `  <rect width="${WIDTH}" height="${height}" fill="#ffffff"/>`,
-    `  <text x="16" y="26" font-size="18">${escape(title)}</text>`,
-    `  <text x="16" y="46" fill="#555555">${escape(subtitle)}</text>`,
+    `  <text x="16" y="26" font-size="18">${escapeXml(title)}</text>`,
+    `  <text x="16" y="46" fill="#555555">${escapeXml(subtitle)}</text>`,
     ...rows,
     "</svg>",
     "",
   ].join("\n");
-}
-
-/** Text for XML; what XML 1.0 has no characters for becomes U+FFFD. */
-function escape(text: string): string {
-  const entities: Readonly<Record<string, string>> = {
-    "&": "&amp;",
-    "<": "&lt;",
-    ">": "&gt;",
-    '"': "&quot;",
-  };
-  return text.toWellFormed()
-    // deno-lint-ignore no-control-regex
-    .replaceAll(/[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]/g, "\ufffd")
-    .replaceAll(/[&<>"]/g, (character) => entities[character]);
 }

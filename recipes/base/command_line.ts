@@ -12,6 +12,7 @@ import { writeFileAtomic } from "../../ffi/files.ts";
 import { FileError, FluxError, messageOf, UsageError } from "./errors.ts";
 import { isHubId } from "./hub_id.ts";
 import type { LoraChoice } from "./lora.ts";
+import { NotebookPlace, progressContent } from "./notebook.ts";
 import { type GenerateOptions, MAX_SEQUENCE_LENGTH, MAX_SIDE, MAX_STEPS } from "./pipeline.ts";
 
 /** The repository's folder. */
@@ -278,19 +279,30 @@ const BAR_STYLE = {
 };
 
 /**
- * A progress bar on stderr, or nothing where stderr is no terminal. `unit` stands behind the numbers; those of "bytes"
- * show as GB, with GB/s since the bar was made. There is one at a time.
+ * A progress bar in a notebook, below the cell that runs, or on stderr, or nothing where stderr is no terminal. `unit` stands
+ * behind the numbers; those of "bytes" show as GB, with GB/s since the bar was made. There is one at a time.
  */
 export class Progress {
   static #current: Progress | undefined;
   /** Counts what is measured while there is no bar. */
   static #tuning: SingleBar | undefined;
   readonly #bar: SingleBar | undefined;
+  readonly #place = NotebookPlace.open();
+  readonly #label: string;
+  readonly #unit: string;
+  #total: number;
   readonly #started = performance.now();
   #done = 0;
   #note = "";
 
+  /** @param total what {@link update} counts to. */
   constructor(label: string, total: number, unit: string) {
+    [this.#label, this.#total, this.#unit] = [label, total, unit];
+    if (this.#place !== undefined) {
+      Progress.#current = this;
+      this.update(0);
+      return;
+    }
     if (!Deno.stderr.isTerminal()) return;
     Progress.#tuning?.stop();
     Progress.#tuning = undefined;
@@ -307,13 +319,13 @@ export class Progress {
 
   /** Tells that algorithms are being measured, and how many were: behind the bar, or on a line where there is none. */
   static tuning(count: number): void {
-    if (!Deno.stderr.isTerminal()) return;
     const current = Progress.#current;
     if (current !== undefined) {
       current.#note = `  tuning: ${count} measured`;
       current.update(current.#done);
       return;
     }
+    if (!Deno.stderr.isTerminal()) return;
     if (Progress.#tuning === undefined) {
       const format = "tuning: {value} products, convolutions and kernels measured {duration_formatted}";
       Progress.#tuning = new SingleBar({ ...BAR_STYLE, format });
@@ -322,14 +334,26 @@ export class Progress {
     Progress.#tuning.update(count);
   }
 
-  /** @param total where it was not known from the start. @param kept what was done before: the rate is without it. */
-  update(done: number, total?: number, kept = 0): void {
+  /**
+   * Shows how much is done.
+   *
+   * @param total where it was not known from the start. @param kept what was done before: the rate is without it.
+   */
+  update(done: number, total = this.#total, kept = 0): void {
     this.#done = done;
-    if (total !== undefined) this.#bar?.setTotal(total);
+    if (total !== this.#total) this.#bar?.setTotal(total);
+    this.#total = total;
     const seconds = (performance.now() - this.#started) / 1000;
-    this.#bar?.update(done, { rate: gigabytes((done - kept) / seconds), note: this.#note });
+    const rate = gigabytes((done - kept) / seconds);
+    this.#bar?.update(done, { rate, note: this.#note });
+    const count = this.#unit === "bytes"
+      ? `${gigabytes(done)}/${gigabytes(total)} GB  ${rate} GB/s`
+      : `${done}/${total} ${this.#unit}`;
+    const note = `${count}  ${seconds.toFixed(1)} s${this.#note}`;
+    this.#place?.show(progressContent(this.#label, done / total, note));
   }
 
+  /** Ends the bar; it stays where it is. */
   stop(): void {
     this.#bar?.stop();
     if (Progress.#current === this) Progress.#current = undefined;
