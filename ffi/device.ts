@@ -5,9 +5,11 @@ export type DeviceKind = "cpu" | "cuda" | "hip";
 
 /** A piece of device memory. What owns it frees it; a {@link Tensor} only looks at it. */
 export interface Memory {
+  /** Where it is. */
   readonly device: Device;
   /** Address on the device: 64-bit, so that offsets are additions. */
   readonly pointer: bigint;
+  /** How much of it. */
   readonly byteLength: number;
   /** Nobody may write to it: a mapped file on the CPU. */
   readonly readOnly?: boolean;
@@ -29,15 +31,21 @@ export interface Memory {
  * `bias`.
  */
 export interface MatmulPlan {
+  /** `[m, k]`. */
   readonly a: Tensor;
+  /** `[n, k]`. */
   readonly b: Tensor;
+  /** `[n]`. */
   readonly bias?: Tensor | undefined;
+  /** `[m, n]`. */
   readonly out: Tensor;
+  /** 1 when left out. */
   readonly alpha?: number | undefined;
   /** Applied to sum and bias before they are rounded. */
   readonly activation?: "geluTanh" | undefined;
   /** For f8e4m3: dense f32, both `[1]`, or `[m]` here and `[n]` in `scaleB`: one for each row of `a` and of `b`. */
   readonly scaleA?: Tensor | undefined;
+  /** As `scaleA`, of `b`. */
   readonly scaleB?: Tensor | undefined;
   /** `b` never changes (a weight): a library may keep a packed copy of it, as long as `b`'s memory lives. */
   readonly constant?: boolean | undefined;
@@ -48,10 +56,15 @@ export interface MatmulPlan {
  * The shapes are logical; strides say whether a tensor is NCHW or NHWC. Weights are constant.
  */
 export interface ConvPlan {
+  /** `[n, c, h, w]`. */
   readonly x: Tensor;
+  /** `[o, c, kh, kw]`. */
   readonly weight: Tensor;
+  /** `[o]`. */
   readonly bias?: Tensor | undefined;
+  /** `[n, o, oh, ow]`. */
   readonly out: Tensor;
+  /** Pixels from one place of the kernel to the next, in both directions. */
   readonly stride: number;
   /** Zero rows and columns added around the picture: `[top, left, bottom, right]`. */
   readonly padding: readonly [number, number, number, number];
@@ -94,10 +107,13 @@ export type MemoryPurpose = "activations" | "weights";
  * Work is issued in order; a call may return before the work is done, and {@link synchronize} waits for it.
  */
 export interface Device extends Disposable {
+  /** The family of its runtime. */
   readonly kind: DeviceKind;
   /** As given to {@link openDevice}, with the index: `"cpu"`, `"cuda:0"`. */
   readonly name: string;
+  /** What it is, and which libraries do the work. */
   properties(): DeviceProperties;
+  /** Bytes in use now, and at most so far. */
   memoryUse(): MemoryUse;
 
   /**
@@ -132,7 +148,9 @@ export interface Device extends Disposable {
    */
   download(tensor: Tensor, into?: Uint8Array<ArrayBuffer>): Promise<Uint8Array<ArrayBuffer>>;
 
+  /** Issues a matrix product. Throws {@link FfiError} for operands that the device does not take. */
   matmul(plan: MatmulPlan): void;
+  /** Issues a convolution. Throws {@link FfiError} for operands that the device does not take. */
   conv(plan: ConvPlan): void;
 
   /** Resolves when all work issued so far is done. */

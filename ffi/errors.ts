@@ -10,6 +10,7 @@ export class FluxError extends Error {
   /** The exit code of a program that ends with this error. */
   readonly exitCode: number = 1;
 
+  /** An error for people. @param message one line. @param options `hint` is the next thing to try, `cause` what led to it. */
   constructor(message: string, options: { cause?: unknown; hint?: string } = {}) {
     super(message, "cause" in options ? { cause: options.cause } : undefined);
     this.name = new.target.name;

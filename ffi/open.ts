@@ -1,4 +1,4 @@
-import { openCpu, type OpenCpuOptions } from "./cpu/open.ts";
+import { openCpu } from "./cpu/open.ts";
 import { openCuda } from "./cuda/open.ts";
 import type { Device } from "./device.ts";
 import { FfiError } from "./errors.ts";
@@ -17,7 +17,7 @@ export const DEVICE_NAMES: readonly string[] = ["cpu", "cuda", "cuda:N", "hip", 
  */
 export async function openDevice(
   name: string,
-  options: Pick<OpenCpuOptions, "cacheDir" | "onWarning"> & OpenGpuOptions = {},
+  options: OpenGpuOptions = {},
 ): Promise<Device> {
   if (name === "cpu") return await openCpu(options);
   const gpu = /^(cuda|hip)(?::(\d+))?$/.exec(name);

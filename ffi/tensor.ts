@@ -25,6 +25,7 @@ export function elementCount(shape: readonly number[]): number {
  * `permute`, `narrow`) cost nothing and share memory. A tensor never moves between devices by itself.
  */
 export class Tensor {
+  /** A view of `memory`: strides and offset in elements, dense and from its start when left out. */
   constructor(
     readonly memory: Memory,
     readonly dtype: DType,
@@ -74,10 +75,12 @@ export class Tensor {
     return new Tensor(memory, dtype, shape);
   }
 
+  /** Where it lives. */
   get device(): Device {
     return this.memory.device;
   }
 
+  /** Number of dimensions. */
   get rank(): number {
     return this.shape.length;
   }
@@ -87,6 +90,7 @@ export class Tensor {
     return elementCount(this.shape);
   }
 
+  /** Bytes of its elements, without gaps between them. */
   get byteLength(): number {
     return this.size * dtypeBytes(this.dtype);
   }
@@ -179,6 +183,7 @@ export class Tensor {
     this.device.free(this.memory);
   }
 
+  /** Dtype and shape for messages, e.g. `"bf16 [1, 256, 64]"`. */
   toString(): string {
     return `${this.dtype} [${this.shape.join(", ")}]`;
   }

@@ -9,6 +9,7 @@
 import type { Plan, Recipe } from "./base/plan.ts";
 import { castPlan } from "./base/cast_plan.ts";
 
+/** 00: float32, one kernel for each operator. Exact. */
 export const baselineFp32: Recipe = {
   name: "00_baseline_fp32",
   exact: true,

@@ -12,6 +12,7 @@
 import type { Plan, Recipe } from "./base/plan.ts";
 import { castPlan } from "./base/cast_plan.ts";
 
+/** 01: weights and activations in bfloat16, sums in float32. Exact up to rounding. */
 export const bfloat16: Recipe = {
   name: "01_bfloat16",
   exact: true,

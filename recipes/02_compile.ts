@@ -25,6 +25,7 @@ import { parallelBranchesFused } from "../kernels/parallel_branches.ts";
 import { graphExecute } from "./base/graph_execute.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
+/** 02: fused kernels, and one graph for each part of the pipeline. Exact. */
 export const compile: Recipe = {
   name: "02_compile",
   exact: true,

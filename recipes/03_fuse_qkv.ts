@@ -26,6 +26,7 @@ const GROUPS: Readonly<Record<Component, readonly (readonly string[])[]>> = {
   vae: [["to_q", "to_k", "to_v"]],
 };
 
+/** 03: one projection for query, key and value. Exact. Consumes the weights that it joins. */
 export const fuseQkv: Recipe = {
   name: "03_fuse_qkv",
   exact: true,

@@ -34,15 +34,16 @@ import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
 export type { AttentionDType };
-export const ATTENTION_PROVIDERS = ["auto", "own", "fa3", "aiter", "cudnn"] as const;
-export type AttentionProvider = (typeof ATTENTION_PROVIDERS)[number];
+/** Who attends: see this file's banner. */
+export type AttentionProvider = "auto" | "own" | "fa3" | "aiter" | "cudnn";
+export const ATTENTION_PROVIDERS: readonly AttentionProvider[] = ["auto", "own", "fa3", "aiter", "cudnn"];
 type JointAttention = Ops["jointAttention"];
 /** Those that multiply in float8. */
 const inFloat8 = new WeakSet<JointAttention>();
 /** Those by our kernel, and what they multiply in. */
 const ours = new WeakMap<JointAttention, AttentionDType>();
 
-/** @param dtype what q, k and v are multiplied in; "cudnn" has bf16 only. */
+/** The recipe, for a provider. @param dtype what q, k and v are multiplied in; "cudnn" has bf16 only. */
 export function flashAttention(
   provider: AttentionProvider = "auto",
   dtype: AttentionDType = "f8e4m3",

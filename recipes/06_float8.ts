@@ -36,6 +36,7 @@ import type { Plan, Recipe } from "./base/plan.ts";
 import type { Ops } from "./base/ops.ts";
 import { replaced, scaleName, type Weights } from "./base/weights.ts";
 
+/** How 06_float8 quantizes. */
 export interface Float8Options {
   /**
    * A scale for each row, of weights and of activations, or one for each tensor. With rows a large value costs the

@@ -15,6 +15,7 @@
 import { isGpu } from "../ffi/gpu.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
+/** 07: algorithms and launch shapes by measurement. Exact up to the order of sums. */
 export const tuning: Recipe = {
   name: "07_tuning",
   exact: true,

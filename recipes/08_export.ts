@@ -41,8 +41,11 @@ export const exporting: Recipe = {
 
 /** The flags that decide what is loaded and written. */
 export interface ExportFlags extends ModelChoice {
+  /** Where packages are kept; without it there are none. */
   readonly cacheDir?: string | undefined;
+  /** As `--compile_export_mode`: `"export_aoti"` writes a package each time. */
   readonly compile_export_mode?: string | undefined;
+  /** As `--use-cached-model`: a package is read where one fits. */
   readonly useCachedModel?: true | undefined;
 }
 

@@ -19,15 +19,16 @@ import { UsageError } from "./base/errors.ts";
 import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
-export const TEXT_ENCODER_FLOAT8 = ["weights", "dynamic"] as const;
-export type TextEncoderFloat8 = (typeof TEXT_ENCODER_FLOAT8)[number];
+/** What is in float8: T5's weights, or also what they are multiplied with. */
+export type TextEncoderFloat8 = "weights" | "dynamic";
+export const TEXT_ENCODER_FLOAT8: readonly TextEncoderFloat8[] = ["weights", "dynamic"];
 
 /** T5's Linear layers; its tables, which are matrices too, are looked up. */
 const LINEAR = /\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi_0|wi_1|wo))\.weight$/;
 /** What float8 matrix units read at a time: sizes are multiples of it. */
 const MULTIPLE = 16;
 
-/** @param mode what is in float8: "weights" alone, or "dynamic": what they are multiplied with, too. */
+/** The recipe. @param mode what is in float8: "weights" alone, or "dynamic": what they are multiplied with, too. */
 export function float8TextEncoder(mode: TextEncoderFloat8 = "weights"): Recipe {
   return {
     name: "11_float8_text_encoder",

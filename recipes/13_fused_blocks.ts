@@ -37,6 +37,7 @@ import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 import { scaleName, type Weights } from "./base/weights.ts";
 
+/** 13: products of our own for Hopper GPUs, with what comes behind them in their epilogues. Exact up to rounding. */
 export const fusedBlocks: Recipe = {
   name: "13_fused_blocks",
   exact: true,

@@ -28,26 +28,41 @@ import { cacheDitConfig } from "./cache_dit_config.ts";
 
 /** The switches as commander parses them; undefined where the user said nothing. */
 export interface Switches {
+  /** `--disable_bf16`: float32 instead of bfloat16. */
   readonly disable_bf16?: true | undefined;
+  /** `--compile_export_mode`. */
   readonly compile_export_mode?: CompileExportMode | undefined;
+  /** `--disable_fused_projections`: without 03_fuse_qkv. */
   readonly disable_fused_projections?: true | undefined;
+  /** `--disable_channels_last`: without 04_channels_last. */
   readonly disable_channels_last?: true | undefined;
+  /** `--disable_fa3`: attention in bfloat16. */
   readonly disable_fa3?: true | undefined;
+  /** `--disable_quant`: without 06_float8. */
   readonly disable_quant?: true | undefined;
+  /** `--disable_fused_blocks`: without 13_fused_blocks. */
   readonly disable_fused_blocks?: true | undefined;
+  /** `--disable_inductor_tuning_flags`: without 07_tuning. */
   readonly disable_inductor_tuning_flags?: true | undefined;
+  /** `--use-cached-model`: start from an exported model. */
   readonly useCachedModel?: true | undefined;
+  /** `--cache_dit_config`: with 09_first_block_cache. */
   readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
+  /** `--offload`: with 12_offload. */
   readonly offload?: true | undefined;
+  /** `--t5_float8`: with 11_float8_text_encoder. */
   readonly t5_float8?: TextEncoderFloat8 | undefined;
+  /** `--attention`: who attends. */
   readonly attention?: AttentionProvider | undefined;
 }
 
-const COMPILE_EXPORT_MODES = ["compile", "export_aoti", "disabled"] as const;
-type CompileExportMode = (typeof COMPILE_EXPORT_MODES)[number];
+const COMPILE_EXPORT_MODES: readonly CompileExportMode[] = ["compile", "export_aoti", "disabled"];
+/** `compile`: fused kernels and graphs; `export_aoti`: and the finished model is written; `disabled`: neither. */
+export type CompileExportMode = "compile" | "export_aoti" | "disabled";
 
 /** What a flag wants of a rung. */
-interface Wish {
+export interface Wish {
+  /** Whether it asks for the rung, or to be without it. */
   readonly on: boolean;
   /** The flag as it was typed. */
   readonly flag: string;
@@ -67,6 +82,7 @@ export interface Rung {
   readonly flag: string;
   /** What to type to be without it. */
   readonly off: string;
+  /** What the flags want of it. */
   readonly wishes: (switches: Switches) => readonly Wish[];
   /** It changes nothing in the drawing of a picture, so that there is nothing to measure. */
   readonly drawsTheSame?: true;

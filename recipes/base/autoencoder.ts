@@ -29,7 +29,39 @@ export const autoencoderConfigSchema = z.looseObject({
   },
 );
 
-export type AutoencoderConfig = z.infer<typeof autoencoderConfigSchema>;
+/** What `vae/config.json` says, in diffusers' or transformers' names, with their defaults filled in. */
+export interface AutoencoderConfig {
+  /** Of pictures to encode. */
+  readonly in_channels: number;
+  /** RGB. */
+  readonly out_channels: 3;
+  /** Channels at each resolution, the full one first. */
+  readonly block_out_channels: readonly number[];
+  /** Residual blocks at each resolution of the encoder; the decoder has one more. */
+  readonly layers_per_block: number;
+  /** Numbers of a latent. */
+  readonly latent_channels: number;
+  /** Groups of the group norms. */
+  readonly norm_num_groups: number;
+  /** Activation. */
+  readonly act_fn: "silu";
+  /** Side of the pictures that it was made for. */
+  readonly sample_size: number;
+  /** Latents are `(z - shift_factor) * scaling_factor`. */
+  readonly scaling_factor: number;
+  /** See `scaling_factor`; 0 when left out. */
+  readonly shift_factor?: number | null | undefined;
+  /** Whether a 1 x 1 convolution stands behind the encoder. */
+  readonly use_quant_conv: boolean;
+  /** Whether a 1 x 1 convolution stands before the decoder. */
+  readonly use_post_quant_conv: boolean;
+  /** Whether the middle block attends. */
+  readonly mid_block_add_attention: boolean;
+  /** Of the encoder, one for each resolution. */
+  readonly down_block_types?: readonly "DownEncoderBlock2D"[] | undefined;
+  /** Of the decoder, one for each resolution. */
+  readonly up_block_types?: readonly "UpDecoderBlock2D"[] | undefined;
+}
 
 const NORM_EPS = 1e-6;
 const SAME: readonly [number, number, number, number] = [1, 1, 1, 1];

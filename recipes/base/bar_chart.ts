@@ -3,6 +3,7 @@ import { escapeXml } from "./xml.ts";
 
 /** One bar. */
 export interface Bar {
+  /** Stands before it. */
   readonly label: string;
   /** Its length, 0 or more; undefined for what could not be measured. */
   readonly value: number | undefined;
@@ -12,10 +13,13 @@ export interface Bar {
   readonly accent: boolean;
 }
 
+/** What a chart shows. */
 export interface BarChart {
+  /** Its heading. */
   readonly title: string;
   /** A line below the title. */
   readonly subtitle: string;
+  /** From top to bottom. */
   readonly bars: readonly Bar[];
 }
 

@@ -20,7 +20,27 @@ export const clipConfigSchema = z.looseObject({
   error: "must divide hidden_size",
 });
 
-export type ClipConfig = z.infer<typeof clipConfigSchema>;
+/** What `text_encoder/config.json` says, in diffusers' or transformers' names, with their defaults filled in. */
+export interface ClipConfig {
+  /** Tokens that it knows. */
+  readonly vocab_size: number;
+  /** Numbers of a token. */
+  readonly hidden_size: number;
+  /** Of the MLPs. */
+  readonly intermediate_size: number;
+  /** Layers. */
+  readonly num_hidden_layers: number;
+  /** Heads. */
+  readonly num_attention_heads: number;
+  /** The longest text, in tokens. */
+  readonly max_position_embeddings: number;
+  /** Added to the variance. */
+  readonly layer_norm_eps: number;
+  /** Activation. */
+  readonly hidden_act: "quick_gelu";
+  /** End of text, where the pooled output is read. */
+  readonly eos_token_id: number;
+}
 
 /**
  * CLIP's text encoder (Radford et al. 2021): a pre-norm transformer with a causal mask

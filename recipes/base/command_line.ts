@@ -295,7 +295,7 @@ export class Progress {
   #done = 0;
   #note = "";
 
-  /** @param total what {@link update} counts to. */
+  /** Shows an empty bar. @param total what {@link update} counts to. */
   constructor(label: string, total: number, unit: string) {
     [this.#label, this.#total, this.#unit] = [label, total, unit];
     if (this.#place !== undefined) {

@@ -4,6 +4,7 @@ export { FileError, FluxError, messageOf };
 
 /** A wrong flag, argument or option value: the caller has to change the call. Exit code 2. */
 export class UsageError extends FluxError {
+  /** 2, as for every wrong call. */
   override readonly exitCode: number = 2;
 }
 

@@ -15,6 +15,7 @@ import type { RemoteFile } from "./hub_download.ts";
 import { type FileList, smallFiles, type Wanted, weightFiles, WHOLE_MODEL } from "./hub_files.ts";
 import { type HubSettings, hubSettings } from "./hub_settings.ts";
 
+/** How a model is fetched from the Hugging Face hub. */
 export interface HubOptions {
   /** A branch, tag or commit; "main" when left out. */
   readonly revision?: string | undefined;
@@ -22,8 +23,11 @@ export interface HubOptions {
   readonly wanted?: Wanted | undefined;
   /** Those of the environment when left out. */
   readonly settings?: HubSettings | undefined;
+  /** Stops the download; what has arrived is kept for the next time. */
   readonly signal?: AbortSignal | undefined;
+  /** Called now and then with how many bytes have arrived. */
   readonly onProgress?: ((event: DownloadProgress) => void) | undefined;
+  /** Called with things worth knowing that do not stop the download. */
   readonly onNote?: ((message: string) => void) | undefined;
   /** Milliseconds before something that failed is tried again. */
   readonly patience?: number | undefined;
@@ -33,6 +37,7 @@ export interface HubOptions {
 export interface DownloadProgress {
   /** Bytes that are there, and of how many. */
   readonly doneBytes: number;
+  /** Bytes of all files together. */
   readonly totalBytes: number;
   /** Those that were there before: an interrupted download's. */
   readonly keptBytes: number;

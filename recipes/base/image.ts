@@ -79,11 +79,17 @@ export function readPngText(bytes: Uint8Array): Record<string, string> {
 
 /** How an image was made. */
 export interface Parameters {
+  /** What was drawn. */
   prompt: string;
+  /** Denoising steps. */
   steps: number;
+  /** Of the noise. */
   seed: bigint | number;
+  /** In pixels. */
   width: number;
+  /** In pixels. */
   height: number;
+  /** Name of the model. */
   model: string;
   /** FLUX.1-dev's distilled guidance; not given for models without it. */
   guidance?: number;

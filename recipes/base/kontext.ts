@@ -11,7 +11,9 @@ import type { Picture } from "./pipeline.ts";
 
 /** In pixels. */
 export interface Size {
+  /** Columns. */
   readonly width: number;
+  /** Rows. */
   readonly height: number;
 }
 

@@ -41,9 +41,11 @@ export interface ModelChoice {
   readonly ckpt?: string | undefined;
   /** Of a model on the hub. */
   readonly revision?: string | undefined;
+  /** Make the weights up. */
   readonly randomWeights?: true | undefined;
   /** Files in the place of parts of the model. */
   readonly transformer?: string | undefined;
+  /** A file of the autoencoder. */
   readonly vae?: string | undefined;
 }
 

@@ -16,6 +16,7 @@ import { freeAll, scaleName, type Weights } from "./weights.ts";
 
 /** A LoRA file, and how much of it. */
 export interface LoraChoice {
+  /** The safetensors file. */
   readonly path: string;
   /** 1 for the change that was trained; any finite number. */
   readonly scale: number;
@@ -56,6 +57,8 @@ export class Loras {
   #changed: readonly WeightName[] = [];
 
   /**
+   * None is applied yet.
+   *
    * @param plan of the model, finished: a recipe that changes its weights afterwards would not know of them.
    * @param note is told what is worth knowing.
    */

@@ -40,6 +40,7 @@ export interface PictureTimes {
   readonly text: number;
   /** The autoencoder's encoder; 0 without a picture to edit. */
   readonly image: number;
+  /** Of each denoising step. */
   readonly steps: readonly number[];
   /** The autoencoder, and the look for NaN in what it gives. */
   readonly decode: number;
@@ -47,9 +48,11 @@ export interface PictureTimes {
   readonly postprocess: number;
 }
 
+/** How often {@link measure} draws. */
 export interface MeasureOptions {
   /** Pictures that are drawn first, without being timed. */
   readonly warmups: number;
+  /** Pictures that are timed. */
   readonly runs: number;
   /** Called with how many pictures are drawn, before the first and after each. */
   readonly onPicture?: (done: number) => void;
@@ -57,10 +60,13 @@ export interface MeasureOptions {
 
 /** What {@link measure} gives. */
 export interface Measurement {
+  /** Of each timed picture. */
   readonly times: readonly PictureTimes[];
   /** Milliseconds of the first picture, timed or not: kernels are compiled, algorithms measured and graphs recorded in it. */
   readonly first: number;
+  /** The last one. */
   readonly picture: Picture;
+  /** What was used, all defaults filled in. */
   readonly settings: GenerateResult["settings"];
 }
 

@@ -26,6 +26,7 @@ import { freeAll, placeWeights, scaleName, type Weights } from "./weights.ts";
 /** Weights of a part as they were before any recipe: their names and where they come from. */
 type Source = (component: Component, names: readonly string[]) => Promise<Weights>;
 
+/** How a model is loaded. */
 export interface LoadOptions {
   /** Files in the place of parts of the folder. */
   readonly files?: PartFiles | undefined;
@@ -46,9 +47,13 @@ export interface LoadOptions {
 export class Model implements Disposable {
   /** The folder's name, for messages and metadata. */
   readonly name: string;
+  /** The configs of its parts. */
   readonly configs: ModelConfigs;
+  /** Noise levels of the steps. */
   readonly scheduler: FlowMatchEulerScheduler;
+  /** Text to CLIP's token ids. */
   readonly clipTokenizer: TextTokenizer;
+  /** Text to T5's token ids. */
   readonly t5Tokenizer: TextTokenizer;
   /** Whether it is a FLUX.1-Kontext, which takes a picture to edit. */
   readonly kontext: boolean;

@@ -25,9 +25,13 @@ import { scaleName, type WeightShapes } from "./weights.ts";
 
 /** The configs of the four parts that have weights. */
 export interface ModelConfigs {
+  /** CLIP's. */
   readonly text_encoder: ClipConfig;
+  /** T5's. */
   readonly text_encoder_2: T5Config;
+  /** The transformer's. */
   readonly transformer: TransformerConfig;
+  /** The autoencoder's. */
   readonly vae: AutoencoderConfig;
 }
 

@@ -33,48 +33,10 @@ import { toPixels } from "../../kernels/to_pixels.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 
 /**
- * The operators that the model is written in. A recipe replaces entries of this table and never a line of the model.
- * The first group is primitive; the second is composite, with a default body of primitives, one kernel each.
+ * The unoptimized table of operators: one kernel after another, as PyTorch runs eagerly. The first group is primitive; the
+ * second is composite, with a default body of primitives, one kernel each.
  */
-export interface Ops {
-  readonly add: typeof add;
-  readonly attention: typeof attention;
-  readonly cast: typeof cast;
-  readonly concat: typeof concat;
-  readonly contiguous: typeof contiguous;
-  readonly conv2d: typeof conv2d;
-  readonly embedding: typeof embedding;
-  readonly eulerStep: typeof eulerStep;
-  readonly geluTanh: typeof geluTanh;
-  readonly groupNorm: typeof groupNorm;
-  readonly layerNorm: typeof layerNorm;
-  readonly linear: typeof linear;
-  readonly multiply: typeof multiply;
-  readonly quickGelu: typeof quickGelu;
-  readonly rmsNorm: typeof rmsNorm;
-  readonly scaleShift: typeof scaleShift;
-  readonly silu: typeof silu;
-  readonly timestepEmbedding: typeof timestepEmbedding;
-  readonly toPixels: typeof toPixels;
-  readonly upsampleNearest: typeof upsampleNearest;
-
-  readonly adaLayerNorm: typeof adaLayerNorm;
-  readonly addRmsNorm: typeof addRmsNorm;
-  readonly doubleBlock: typeof doubleBlock;
-  readonly feedForward: typeof feedForward;
-  readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
-  readonly gatedResidual: typeof gatedResidual;
-  readonly groupNormSilu: typeof groupNormSilu;
-  readonly jointAttention: typeof jointAttention;
-  readonly linearGelu: typeof linearGelu;
-  readonly linears: typeof linears;
-  readonly parallelBranches: typeof parallelBranches;
-  readonly rotaryPairs: typeof noRotaryPairs;
-  readonly singleBlock: typeof singleBlock;
-}
-
-/** The unoptimized table: one kernel after another, as PyTorch runs eagerly. */
-export const eagerOps: Ops = {
+export const eagerOps = {
   add,
   attention,
   cast,
@@ -110,3 +72,6 @@ export const eagerOps: Ops = {
   rotaryPairs: noRotaryPairs,
   singleBlock,
 };
+
+/** The operators that the model is written in. A recipe replaces entries of this table and never a line of the model. */
+export type Ops = Readonly<typeof eagerOps>;

@@ -22,6 +22,7 @@ import { fluxTransformer } from "./transformer.ts";
 
 /** What is drawn. Names and defaults are those of diffusers' FluxPipeline where not said otherwise. */
 export interface GenerateOptions {
+  /** What to draw; a list draws as many pictures together. */
   readonly prompt: string | readonly string[];
   /**
    * For T5; CLIP always reads `prompt`. `prompt` when left out, "" or an empty list; an empty text in a list stays
@@ -37,6 +38,7 @@ export interface GenerateOptions {
   readonly autoResize?: boolean;
   /** In pixels, at most 8192; the autoencoder's `sample_size` when left out. Rounded down to a multiple of 16. */
   readonly height?: number;
+  /** As `height`. */
   readonly width?: number;
   /** At most 1000; 4 for models without guidance embedding (schnell), 28 for those with one (dev). */
   readonly numInferenceSteps?: number;
@@ -55,6 +57,7 @@ export interface GenerateOptions {
   readonly maxSequenceLength?: number;
   /** Called before the first step and after each; what it returns is ignored. */
   readonly onProgress?: (event: ProgressEvent) => void;
+  /** Called with things worth knowing that do not stop the drawing. */
   readonly onWarning?: (message: string) => void;
   /**
    * Stops the work; the promise rejects with the signal's reason. It is looked at before and between the two text
@@ -67,6 +70,7 @@ export interface GenerateOptions {
 export interface ProgressEvent {
   /** Steps done, 0 to `steps`. */
   readonly step: number;
+  /** Steps in all. */
   readonly steps: number;
   /** Noise level after this step. */
   readonly sigma: number;
@@ -76,12 +80,15 @@ export interface ProgressEvent {
 
 /** One picture: 8-bit RGB, row by row. */
 export interface Picture {
+  /** In pixels. */
   readonly width: number;
+  /** In pixels. */
   readonly height: number;
   /** `[height, width, 3]`. */
   readonly rgb: Uint8Array;
 }
 
+/** What {@link FluxPipeline.generate} gives. */
 export interface GenerateResult {
   /** `prompts * numImagesPerPrompt`, those of one prompt behind one another. */
   readonly images: readonly Picture[];
@@ -132,6 +139,7 @@ const MODULATION_ROWS = 32;
 export class FluxPipeline {
   #lastRotary: { readonly size: string; readonly rotary: Rotary } | undefined;
 
+  /** A pipeline that draws with `plan`, which was made of the weights of `model`; it owns neither. */
   constructor(readonly model: Model, readonly plan: Plan) {}
 
   /**

@@ -6,9 +6,9 @@ import type { Rotary } from "./rotary.ts";
 import type { TransformerConfig } from "./transformer.ts";
 import type { Weights } from "./weights.ts";
 
-/** The parts of the pipeline that have weights, by their folder in diffusers' layout. */
-export const COMPONENTS = ["text_encoder", "text_encoder_2", "transformer", "vae"] as const;
-export type Component = (typeof COMPONENTS)[number];
+/** A part of the pipeline that has weights, by its folder in diffusers' layout. */
+export type Component = "text_encoder" | "text_encoder_2" | "transformer" | "vae";
+export const COMPONENTS: readonly Component[] = ["text_encoder", "text_encoder_2", "transformer", "vae"];
 
 /**
  * How a part of the pipeline is run. `plan` is the one that runs, `part` names the part, `inputs` are all tensors that
@@ -48,9 +48,13 @@ export interface Stepper extends Disposable {
 
 /** What is computed, with which weights and operators, and how it is run. A value: recipes return changed copies. */
 export interface Plan {
+  /** Where it runs. */
   readonly device: Device;
+  /** The weights of each part. */
   readonly weights: Readonly<Record<Component, Weights>>;
+  /** The operators that the model calls. */
   readonly ops: Ops;
+  /** How a part of the pipeline is run. */
   readonly execute: Execute;
   /** Gives up what is kept for the running plan to be faster, where memory is needed for other things. */
   readonly forget?: (running: Plan) => void;
@@ -66,6 +70,7 @@ export interface Recipe {
   readonly name: string;
   /** Whether the model computes the same function (up to rounding of its dtype); false: quality is traded for speed. */
   readonly exact: boolean;
+  /** Where it runs. */
   readonly devices: readonly DeviceKind[];
   /** What was chosen for it, by name; it then differs from the recipe with other options. */
   readonly options?: Readonly<Record<string, string>>;

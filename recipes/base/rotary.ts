@@ -3,7 +3,9 @@ import { Tensor } from "../../ffi/tensor.ts";
 
 /** Rotary tables of a sequence, f32 `[tokens, headDim]` each, every frequency twice (for the two of its pair). */
 export interface Rotary {
+  /** Cosines of the angles. */
   readonly cos: Tensor;
+  /** Sines of the angles. */
   readonly sin: Tensor;
 }
 

@@ -44,7 +44,29 @@ const DTYPES = {
 export type SafetensorsDType = keyof typeof DTYPES;
 
 /** A dtype as this project spells it, e.g. "bf16": the names of ffi/dtype.ts and those that only files have. */
-export type FileDType = (typeof DTYPES)[SafetensorsDType]["name"];
+export type FileDType =
+  | "bool"
+  | "f4"
+  | "f6e2m3"
+  | "f6e3m2"
+  | "u8"
+  | "i8"
+  | "f8e5m2"
+  | "f8e4m3"
+  | "f8e8m0"
+  | "f8e4m3fnuz"
+  | "f8e5m2fnuz"
+  | "i16"
+  | "u16"
+  | "f16"
+  | "bf16"
+  | "i32"
+  | "u32"
+  | "f32"
+  | "c64"
+  | "f64"
+  | "i64"
+  | "u64";
 
 /** All dtypes of the format, in the reference's order of increasing alignment. */
 export const SAFETENSORS_DTYPES: readonly SafetensorsDType[] = Object.keys(DTYPES) as SafetensorsDType[];
@@ -93,6 +115,7 @@ export type SafetensorsRule =
 
 /** A safetensors file that cannot be read or written: says which file, which tensor and which rule. */
 export class SafetensorsError extends FluxError {
+  /** An error of one file. @param file its path. @param rule the one that is broken. @param what is wrong. */
   constructor(
     readonly file: string,
     readonly rule: SafetensorsRule,
@@ -120,11 +143,13 @@ export function printable(name: string): string {
 
 /** Where a tensor lies in its file. */
 export interface TensorInfo {
+  /** Of its elements. */
   readonly dtype: FileDType;
   /** Sizes of the dimensions; `[]` is a scalar, a 0 makes an empty tensor. */
   readonly shape: readonly number[];
   /** First byte, counted from the start of the file. */
   readonly byteOffset: number;
+  /** How many there are. */
   readonly byteLength: number;
 }
 
@@ -464,8 +489,11 @@ export function alignedBytes(bytes: Uint8Array<ArrayBuffer>, alignment: number):
 
 /** A tensor to write. */
 export interface TensorToWrite {
+  /** What it is called in the file. */
   readonly name: string;
+  /** Of its elements. */
   readonly dtype: FileDType;
+  /** Sizes of the dimensions; `[]` is a scalar. */
   readonly shape: readonly number[];
   /**
    * Its bytes, row-major and little-endian; or a function that makes them when their turn has come, so that a
@@ -476,6 +504,7 @@ export interface TensorToWrite {
 
 /** How {@link writeSafetensors} reports, and how it is stopped. */
 export interface WriteOptions {
+  /** Stops the writing; nothing of the file is left. */
   readonly signal?: AbortSignal;
   /** Called before the first byte and again and again: how many bytes are written, of how many. */
   readonly onBytes?: (written: number, total: number) => void;

@@ -39,7 +39,25 @@ export const schedulerConfigSchema = z.looseObject({
   error: "must differ from base_image_seq_len",
 });
 
-export type SchedulerConfig = z.infer<typeof schedulerConfigSchema>;
+/** What is read of `scheduler/scheduler_config.json` (diffusers' FlowMatchEulerDiscreteScheduler), defaults filled in. */
+export interface SchedulerConfig {
+  /** Timesteps of a noise level of 1. */
+  readonly num_train_timesteps: number;
+  /** Of the schedule where it is not dynamic. */
+  readonly shift: number;
+  /** Whether the shift depends on the number of image tokens (dev). */
+  readonly use_dynamic_shifting: boolean;
+  /** Dynamic shift at `base_image_seq_len` tokens. */
+  readonly base_shift: number;
+  /** Dynamic shift at `max_image_seq_len` tokens. */
+  readonly max_shift: number;
+  /** See `base_shift`. */
+  readonly base_image_seq_len: number;
+  /** See `max_shift`. */
+  readonly max_image_seq_len: number;
+  /** Form of the dynamic shift. */
+  readonly time_shift_type: "exponential" | "linear";
+}
 
 /** The schedule of one image. */
 export interface Schedule {
@@ -49,6 +67,7 @@ export interface Schedule {
   timesteps: Float32Array<ArrayBuffer>;
 }
 
+/** What a schedule depends on besides its number of steps. */
 export interface ScheduleOptions {
   /** Number of packed image tokens, (height / 16) * (width / 16); decides the dynamic shift. */
   imageSequenceLength: number;
@@ -58,6 +77,7 @@ export interface ScheduleOptions {
 
 /** FlowMatchEulerDiscreteScheduler: from a number of steps to noise levels. */
 export class FlowMatchEulerScheduler {
+  /** A scheduler of a config, whose values make sense together. */
   constructor(readonly config: SchedulerConfig) {}
 
   /**

@@ -29,7 +29,33 @@ export const t5ConfigSchema = z.looseObject({
   },
 );
 
-export type T5Config = z.infer<typeof t5ConfigSchema>;
+/** What `text_encoder_2/config.json` says, in diffusers' or transformers' names, with their defaults filled in. */
+export interface T5Config {
+  /** Tokens that it knows. */
+  readonly vocab_size: number;
+  /** Numbers of a token. */
+  readonly d_model: number;
+  /** Numbers of a head. */
+  readonly d_kv: number;
+  /** Of the MLPs. */
+  readonly d_ff: number;
+  /** Layers. */
+  readonly num_layers: number;
+  /** Heads. */
+  readonly num_heads: number;
+  /** Distances that attention tells apart. */
+  readonly relative_attention_num_buckets: number;
+  /** From here on all distances are one. */
+  readonly relative_attention_max_distance: number;
+  /** Added to the mean square. */
+  readonly layer_norm_epsilon: number;
+  /** `gated-gelu`. */
+  readonly feed_forward_proj: string;
+  /** The same as newer versions write it. */
+  readonly is_gated_act?: boolean | undefined;
+  /** The same as newer versions write it. */
+  readonly dense_act_fn?: string | undefined;
+}
 
 /** Newer transformers write the parsed `is_gated_act` and `dense_act_fn`, older ones only `feed_forward_proj`. */
 function isGatedGelu(config: {

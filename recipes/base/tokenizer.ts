@@ -35,9 +35,13 @@ export interface Encoding {
 
 /** Ids of the tokens with a meaning of their own. T5 has no beginning token. */
 export interface SpecialIds {
+  /** Beginning of text. */
   bos: number | undefined;
+  /** End of text. */
   eos: number;
+  /** What fills up. */
   pad: number;
+  /** What is not in the vocabulary. */
   unk: number;
 }
 
@@ -45,6 +49,7 @@ export interface SpecialIds {
 export interface TextTokenizer {
   /** tokenizer_config.json's `model_max_length`: 77 for CLIP, 512 for T5. */
   readonly modelMaxLength: number;
+  /** Ids of its special tokens. */
   readonly special: SpecialIds;
   /** The largest id that it gives: the text encoder's table of embeddings must have a row for it. */
   readonly maxId: number;

@@ -28,7 +28,31 @@ export const transformerConfigSchema = z.looseObject({
   error: "must add up to attention_head_dim",
 });
 
-export type TransformerConfig = z.infer<typeof transformerConfigSchema>;
+/** What `transformer/config.json` says, in diffusers' or transformers' names, with their defaults filled in. */
+export interface TransformerConfig {
+  /** Latents are packed before the transformer. */
+  readonly patch_size: 1;
+  /** Numbers of a token. */
+  readonly in_channels: number;
+  /** Numbers of a predicted token; `in_channels` when left out. */
+  readonly out_channels?: number | null | undefined;
+  /** Double-stream blocks. */
+  readonly num_layers: number;
+  /** Single-stream blocks. */
+  readonly num_single_layers: number;
+  /** Numbers of a head. */
+  readonly attention_head_dim: number;
+  /** Heads; the hidden size is as many times `attention_head_dim`. */
+  readonly num_attention_heads: number;
+  /** T5's hidden size. */
+  readonly joint_attention_dim: number;
+  /** CLIP's hidden size. */
+  readonly pooled_projection_dim: number;
+  /** Whether it reads a guidance scale (dev). */
+  readonly guidance_embeds: boolean;
+  /** How many numbers of a head each of the three position axes turns. */
+  readonly axes_dims_rope: readonly number[];
+}
 
 export interface TransformerInputs {
   /** Packed noisy latents `[batch, imageTokens, in_channels]`. */

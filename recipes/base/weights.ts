@@ -13,7 +13,9 @@ import type { Ops } from "./ops.ts";
 
 /** A component's weights on a device, by their names in the checkpoint. */
 export interface Weights {
+  /** All names. */
   readonly names: readonly string[];
+  /** Whether there is one of this name. */
   has(name: string): boolean;
   /** Throws {@link ModelError} when there is none of this name, {@link UsageError} when it was freed. */
   get(name: string): Tensor;
