@@ -50,7 +50,7 @@ export interface FailedAttempt {
   readonly reason: string;
 }
 
-/** No place had a library that opens. The message names every place; `hint` is the caller's advice. */
+/** No place had a library that opens. The message names every place; `hint` is to ask the doctor, then the caller's advice. */
 export class LibraryNotFoundError extends FfiError {
   constructor(
     /** Human name of the library, e.g. "oneDNN". */
@@ -71,10 +71,13 @@ export class LibraryNotFoundError extends FfiError {
     super(
       `${headline}. Searched: ${searched.join(", ") || "nowhere"}.` +
         (said.length > 0 ? ` The loader said: ${said.join("; ")}.` : ""),
-      hint === undefined ? {} : { hint },
+      { hint: hint === undefined ? ASK_DOCTOR : `${ASK_DOCTOR}; ${hint}` },
     );
   }
 }
+
+/** The first advice where a library is missing. */
+const ASK_DOCTOR = "deno task doctor shows what is found and how to install the rest";
 
 function describe(attempt: FailedAttempt): string {
   return attempt.reason.includes(attempt.path) ? attempt.reason : `${attempt.path}: ${attempt.reason}`;

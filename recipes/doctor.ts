@@ -16,6 +16,15 @@ import { writtenRecipes } from "./switches.ts";
 
 const NAME = "doctor";
 
+const EXAMPLES = `
+Examples:
+  deno task doctor
+  deno task doctor --json > machine.json
+  FLUX_LIB_PATH=~/cuda/lib deno task doctor
+
+FLUX_LIB_PATH names folders, with colons between them, that are searched before all others.
+`;
+
 /** What a kind of device needs, and what makes it faster. */
 const NEEDS = {
   cpu: { required: [], faster: ["oneDNN"] },
@@ -105,6 +114,8 @@ function runDoctor(args: string[]): Promise<void> {
   const { json } = new Command(NAME)
     .description("Says which libraries and GPUs are found, and which recipes can run.")
     .option("--json", "print one JSON object instead of tables")
+    .addHelpText("after", EXAMPLES)
+    .showHelpAfterError("(--help lists all flags with examples)")
     .allowExcessArguments(false)
     .configureOutput({ outputError: (text, write) => write(text) })
     .exitOverride()

@@ -49,8 +49,12 @@ const NAME = "gen_image";
 /** What memory takes of pictures of a million pixels is far fewer. */
 const MOST_IMAGES = 64;
 
-/** @param ladder the rungs that the flags switch. */
-export async function generateImage(args: string[], ladder: readonly Rung[] = LADDER): Promise<void> {
+/** @param ladder the rungs that the flags switch. @param examples the end of the help. */
+export async function generateImage(
+  args: string[],
+  ladder: readonly Rung[] = LADDER,
+  examples = EXAMPLES,
+): Promise<void> {
   const given = createPictureParser(NAME, "Draws pictures from prompts with FLUX.1.")
     .addOption(
       new Option(
@@ -66,7 +70,7 @@ export async function generateImage(args: string[], ladder: readonly Rung[] = LA
       1,
     )
     .addOption(new Option("--trace-file <file>").hideHelp())
-    .addHelpText("after", EXAMPLES)
+    .addHelpText("after", examples)
     .allowExcessArguments(false)
     .parse(args, { from: "user" })
     .opts();

@@ -26,6 +26,9 @@ function env(values: Record<string, string>): (name: string) => string | undefin
 const LIBC = Deno.build.os === "darwin" ? "libSystem.B.dylib" : "libc.so.6";
 const GETPID = { getpid: { parameters: [], result: "i32" } } as const;
 
+/** The first advice in every error of a missing library. */
+const DOCTOR = "deno task doctor shows what is found and how to install the rest";
+
 Deno.test("candidatePaths: overrides first, then the loader, toolkits, wheels, system", () => {
   const places = candidatePaths(
     ["libx.so.2", "libx.so.1"],
@@ -134,7 +137,7 @@ Deno.test("findFileInPackages: a path that the user has named, else Python's pac
         assert.ok(
           error.message.includes(`${folder} (NAMED)`) && error.message.includes(`${folder} (FLUX_LIB_PATH)`),
         );
-        return error.hint === "get it";
+        return error.hint === `${DOCTOR}; get it`;
       });
       Deno.mkdirSync(join(folder, "made/up"), { recursive: true });
       Deno.writeTextFileSync(join(folder, "made/up/table.csv"), "");
@@ -199,7 +202,7 @@ Deno.test("findInPackages and packageVersion: what is there, and an error with a
       assert.throws(
         () => findInPackages("Something", ["something_rare/lib.so"], "pip install something"),
         (error: unknown) =>
-          error instanceof LibraryNotFoundError && error.hint === "pip install something" &&
+          error instanceof LibraryNotFoundError && error.hint === `${DOCTOR}; pip install something` &&
           error.message.startsWith(
             "Something was not found (looked for something_rare/lib.so). Searched: ",
           ) &&
@@ -248,7 +251,7 @@ Deno.test("a library that is nowhere: one error with every place, the loader's w
       assert.match(error.message, /^Nothing was not found \(looked for libnothing\.so\.99\)/);
       assert.match(error.message, /the loader's default path/);
       for (const place of error.places) if (place.folder) assert(error.message.includes(place.folder));
-      assert.equal(error.hint, "apt-get install nothing");
+      assert.equal(error.hint, `${DOCTOR}; apt-get install nothing`);
       assert(error.attempts.length > 0);
       return true;
     },

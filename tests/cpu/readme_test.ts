@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
+import { inFolder } from "../support/folders.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
@@ -24,34 +25,45 @@ for (const document of ["README.md", "docs/amd.md"]) {
   });
 }
 
-Deno.test("the README's program draws a picture", async () => {
-  const code = [...README.matchAll(/```ts\n(.*?)```/gs)].map((match) => match[1]).find((text) =>
-    text.includes("import")
-  );
-  assert.ok(code !== undefined);
-  const folder = await Deno.makeTempDir();
-  const program = join(folder, "program.ts");
-  const config = join(ROOT, "deno.json");
-  const modulePath = pathToFileURL(join(ROOT, "mod.ts")).href;
-  await Deno.writeTextFile(
-    program,
-    code.replace("./mod.ts", modulePath) +
-      "\nconsole.log(images[0].rgb.length === settings.height * settings.width * 3);\n",
-  );
-  const { code: exitCode, stdout, stderr } = await new Deno.Command("deno", {
-    args: [
-      "run",
-      "--no-prompt",
-      "--check",
-      "--config",
-      config,
-      "--allow-read",
-      "--allow-ffi",
-      "--allow-env",
-      program,
-    ],
-    cwd: ROOT,
-  }).output();
-  assert.equal(exitCode, 0, new TextDecoder().decode(stderr));
-  assert.match(new TextDecoder().decode(stdout), /4\/4\ntrue\n$/);
+Deno.test("the README's programs run: a picture, another operator, LoRAs", async () => {
+  const blocks = [...README.matchAll(/```ts\n(.*?)```/gs)].map((match) => match[1]);
+  const blockWith = (text: string) => {
+    const found = blocks.filter((block) => block.includes(text));
+    assert.equal(found.length, 1, text);
+    return found[0];
+  };
+  const [program, operator, loras] = ["import {", "ops: {", "new Loras"].map(blockWith);
+  assert.equal(blocks.length, 3, "a block that no test runs");
+  const code = `
+    ${
+    program.replace("./mod.ts", pathToFileURL(join(ROOT, "mod.ts")).href).replace(
+      "import {",
+      "import { Loras,",
+    )
+  }
+    {
+      ${operator}
+      const sizes = [images, other.images].map(([{ rgb }]) => rgb.length);
+      console.log(sizes.every((size) => size === settings.height * settings.width * 3));
+    }
+    {
+      using model = await Model.load("tests/golden/schnell-like", device);
+      const plan = compose(eagerPlan(device, model.weights), bfloat16);
+      ${
+    loras.replace("style.safetensors", "tests/golden/lora/schnell-like.a.safetensors")
+      .replace("other.safetensors", "tests/golden/lora/schnell-like.b.safetensors")
+  }
+      console.log("merged and removed");
+    }`;
+  await inFolder(async (folder) => {
+    const path = join(folder, "program.ts");
+    await Deno.writeTextFile(path, code);
+    const permissions = ["--allow-read", "--allow-ffi", "--allow-env", "--allow-sys=cpus"];
+    const { code: exitCode, stdout, stderr } = await new Deno.Command("deno", {
+      args: ["run", "--no-prompt", "--check", "--config", join(ROOT, "deno.json"), ...permissions, path],
+      cwd: ROOT,
+    }).output();
+    assert.equal(exitCode, 0, new TextDecoder().decode(stderr));
+    assert.match(new TextDecoder().decode(stdout), /4\/4\ntrue\nmerged and removed\n$/);
+  });
 });
