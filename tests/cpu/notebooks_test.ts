@@ -1,19 +1,23 @@
 /** The notebooks of examples/ run from top to bottom, and show what they promise. */
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
+import { join } from "node:path";
 import { LADDER } from "../../recipes/switches.ts";
 import { decodePicture } from "../../recipes/base/read_picture.ts";
+import { inFolder } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
 import { withKontext } from "../support/golden_suite_kontext.ts";
 import { missingCompiler } from "../support/emulated_gpu.ts";
 import {
   missingJupyter,
   notebookPath,
+  notebookProgram,
   printed,
   type RunCell,
   runNotebook,
   shown,
 } from "../support/notebooks.ts";
+import { ROOT } from "../support/programs.ts";
 import { parseXml, type XmlElement } from "../support/xml.ts";
 
 const NAMES = ["01_first_image", "02_the_ladder", "03_write_a_kernel", "04_kontext_edit"];
@@ -64,6 +68,16 @@ Deno.test("every relative link of the notebooks leads to a file", () => {
     }
   }
 });
+
+Deno.test("the notebooks' code is type-checked, as one program each", () =>
+  inFolder(async (folder) => {
+    const paths = NAMES.map((name) => join(folder, `${name}.ts`));
+    for (const [i, name] of NAMES.entries()) await Deno.writeTextFile(paths[i], notebookProgram(name));
+    const { code, stderr } = await new Deno.Command("deno", {
+      args: ["check", "--quiet", "--config", join(ROOT, "deno.json"), ...paths],
+    }).output();
+    assert.equal(code, 0, new TextDecoder().decode(stderr));
+  }));
 
 testNotebook("01_first_image draws, shows tensors and bars, and says that there is no GPU", async () => {
   const cells = await runNotebook("01_first_image", NO_GPU);

@@ -1,7 +1,7 @@
 /** Notebooks of examples/, run by Deno's Jupyter kernel through Python's jupyter_client. */
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
+import { fileURLToPath, pathToFileURL } from "node:url";
 import { ROOT } from "./programs.ts";
 
 /** One output of a cell, as notebook files have them. */
@@ -80,4 +80,13 @@ export function printed(cells: readonly RunCell[]): string {
 /** All content of a MIME type that cells have shown, in order. */
 export function shown(cells: readonly RunCell[], type: string): string[] {
   return cells.flatMap(({ outputs }) => outputs.flatMap(({ data }) => data?.[type] ?? []));
+}
+
+/** A notebook's code cells as one program, for the folder examples/. */
+export function notebookProgram(name: string): string {
+  const { cells }: { cells: { cell_type: string; source: string[] }[] } = JSON.parse(
+    Deno.readTextFileSync(notebookPath(name)),
+  );
+  return cells.filter(({ cell_type }) => cell_type === "code").map(({ source }) => source.join("")).join("\n")
+    .replaceAll('from "../', `from "${pathToFileURL(ROOT).href}`);
 }
