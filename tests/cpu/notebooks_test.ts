@@ -105,17 +105,28 @@ testNotebook(
   async () => {
     const cells = await runNotebook("02_the_ladder", NO_GPU);
     const code = shown(cells, "text/markdown");
-    for (const name of LADDER.map(({ name }) => name).filter((name) => !/^(09|1[0-2])/.test(name))) {
+    for (const { name } of LADDER) {
       const lines = code.filter((text) => text.includes(`name: "${name}"`));
       assert.equal(lines.length, 1, name);
       assert.match(lines[0], /^```ts\nexport (const|function) [\s\S]*\n\};?\n```$/);
       assert.match(lines[0], /apply|execute/);
     }
     const text = printed(cells);
-    for (const name of ["04_channels_last", "05_flash_attention", "08_export", "13_fused_blocks"]) {
+    for (
+      const name of ["04_channels_last", "05_flash_attention", "08_export", "12_offload", "13_fused_blocks"]
+    ) {
       assert.match(text, new RegExp(`${name} needs a GPU.* on cpu\\.`));
     }
-    const drawn = ["00_baseline_fp32", "01_bfloat16", "02_compile", "03_fuse_qkv", "06_float8", "07_tuning"];
+    const drawn = [
+      "00_baseline_fp32",
+      "01_bfloat16",
+      "02_compile",
+      "03_fuse_qkv",
+      "06_float8",
+      "07_tuning",
+      "11_float8_text_encoder",
+    ];
+    assert.match(text, /09_first_block_cache is for FLUX\.1-dev and Kontext/);
     assert.equal(pngs(cells).length, drawn.length);
     const charts = shown(cells, "image/svg+xml");
     assert.equal(charts.length, drawn.length);
