@@ -252,7 +252,7 @@ export function openLibraryAt<const S extends Deno.ForeignLibraryInterface>(
     return opened(name, path, symbols);
   } catch (error) {
     const reason = describe({ path, reason: loaderReason(error) });
-    throw new FfiError(`${name} could not be opened: ${reason}`, { hint });
+    throw new FfiError(`${name} could not be opened: ${reason}`, { hint: `${ASK_DOCTOR}; ${hint}` });
   }
 }
 

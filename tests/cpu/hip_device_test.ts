@@ -62,7 +62,10 @@ hipTest("says what it is and what does its work", () => {
   assert.equal(nativeBfloat16, true);
   assert.equal(providers.matmul, "hipBLASLt 1.0.0");
   assert.equal(providers.convolution, "MIOpen 3.2.0");
-  assert.match(providers.attention, /^AITER was not found \(looked for .*\); pip install amd-aiter$/);
+  assert.match(
+    providers.attention,
+    /^AITER was not found \(looked for .*\); deno task doctor .*; pip install amd-aiter$/,
+  );
   assert.match(providers.other, /compiled by hipRTC 9\.0 for gfx950/);
   assert.match(providers.driver, /^HIP 6\.2\.41133, /);
   const environment = device.environment();
@@ -225,7 +228,7 @@ hipTest(
     assert.throws(() => device.attention({ ...plan, library: "aiter" }), {
       name: "LibraryNotFoundError",
       message: /^AITER was not found \(looked for aiter_meta\/hsa\/gfx950\/fmha_v3_fwd\/fmha_fwd\.csv\)/,
-      hint: "pip install amd-aiter",
+      hint: /^deno task doctor .*; pip install amd-aiter$/,
     });
     await assert.rejects(device.openProfiler(), { message: /kernels in traces are for NVIDIA GPUs so far/ });
   },

@@ -230,7 +230,7 @@ Deno.test("openLibraryAt opens one path, or says why it does not", () => {
   assert.throws(
     () => openLibraryAt("Nothing", "/no/such/lib.so", GETPID, "install it"),
     (error: unknown) =>
-      error instanceof FfiError && error.hint === "install it" &&
+      error instanceof FfiError && error.hint === `${DOCTOR}; install it` &&
       /^Nothing could not be opened: \/no\/such\/lib\.so: cannot open/.test(error.message),
   );
 });
