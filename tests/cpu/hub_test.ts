@@ -184,10 +184,10 @@ hubTest("goes on where an earlier run was stopped", async ({ hub, get, repositor
     range,
   ) => Number(range.match(/bytes=(\d+)-/)![1]));
   // One that had arrived to its end is only looked through.
-  assert.ok(
-    starts.length > 0 && starts.every((start) => partials.includes(start)),
-    "not gone on from what had arrived",
-  );
+  const whole = new Set(tree(MODEL).map((path) => Deno.statSync(join(MODEL, path)).size));
+  const cut = partials.filter((size) => !whole.has(size));
+  assert.ok(starts.length >= cut.length, "not gone on from what had arrived");
+  assert.ok(starts.every((start) => partials.includes(start)), `${starts}: not among ${partials}`);
   const sent = hub.asked.slice(before).filter(({ server, range }) =>
     server === "store" && range === null
   ).length;
