@@ -15,7 +15,8 @@ import { hubHosts } from "./base/hub_hosts.ts";
 const NAME = "watch";
 const ROOT = fileURLToPath(new URL("..", import.meta.url));
 
-const HELP = `Usage: deno task watch <recipe.ts> [flags of deno task generate]
+const HELP =
+  `Usage: deno task watch <recipe.ts> [flags of deno task generate: --device, --ckpt, --random-weights, --prompt, --output-file, ...]
 
 Draws a picture with the recipe, and again whenever something changes:
   a kernel (kernels/*.cu, *.cuh)  is compiled anew, and the model stays loaded; needs a GPU

@@ -132,7 +132,7 @@ Deno.test({
   fn: () => {
     const text = '#line 7 "mine.cu"\nextern "C" __global__ void k(float* p) { p[0] = nonsense; }';
     assert.throws(() => (hiprtc as Hiprtc).compile({ name: "mine.cu", text }, "gfx90a"), {
-      name: "FfiError",
+      name: "CompileError",
       message:
         /^mine\.cu does not compile for gfx90a: \S*mine\.cu:7:\d+: error: use of undeclared identifier/,
     });
