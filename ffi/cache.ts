@@ -1,5 +1,6 @@
 import { createHash } from "node:crypto";
 import { join } from "node:path";
+import { concatBytes } from "./concat_bytes.ts";
 import { messageOf } from "./errors.ts";
 import { writeFileAtomicSync } from "./files.ts";
 
@@ -30,7 +31,7 @@ export class DiskCache {
     if (this.#unusable) return content;
     try {
       Deno.mkdirSync(this.folder, { recursive: true });
-      writeFileAtomicSync(path, concatenated(digestOf(content), content));
+      writeFileAtomicSync(path, concatBytes([digestOf(content), content]));
     } catch (error) {
       this.#giveUp("written", error);
     }
@@ -67,11 +68,4 @@ function nameOf(parts: readonly string[]): string {
 
 function digestOf(bytes: Uint8Array): Uint8Array {
   return createHash("sha256").update(bytes).digest();
-}
-
-function concatenated(head: Uint8Array, tail: Uint8Array): Uint8Array {
-  const all = new Uint8Array(head.length + tail.length);
-  all.set(head);
-  all.set(tail, head.length);
-  return all;
 }

@@ -1,13 +1,10 @@
-import { Tensor } from "../ffi/tensor.ts";
+import type { Tensor } from "../ffi/tensor.ts";
 import ALL_FINITE_CU from "./all_finite.cu" with { type: "text" };
-import { contiguous } from "./contiguous.ts";
 import { readFloat32 } from "./cpu.ts";
-import { gpuOf, launch, vectorWidth } from "./gpu.ts";
+import { gpuOf } from "./gpu.ts";
+import { partials } from "./partials.ts";
 
 const SOURCE = { name: "all_finite.cu", text: ALL_FINITE_CU };
-const BLOCK = 256;
-/** Blocks for each multiprocessor: enough to read at the memory's rate. */
-const BLOCKS = 4;
 
 /** Whether no element of `x` is an infinity or a NaN. Only a few numbers come to the host. */
 export async function allFinite(x: Tensor): Promise<boolean> {
@@ -28,21 +25,7 @@ export function issueAllFinite(x: Tensor): FiniteAnswer {
     const answer = x.size === 0 || allFiniteReference(readFloat32(x));
     return { read: () => Promise.resolve(answer), [Symbol.dispose]() {} };
   }
-  const partial = gpu.scope(() => {
-    const flat = contiguous(x).reshape([x.size]);
-    const width = vectorWidth(x.size, [flat]);
-    const blocks = Math.min(gpu.limits.multiprocessors * BLOCKS, Math.ceil(x.size / (width * BLOCK)));
-    const out = Tensor.empty(gpu, [blocks], "f32");
-    launch(gpu, SOURCE, {
-      entry: "allFinite",
-      types: { T: x.dtype },
-      constants: { N: width, BLOCK },
-      grid: blocks,
-      block: BLOCK,
-      args: [out, flat, BigInt(x.size / width)],
-    });
-    return out;
-  });
+  const partial = partials(gpu, SOURCE, "allFinite", [x], 1);
   return {
     read: async () => allFiniteReference(new Float32Array((await gpu.download(partial)).buffer)),
     [Symbol.dispose]: () => partial.dispose(),

@@ -222,11 +222,21 @@ function quantizePlan(plan: Plan, rowwise: boolean, chosen: (name: string, weigh
   };
 }
 
-/** The operators that multiply, by quantized weights; for all others those of `ops`. */
-export function float8Products(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
+/** How {@link float8Products} multiplies by quantized weights. */
+interface Products {
+  readonly linear: typeof linearFloat8;
+  readonly linears: typeof linearsFloat8;
+}
+
+/** The operators that multiply, by quantized weights as `products` do; for all others those of `ops`. */
+export function float8Products(
+  ops: Ops,
+  matrices: WeakMap<Tensor, Float8Matrix>,
+  products: Products = { linear: linearFloat8, linears: linearsFloat8 },
+) {
   const linear: Ops["linear"] = (x, weight, ...rest) => {
     const matrix = matrices.get(weight);
-    return matrix === undefined ? ops.linear(x, weight, ...rest) : linearFloat8(x, matrix, ...rest);
+    return matrix === undefined ? ops.linear(x, weight, ...rest) : products.linear(x, matrix, ...rest);
   };
   return {
     linear,
@@ -234,24 +244,28 @@ export function float8Products(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>
       const matrix = matrices.get(weight);
       return matrix === undefined
         ? ops.linearGelu(x, weight, bias, place)
-        : linearFloat8(x, matrix, bias, "geluTanh", place);
+        : products.linear(x, matrix, bias, "geluTanh", place);
     },
     linears(x, layers) {
       const quantized = layers.flatMap(({ weight, bias }) => {
         const matrix = matrices.get(weight);
         return matrix === undefined ? [] : [{ weight: matrix, bias }];
       });
-      if (quantized.length === layers.length) return linearsFloat8(x, quantized);
+      if (quantized.length === layers.length) return products.linears(x, quantized);
       if (quantized.length === 0) return ops.linears(x, layers);
       return layers.map(({ weight, bias }) => linear(x, weight, bias));
     },
   } satisfies Partial<Ops>;
 }
 
+/** Whether only quantized weights, the keys of `matrices`, read what a producer gives. */
+export function readersAreQuantized(matrices: WeakMap<Tensor, unknown>, readers: Readers = []): boolean {
+  return readers.length > 0 && readers.every(({ weight }) => matrices.has(weight));
+}
+
 /** The operators before them, which give E4M3 with a scale for each row where only quantized weights read it. */
 function float8Producers(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
-  const quantized = (readers: Readers = []) =>
-    readers.length > 0 && readers.every(({ weight }) => matrices.has(weight));
+  const quantized = (readers?: Readers) => readersAreQuantized(matrices, readers);
   return {
     adaLayerNorm: (x, scale, shift, eps, readers) =>
       quantized(readers)

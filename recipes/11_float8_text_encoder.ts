@@ -12,11 +12,10 @@
  *     deno run -A recipes/11_float8_text_encoder.ts --device cuda --ckpt FLUX.1-dev --t5_float8 weights --verbose
  */
 import type { Tensor } from "../ffi/tensor.ts";
-import type { Float8Matrix } from "../kernels/float8_tensor.ts";
 import { linearFloat8Weight } from "../kernels/linear_float8_weight.ts";
+import type { Float8Layer } from "../kernels/linears_float8.ts";
 import { float8Products, matricesOf, quantizeWeights } from "./06_float8.ts";
 import { UsageError } from "./base/errors.ts";
-import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
 /** What is in float8: T5's weights, or also what they are multiplied with. */
@@ -49,7 +48,7 @@ export function float8TextEncoder(mode: TextEncoderFloat8 = "weights"): Recipe {
       }
       const quantized = quantizeWeights(device, weights.text_encoder_2, true, isQuantized);
       const matrices = matricesOf(quantized, true);
-      const products = mode === "dynamic" ? float8Products(ops, matrices) : wideProducts(ops, matrices);
+      const products = float8Products(ops, matrices, mode === "dynamic" ? undefined : WIDE_PRODUCTS);
       return {
         ...plan,
         weights: { ...weights, text_encoder_2: quantized },
@@ -63,27 +62,11 @@ function isQuantized(name: string, { shape }: Tensor): boolean {
   return LINEAR.test(name) && shape.every((size) => size % MULTIPLE === 0);
 }
 
-/** The operators that multiply, by quantized weights in the dtype of the other factor; for all others those of `ops`. */
-function wideProducts(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
-  const linear: Ops["linear"] = (x, weight, bias, activation, place) => {
-    const matrix = matrices.get(weight);
-    return matrix === undefined
-      ? ops.linear(x, weight, bias, activation, place)
-      : linearFloat8Weight(x, matrix, bias, activation, place);
-  };
-  return {
-    linear,
-    linearGelu(x, weight, bias, place) {
-      const matrix = matrices.get(weight);
-      return matrix === undefined
-        ? ops.linearGelu(x, weight, bias, place)
-        : linearFloat8Weight(x, matrix, bias, "geluTanh", place);
-    },
-    linears: (x, layers) =>
-      layers.some(({ weight }) => matrices.has(weight))
-        ? layers.map(({ weight, bias }) => linear(x, weight, bias))
-        : ops.linears(x, layers),
-  } satisfies Partial<Ops>;
-}
+/** Products in the dtype of the other factor: the wide weight of each is made anew. */
+const WIDE_PRODUCTS = {
+  linear: linearFloat8Weight,
+  linears: (x: Tensor, layers: readonly Float8Layer[]) =>
+    layers.map(({ weight, bias }) => linearFloat8Weight(x, weight, bias)),
+};
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(float8TextEncoder().name));

@@ -32,7 +32,7 @@ import { type LayerBound, layerBound, renewLayerBound } from "../kernels/output_
 import { rotaryPairs } from "../kernels/rotary_pairs.ts";
 import { runFastest } from "../kernels/run_fastest.ts";
 import { ownAttention } from "./05_flash_attention.ts";
-import { isQuantizedByRows, quantizeRest } from "./06_float8.ts";
+import { isQuantizedByRows, quantizeRest, readersAreQuantized } from "./06_float8.ts";
 import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 import { scaleName, type Weights } from "./base/weights.ts";
@@ -132,8 +132,7 @@ function renewing(
 
 /** The norms that quantized layers read, with the lengths of their rows. */
 function measuringNorms(ops: Ops, scales: WeakMap<Tensor, Tensor>) {
-  const quantized = (readers: Readers = []) =>
-    readers.length > 0 && readers.every(({ weight }) => scales.has(weight));
+  const quantized = (readers?: Readers) => readersAreQuantized(scales, readers);
   return {
     adaLayerNorm: (x, scale, shift, eps, readers) =>
       quantized(readers)

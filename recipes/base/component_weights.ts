@@ -1,4 +1,5 @@
 /** The weights of one part of a model as its files have them. */
+import { concatBytes } from "../../ffi/concat_bytes.ts";
 import { elementCount } from "../../ffi/tensor.ts";
 import { ModelError } from "./errors.ts";
 import {
@@ -176,14 +177,7 @@ function rowsOf(
 ): Uint8Array<ArrayBuffer> {
   const row = bytes.length / count;
   const parts = ranges.map(([first, count]) => bytes.subarray(first * row, (first + count) * row));
-  if (parts.length === 1) return parts[0];
-  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let at = 0;
-  for (const part of parts) {
-    whole.set(part, at);
-    at += part.length;
-  }
-  return whole;
+  return parts.length === 1 ? parts[0] : concatBytes(parts);
 }
 
 export const WRONG_MODEL = "the folder is incomplete or of another model: download it again";

@@ -5,7 +5,7 @@
  * their hashes; `snapshots/<commit>/` with links to them by their names; and `refs/<branch>`, which says what commit a
  * branch was at. So Python finds what was downloaded here, and the other way round.
  */
-import { statfsSync } from "node:fs";
+import { existsSync, statfsSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import { writeError, writeFileAtomic } from "../../ffi/files.ts";
 import { gigabytes } from "./command_line.ts";
@@ -88,7 +88,7 @@ function cachedSnapshot(repository: string, revision: string): string | undefine
   const commit = isCommit(revision) ? revision : readRef(join(repository, "refs", revision));
   if (commit === undefined || !isCommit(commit)) return undefined;
   const folder = join(repository, "snapshots", commit);
-  return exists(folder) ? folder : undefined;
+  return existsSync(folder) ? folder : undefined;
 }
 
 function readRef(path: string): string | undefined {
@@ -100,7 +100,7 @@ function readRef(path: string): string | undefined {
 }
 
 function isComplete(folder: string, wanted: Wanted): boolean {
-  const list: FileList = { has: (path) => exists(join(folder, path)) };
+  const list: FileList = { has: (path) => existsSync(join(folder, path)) };
   if (smallFiles(list, wanted).missing.length > 0) return false;
   const readIndex = (path: string) => Deno.readTextFileSync(join(folder, path));
   return weightFiles(list, wanted, readIndex).missing.length === 0;
@@ -119,7 +119,7 @@ async function download(
   const snapshot = join(repository, "snapshots", commit);
   let [doneBytes, totalBytes, keptBytes] = [0, 0, 0];
   const bring = async (paths: readonly string[]) => {
-    const missing = paths.filter((path) => !exists(join(snapshot, path))).map((path) => files.get(path)!);
+    const missing = paths.filter((path) => !existsSync(join(snapshot, path))).map((path) => files.get(path)!);
     totalBytes += missing.reduce((sum, { size }) => sum + size, 0);
     checkRoom(request, repository, missing);
     const report = (bytes: number, kept = false) => {
@@ -280,13 +280,4 @@ function checkRoom(
 
 function isCommit(text: string): boolean {
   return /^[0-9a-f]{40}$/.test(text);
-}
-
-function exists(path: string): boolean {
-  try {
-    Deno.statSync(path);
-    return true;
-  } catch {
-    return false;
-  }
 }

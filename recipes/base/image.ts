@@ -6,6 +6,7 @@
  */
 
 import { crc32 } from "node:zlib";
+import { concatBytes } from "../../ffi/concat_bytes.ts";
 import { FileError, UsageError } from "./errors.ts";
 
 const SIGNATURE = Uint8Array.of(0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a);
@@ -48,7 +49,7 @@ export async function encodePng(
     raw
   );
   const [header, ...rest] = chunks; // IHDR must come first
-  return concat([SIGNATURE, header, ...text, ...rest]);
+  return concatBytes([SIGNATURE, header, ...text, ...rest]);
 }
 
 /**
@@ -134,10 +135,10 @@ function textChunk(keyword: string, value: string): Uint8Array {
   }
   const text = value.toWellFormed().replaceAll("\0", "\ufffd");
   if (/^[\t\n\x20-\x7e\xa0-\xff]*$/.test(text)) {
-    return chunk("tEXt", concat([latin1(keyword), Uint8Array.of(0), latin1(text)]));
+    return chunk("tEXt", concatBytes([latin1(keyword), Uint8Array.of(0), latin1(text)]));
   }
   // Not compressed, method 0, no language, no translated keyword.
-  return chunk("iTXt", concat([latin1(keyword), new Uint8Array(5), new TextEncoder().encode(text)]));
+  return chunk("iTXt", concatBytes([latin1(keyword), new Uint8Array(5), new TextEncoder().encode(text)]));
 }
 
 function chunk(type: string, data: Uint8Array): Uint8Array {
@@ -186,14 +187,4 @@ function fromLatin1(bytes: Uint8Array): string {
   let text = "";
   for (const byte of bytes) text += String.fromCharCode(byte);
   return text;
-}
-
-function concat(parts: Uint8Array[]): Uint8Array<ArrayBuffer> {
-  const whole = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
-  let offset = 0;
-  for (const part of parts) {
-    whole.set(part, offset);
-    offset += part.length;
-  }
-  return whole;
 }

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { z } from "zod";
@@ -375,18 +376,9 @@ Deno.test("readJson: a byte order mark is no error; pipes, other encodings and b
 const DATA = Deno.env.get("FLUX_TEST_DATA") ??
   fileURLToPath(new URL("../../../shared/data", import.meta.url));
 const SCHNELL = join(DATA, "FLUX.1-schnell");
-const hasSchnell = exists(join(SCHNELL, "model_index.json"));
+const hasSchnell = existsSync(join(SCHNELL, "model_index.json"));
 if (!hasSchnell) {
   console.warn(`skipped: no FLUX.1-schnell under ${DATA} (set FLUX_TEST_DATA to a folder that has it)`);
-}
-
-function exists(path: string): boolean {
-  try {
-    Deno.statSync(path);
-    return true;
-  } catch {
-    return false;
-  }
 }
 
 Deno.test({

@@ -4,6 +4,7 @@
  */
 
 import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import fc from "fast-check";
@@ -18,15 +19,6 @@ const DATA = Deno.env.get("FLUX_TEST_DATA") ??
   fileURLToPath(new URL("../../../shared/data", import.meta.url));
 const REAL = join(DATA, "FLUX.1-schnell");
 const OWN = join(GOLDEN, "schnell-like");
-
-function exists(path: string): boolean {
-  try {
-    Deno.statSync(path);
-    return true;
-  } catch {
-    return false; // not there, or not ours to read
-  }
-}
 
 interface Golden {
   max_length: number;
@@ -64,7 +56,7 @@ for (const [which, folder, needed] of [["own", OWN, "golden models"], ["real", R
   const cases = [["clip", "tokenizer", loadClipTokenizer], ["t5", "tokenizer_2", loadT5Tokenizer]] as const;
   for (const [kind, subfolder, load] of cases) {
     const missing = [join(folder, subfolder), join(GOLDEN, "tokenizers", `${which}.${kind}.json`)]
-      .filter((path) => !exists(path));
+      .filter((path) => !existsSync(path));
     const note = missing.length === 0 ? "" : ` (skipped: ${needed} not found at ${missing.join(", ")})`;
     Deno.test({
       name: `${kind} tokenizer, ${which} vocabulary: transformers' ids for 500 strings${note}`,

@@ -2,6 +2,7 @@
  * HIP's own headers, to hold our constants against: Debian's, which are of ROCm 5.2, and newer ones where there are some: in
  * /opt/rocm, or in the Python package `triton`, which carries them for its own launcher.
  */
+import { existsSync } from "node:fs";
 import { packagePlaces, readEnv } from "../../ffi/library.ts";
 import { compileC, missingHeaders } from "./cuda_headers.ts";
 
@@ -18,7 +19,7 @@ export interface HipHeaders {
 export async function debiansHeaders(): Promise<HipHeaders> {
   const compiler = await missingHeaders("stddef.h");
   const missing = compiler ??
-    (exists(`${DEBIANS}/${RUNTIME}`) ? undefined : "no HIP headers; apt-get install libamdhip64-dev");
+    (existsSync(`${DEBIANS}/${RUNTIME}`) ? undefined : "no HIP headers; apt-get install libamdhip64-dev");
   return { folder: DEBIANS, missing };
 }
 
@@ -29,7 +30,7 @@ export async function newerHeaders(header = RUNTIME): Promise<HipHeaders> {
     paths
   );
   const folder = [...inPackages, ...(list("/opt") ?? []).map((name) => `/opt/${name}/include`)]
-    .find((path) => exists(`${path}/${RUNTIME}`) && exists(`${path}/${header}`));
+    .find((path) => existsSync(`${path}/${RUNTIME}`) && existsSync(`${path}/${header}`));
   const advice = header === RUNTIME
     ? "no headers of ROCm 6 or newer; pip install triton has some"
     : `no ${header} of ROCm 6 or newer`;
@@ -104,15 +105,6 @@ const SIZES: Readonly<Record<string, number>> = {
   buffer: 8,
   pointer: 8,
 };
-
-function exists(path: string): boolean {
-  try {
-    Deno.statSync(path);
-    return true;
-  } catch {
-    return false;
-  }
-}
 
 function list(folder: string): string[] | undefined {
   try {
