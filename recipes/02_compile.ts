@@ -32,7 +32,7 @@ export const compile: Recipe = {
   devices: ["cpu", "cuda", "hip"],
   apply: (plan: Plan) => ({
     ...plan,
-    ...(isGpu(plan.device) && recorded(graphExecute(plan.device))),
+    ...(isGpu(plan.device) && graphExecute(plan.device)),
     ops: {
       ...plan.ops,
       adaLayerNorm: adaLayerNormFused,
@@ -45,9 +45,5 @@ export const compile: Recipe = {
     },
   }),
 };
-
-function recorded(execute: ReturnType<typeof graphExecute>): Pick<Plan, "execute" | "forget"> {
-  return { execute, forget: execute.forget };
-}
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(compile.name));

@@ -258,8 +258,8 @@ export function float8Products(
   } satisfies Partial<Ops>;
 }
 
-/** Whether only quantized weights, the keys of `matrices`, read what a producer gives. */
-export function readersAreQuantized(matrices: WeakMap<Tensor, unknown>, readers: Readers = []): boolean {
+/** Whether only quantized weights read what a producer gives. */
+export function readersAreQuantized(matrices: WeakMap<Tensor, Float8Matrix>, readers: Readers = []): boolean {
   return readers.length > 0 && readers.every(({ weight }) => matrices.has(weight));
 }
 

@@ -20,16 +20,16 @@ import { basename, dirname, join } from "node:path";
 import type { Device } from "../ffi/device.ts";
 import { FileError, OutOfMemoryError } from "../ffi/errors.ts";
 import { type GpuDevice, isGpu } from "../ffi/gpu.ts";
-import { resolveModelFolder } from "./base/checkpoint.ts";
 import { EMBEDDED_MODEL, gigabytes, interruptibly, Progress } from "./base/command_line.ts";
 import { FluxError, UsageError } from "./base/errors.ts";
 import { identityOf } from "./base/identity.ts";
 import type { ModelChoice } from "./base/loading.ts";
+import type { Loras } from "./base/lora.ts";
 import { Model } from "./base/model.ts";
-import { modelName } from "./base/model_parts.ts";
+import { modelFolder, modelName } from "./base/model_parts.ts";
 import { type Origin, Package, writePackage } from "./base/package.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
-import { fileModelName, type PartFiles } from "./base/single_file.ts";
+import type { PartFiles } from "./base/single_file.ts";
 
 /** Leaves the plan as it is: {@link ExportedModel} is about where a plan's weights come from. */
 export const exporting: Recipe = {
@@ -99,21 +99,17 @@ export class ExportedModel {
     private readonly device: GpuDevice,
     private readonly note: (message: string) => void,
   ) {
-    this.#folder = resolveModelFolder(
-      flags.ckpt ?? EMBEDDED_MODEL,
-      flags.transformer === undefined ? "model_index.json" : "text_encoder",
-    );
     this.#random = flags.randomWeights === true;
     this.#files = { transformer: flags.transformer, vae: flags.vae };
+    this.#folder = modelFolder(flags.ckpt ?? EMBEDDED_MODEL, this.#files);
     this.#origin = {
       environment: device.environment(),
       // Before the weights are read: a file that changes meanwhile makes a package that is not used.
       checkpoint: identityOf(this.#folder, this.#random, this.#files),
       recipes: Object.fromEntries(recipes.map(({ name, options }) => [name, optionsText(options)])),
     };
-    const model = `${this.#random ? "random " : ""}${
-      flags.transformer === undefined ? modelName(this.#folder) : fileModelName(flags.transformer)
-    }`.replaceAll(/[^\w.-]+/g, "-");
+    const model = `${this.#random ? "random " : ""}${modelName(this.#folder, this.#files)}`
+      .replaceAll(/[^\w.-]+/g, "-");
     const keys = [[
       this.#folder,
       this.#random,
@@ -153,10 +149,12 @@ export class ExportedModel {
   /**
    * Writes the package of a plan that has drawn a picture, unless it came from one.
    *
+   * @param loras what was merged for the pictures; it is taken off before, since the package is the model's.
    * @throws FileError where it was asked for and cannot be written; UsageError on Ctrl-C. Nothing is left behind then.
    */
-  async write({ weights }: Plan): Promise<void> {
+  async write({ weights }: Plan, loras?: Loras): Promise<void> {
     if (this.#loaded || (!this.asked && this.#anyPackage())) return;
+    await loras?.merge([]);
     let bar: Progress | undefined;
     const onBytes = (written: number, total: number) => {
       bar ??= new Progress("exporting", total, "bytes");

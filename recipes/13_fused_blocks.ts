@@ -26,13 +26,14 @@ import {
   singleBlockFused,
   singleBlockFusedTakes,
 } from "../kernels/fused_blocks.ts";
+import type { Float8Matrix } from "../kernels/float8_tensor.ts";
 import { gatedAdaLayerNormFloat8 } from "../kernels/gated_ada_layer_norm.ts";
 import type { Readers } from "../kernels/linears.ts";
 import { type LayerBound, layerBound, renewLayerBound } from "../kernels/output_scales.ts";
 import { rotaryPairs } from "../kernels/rotary_pairs.ts";
 import { runFastest } from "../kernels/run_fastest.ts";
 import { ownAttention } from "./05_flash_attention.ts";
-import { isQuantizedByRows, quantizeRest, readersAreQuantized } from "./06_float8.ts";
+import { isQuantizedByRows, matricesOf, quantizeRest, readersAreQuantized } from "./06_float8.ts";
 import type { Ops } from "./base/ops.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 import { scaleName, type Weights } from "./base/weights.ts";
@@ -49,25 +50,24 @@ export const fusedBlocks: Recipe = {
     const quantized = isQuantizedByRows(given);
     const plan = quantized ? quantizeRest(given) : given;
     const { ops } = plan;
-    const scales = scalesOf(plan.weights.transformer);
+    const matrices = matricesOf(plan.weights.transformer, true);
     const bounds = boundsOf(
       plan.weights.transformer,
-      (weight, bias) =>
-        layerBound(device, { values: weight, scales: scales.get(weight)!, rowwise: true }, bias),
+      (weight, bias) => layerBound(device, matrices.get(weight)!, bias),
     );
     const weights: FusedWeights = {
       attention,
-      scalesOf: (weight) => scales.get(weight),
+      scalesOf: (weight) => matrices.get(weight)?.scales,
       boundOf: (weight) => bounds.get(weight)!,
     };
     const numbers = `${quantized ? "float8" : "bf16"} and attention in ${attention}`;
     const key = (block: string, tokens: readonly Tensor[]) => `${block} in ${numbers}: ${tokens}`;
     return {
       ...plan,
-      weights: { ...plan.weights, transformer: renewing(device, plan.weights.transformer, scales, bounds) },
+      weights: { ...plan.weights, transformer: renewing(device, plan.weights.transformer, matrices, bounds) },
       ops: {
         ...ops,
-        ...(quantized && measuringNorms(ops, scales)),
+        ...(quantized && measuringNorms(ops, matrices)),
         rotaryPairs: (cos, sin) => rotaryPairs(device, cos, sin),
         doubleBlock: (streams, turn, table) => {
           const otherwise = () => ops.doubleBlock(streams, turn, table);
@@ -85,12 +85,6 @@ export const fusedBlocks: Recipe = {
     };
   },
 };
-
-/** The scales of quantized weights, by their values. */
-function scalesOf(transformer: Weights): WeakMap<Tensor, Tensor> {
-  const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)));
-  return new WeakMap(quantized.map((name) => [transformer.get(name), transformer.get(scaleName(name))]));
-}
 
 /** The layers whose results are stored in float8 with a scale that is known before: v, and what GELU reads. */
 const BOUNDED =
@@ -111,7 +105,7 @@ function boundsOf(
 function renewing(
   device: GpuDevice,
   transformer: Weights,
-  scales: WeakMap<Tensor, Tensor>,
+  matrices: WeakMap<Tensor, Float8Matrix>,
   bounds: WeakMap<Tensor, LayerBound>,
 ): Weights {
   return {
@@ -124,15 +118,15 @@ function renewing(
         const weight = transformer.get(`${module}.weight`);
         const [bound, bias] = [bounds.get(weight), transformer.get(`${module}.bias`)];
         if (bound === undefined) continue;
-        renewLayerBound(device, { values: weight, scales: scales.get(weight)!, rowwise: true }, bias, bound);
+        renewLayerBound(device, matrices.get(weight)!, bias, bound);
       }
     },
   };
 }
 
 /** The norms that quantized layers read, with the lengths of their rows. */
-function measuringNorms(ops: Ops, scales: WeakMap<Tensor, Tensor>) {
-  const quantized = (readers?: Readers) => readersAreQuantized(scales, readers);
+function measuringNorms(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
+  const quantized = (readers?: Readers) => readersAreQuantized(matrices, readers);
   return {
     adaLayerNorm: (x, scale, shift, eps, readers) =>
       quantized(readers)

@@ -2,7 +2,7 @@
 import { InvalidArgumentError } from "@commander-js/extra-typings";
 import { load } from "js-yaml";
 import { z } from "zod";
-import { userPath } from "./base/command_line.ts";
+import { definedOnly, userPath } from "./base/command_line.ts";
 import { messageOf } from "./base/errors.ts";
 import type { FirstBlockCacheOptions } from "./09_first_block_cache.ts";
 
@@ -49,11 +49,10 @@ export function cacheDitConfig(text: string): FirstBlockCacheOptions {
     );
   }
   const config = "cache_config" in result.data ? result.data.cache_config : result.data;
-  const options = {
+  return definedOnly({
     threshold: config.residual_diff_threshold,
     warmupSteps: config.max_warmup_steps,
     maxCachedSteps: config.max_cached_steps,
     maxContinuousCachedSteps: config.max_continuous_cached_steps,
-  };
-  return Object.fromEntries(Object.entries(options).filter(([, given]) => given !== undefined));
+  });
 }

@@ -181,8 +181,7 @@ export async function generateImage(
   } finally {
     await finished; // whatever became of the next one
   }
-  if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for this picture
-  await exported?.write(plan);
+  await exported?.write(plan, loras);
 }
 
 if (import.meta.main) Deno.exit(await runProgram(NAME, () => generateImage(Deno.args)));

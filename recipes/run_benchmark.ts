@@ -175,8 +175,7 @@ async function benchmark(
   };
   const printed = describe(report);
   printLine(flags.json ? JSON.stringify(report) : printed);
-  if (exported !== undefined) await loras?.merge([]); // the package is the model's, whatever was merged for the pictures
-  await exported?.write(plan);
+  await exported?.write(plan, loras);
   return {
     rung: {
       recipes: plan.recipes,

@@ -20,13 +20,17 @@ export class CheckpointError extends ModelError {
     readonly problems: readonly string[],
     hint: string,
   ) {
-    const shown = problems.slice(0, SHOWN).map((problem) => `\n  ${problem}`).join("");
-    const rest = problems.length > SHOWN ? `\n  and ${problems.length - SHOWN} more` : "";
-    super(`${folder}: ${what}${shown}${rest}`, { hint });
+    super(`${folder}: ${what}${listed(problems, SHOWN)}`, { hint });
   }
 }
 
 const SHOWN = 50;
+
+/** A line for each problem, the first `most` of them, and how many more there are. */
+export function listed(problems: readonly string[], most: number): string {
+  const rest = problems.length > most ? `\n  and ${problems.length - most} more` : "";
+  return problems.slice(0, most).map((problem) => `\n  ${problem}`).join("") + rest;
+}
 
 /** A weight as the model sees it. */
 export interface Weight {

@@ -7,7 +7,7 @@ export function environmentOf(device: Device): Record<string, string> {
   const { description, providers } = device.properties();
   return {
     device: `${device.name} (${description})`,
-    ...Object.fromEntries(Object.entries(providers).map(([what, provider]) => [what, provider])),
+    ...providers,
     ...(isGpu(device) ? device.environment() : {}),
     "flux-recipes": CONFIG.version,
     Deno: `${Deno.version.deno} (V8 ${Deno.version.v8}, TypeScript ${Deno.version.typescript})`,

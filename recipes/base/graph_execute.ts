@@ -29,7 +29,7 @@ type Known = Recording | "eager";
  *
  * Recordings belong to the plan that runs, since another plan has other weights and operators, and go with it.
  */
-export function graphExecute(device: GpuDevice): Execute & { readonly forget: (plan: Plan) => void } {
+export function graphExecute(device: GpuDevice): Required<Pick<Plan, "execute" | "forget">> {
   const plans = new WeakMap<Plan, Map<string, Known>>();
   const forgotten = new FinalizationRegistry<Map<string, Known>>(dropAll);
   const execute: Execute = (plan, part, inputs, body) => {
@@ -53,7 +53,7 @@ export function graphExecute(device: GpuDevice): Execute & { readonly forget: (p
     recordings.set(key, recording ?? recordIfItFits(device, inputs, body) ?? "eager");
     return result;
   };
-  return Object.assign(execute, { forget: (plan: Plan) => dropAll(plans.get(plan) ?? new Map()) });
+  return { execute, forget: (plan) => dropAll(plans.get(plan) ?? new Map()) };
 }
 
 /** Undefined where memory runs out. */

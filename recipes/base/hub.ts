@@ -128,7 +128,7 @@ async function download(
       onProgress?.({ doneBytes, totalBytes, keptBytes });
     };
     await together(missing, request.signal, async (file, signal) => {
-      if (await hasBlob(repository, file)) report(file.size, true);
+      if (blobSize(repository, file.etag) === file.size) report(file.size, true);
       else {
         const { downloadBlob } = await import("./hub_download.ts");
         await downloadBlob(repository, file, commit, { ...request, signal }, report);
@@ -214,11 +214,12 @@ async function together(
   if (results.some(({ status }) => status === "rejected")) throw failed.signal.reason;
 }
 
-async function hasBlob(repository: string, { etag, size }: RemoteFile): Promise<boolean> {
+/** Bytes of a file among the blobs; undefined where it is not there. */
+function blobSize(repository: string, name: string): number | undefined {
   try {
-    return (await Deno.stat(join(repository, "blobs", etag))).size === size;
+    return Deno.statSync(join(repository, "blobs", name)).size;
   } catch {
-    return false;
+    return undefined;
   }
 }
 
@@ -258,15 +259,11 @@ function checkRoom(
   } catch {
     return; // what is wrong with the folder shows when the first file is written
   }
-  const has = (file: string) => {
-    try {
-      return Deno.statSync(join(repository, "blobs", file)).size;
-    } catch {
-      return 0;
-    }
-  };
   const needed = files.reduce(
-    (sum, { etag, size }) => sum + (has(etag) === size ? 0 : Math.max(0, size - has(`${etag}.incomplete`))),
+    (sum, { etag, size }) => {
+      if (blobSize(repository, etag) === size) return sum;
+      return sum + Math.max(0, size - (blobSize(repository, `${etag}.incomplete`) ?? 0));
+    },
     0,
   );
   if (needed <= free) return;

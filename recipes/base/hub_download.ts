@@ -1,7 +1,7 @@
 import { downloadFile } from "@huggingface/hub";
 import { createHash, type Hash } from "node:crypto";
 import { dirname, join } from "node:path";
-import { writeError } from "../../ffi/files.ts";
+import { writeAll, writeError } from "../../ffi/files.ts";
 import { FileError, FluxError, messageOf, ModelError } from "./errors.ts";
 import { delay, hubFetch, type HubRequest, patienceOf, RangeIgnored } from "./hub_client.ts";
 
@@ -82,7 +82,7 @@ async function fill(
         if (done + chunk.length > file.size) {
           throw new Error(`more bytes than the ${file.size} that were announced`);
         }
-        const written = writeWhole(target, chunk); // on another thread, meanwhile
+        const written = writeAll(target, chunk); // on another thread, meanwhile
         hash.update(chunk);
         await written;
         done += chunk.length;
@@ -178,10 +178,6 @@ async function* rest(
     stalled.abort();
     await reader.cancel().catch(() => {}); // of a stream that has failed already
   }
-}
-
-async function writeWhole(target: Deno.FsFile, bytes: Uint8Array): Promise<void> {
-  for (let at = 0; at < bytes.length;) at += await target.write(bytes.subarray(at));
 }
 
 /** The hash so far of what is in the file, which is left at its end; an overlong one begins anew. */

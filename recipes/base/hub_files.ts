@@ -55,7 +55,7 @@ export function smallFiles(
 }
 
 /** A part's weights, in one file or in the shards of an index; undefined where there are none as safetensors. */
-export function weightsIn(
+function weightsIn(
   component: Component,
   { has }: FileList,
 ): { readonly single?: string; readonly index?: string } | undefined {

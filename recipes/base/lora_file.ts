@@ -6,7 +6,7 @@ import { existsSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { z } from "zod";
 import { bfloat16ToFloat32 } from "../../ffi/bfloat16.ts";
-import type { RowRange } from "./component_weights.ts";
+import { listed, type RowRange } from "./component_weights.ts";
 import { ModelError } from "./errors.ts";
 import { type LoraTargets, targetsOf } from "./lora_names.ts";
 import type { Component } from "./plan.ts";
@@ -22,7 +22,6 @@ export interface LoraChange {
   /** Name of `[rows, r]` in the file; `rows` of it are `[out, r]`, all when left out. */
   readonly up: string;
   readonly rows: readonly RowRange[] | undefined;
-  readonly rank: number;
   /** What `up @ down` is multiplied by, beside the scale that a user gives: alpha / r. */
   readonly scale: number;
 }
@@ -126,9 +125,7 @@ function changesOf(file: SafetensorsFile, targets: LoraTargets): LoraChange[] {
     return [];
   });
   if (problems.length > 0) {
-    const shown = problems.slice(0, SHOWN).map((problem) => `\n  ${problem}`).join("");
-    const rest = problems.length > SHOWN ? `\n  and ${problems.length - SHOWN} more` : "";
-    throw new ModelError(`${path} does not fit the model:${shown}${rest}`, {
+    throw new ModelError(`${path} does not fit the model:${listed(problems, SHOWN)}`, {
       hint: "is it a LoRA for this FLUX.1 model?",
     });
   }
@@ -172,7 +169,7 @@ function changesOfLayer(
     problems.push(`${printable(module)} has an alpha of ${alpha}`);
     return [];
   }
-  return place.map(({ component, weight, rows }) => ({ component, weight, down, up, rows, rank, scale }));
+  return place.map(({ component, weight, rows }) => ({ component, weight, down, up, rows, scale }));
 }
 
 /** A number that is a tensor. */

@@ -21,7 +21,7 @@ import type { FlowMatchEulerScheduler } from "./scheduler.ts";
 import type { PartFiles } from "./single_file.ts";
 import { widenStored } from "./stored_float8.ts";
 import type { TextTokenizer } from "./tokenizer.ts";
-import { freeAll, placeWeights, scaleName, type Weights } from "./weights.ts";
+import { freeAll, isScale, placeWeights, scaleName, type Weights } from "./weights.ts";
 
 /** Weights of a part as they were before any recipe: their names and where they come from. */
 type Source = (component: Component, names: readonly string[]) => Promise<Weights>;
@@ -89,30 +89,25 @@ export class Model implements Disposable {
   ): Promise<Model> {
     const parts = readParts(path);
     const shapes = weightShapes(parts.configs);
-    const make = (component: Component, names?: readonly string[]) =>
-      randomPart(device, parts.configs, component, shapes[component], dtype, seed, names);
+    const source = randomSource(device, parts, dtype, seed);
     const weights = pieces === undefined
-      ? Object.fromEntries(COMPONENTS.map((component) => [component, make(component)])) as Record<
-        Component,
-        Weights
-      >
+      ? Object.fromEntries(
+        COMPONENTS.map((
+          component,
+        ) => [component, randomPart(device, parts.configs, component, shapes[component], dtype, seed)]),
+      ) as Record<Component, Weights>
       : await loadInPieces(
         device,
         COMPONENTS.map((component) => ({
           component,
           names: [...shapes[component].keys()],
           bytesOf: (name) => elementCount(shapes[component].get(name)!) * dtypeBytes(dtype),
-          place: (names) => Promise.resolve(make(component, names)),
+          place: (names) => source(component, names),
         })),
         pieces,
       );
     await device.synchronize();
-    return new Model(
-      { ...parts, name: withRandom(parts.name) },
-      weights,
-      [],
-      (component, names) => Promise.resolve(make(component, names)),
-    );
+    return new Model({ ...parts, name: withRandom(parts.name) }, weights, [], source);
   }
 
   /**
@@ -137,9 +132,14 @@ export class Model implements Disposable {
         return new Model({ ...parts, name: withRandom(parts.name) }, weights, [], source);
       }
       const opened: ComponentWeights[] = [];
+      const byPart = new Map<Component, ComponentWeights>(); // opened when it is first asked for
       return new Model(parts, weights, opened, (component, names) => {
-        const checkpoint = openPart(parts.folder, files, parts.configs, component);
-        opened.push(checkpoint);
+        let checkpoint = byPart.get(component);
+        if (checkpoint === undefined) {
+          checkpoint = openPart(parts.folder, files, parts.configs, component);
+          byPart.set(component, checkpoint);
+          opened.push(checkpoint);
+        }
         return placeSome(device, checkpoint, names, dtype);
       });
     } catch (error) {
@@ -281,11 +281,6 @@ function randomSource(device: Device, { configs }: ModelParts, dtype: DType, see
   const shapes = weightShapes(configs);
   return (component, names) =>
     Promise.resolve(randomPart(device, configs, component, shapes[component], dtype, seed, names));
-}
-
-/** Whether a name is that of a weight's scales. */
-function isScale(shapes: ReadonlyMap<string, unknown>, name: string): boolean {
-  return name.endsWith(scaleName("")) && shapes.has(name.slice(0, -scaleName("").length));
 }
 
 function withRandom(name: string): string {

@@ -98,9 +98,8 @@ export function withScales(shapes: WeightShapes, checkpoint: ComponentWeights): 
 
 /** Configs, schedule and tokenizers of a model folder, checked against each other. */
 export function readParts(path: string, files: PartFiles = {}): ModelParts {
-  // Beside a transformer's file the folder is there for text encoders and tokenizers, and may have nothing else.
+  const folder = modelFolder(path, files);
   const alone = files.transformer === undefined;
-  const folder = resolveModelFolder(path, alone ? "model_index.json" : "text_encoder");
   const has = (file: string) => alone || existsSync(join(folder, file));
   const kontext = has("model_index.json") && isKontext(folder);
   const ofFolder = has("transformer/config.json")
@@ -129,7 +128,7 @@ export function readParts(path: string, files: PartFiles = {}): ModelParts {
   const clipTokenizer = loadClipTokenizer(folder, "tokenizer");
   const t5Tokenizer = loadT5Tokenizer(folder, "tokenizer_2");
   checkFit(folder, configs, clipTokenizer, t5Tokenizer);
-  const name = files.transformer === undefined ? modelName(folder) : fileModelName(files.transformer);
+  const name = modelName(folder, files);
   return { name, folder, configs, scheduler, clipTokenizer, t5Tokenizer, kontext };
 }
 
@@ -159,8 +158,18 @@ export function weightShapes(
 /** Weights that published checkpoints carry beside those that are read: a second name of T5's table, buffers. */
 export const EXPECTED_LEFTOVERS = /(^|\.)(position_ids|embed_tokens\.weight|shared\.weight)$/;
 
-/** The folder's own name; for a snapshot of the Hugging Face cache the repository's. */
-export function modelName(folder: string): string {
+/**
+ * The folder of a model. Beside a transformer's file it is there for text encoders and tokenizers, and may have nothing else.
+ *
+ * @throws ModelError where it is none.
+ */
+export function modelFolder(path: string, { transformer }: PartFiles = {}): string {
+  return resolveModelFolder(path, transformer === undefined ? "model_index.json" : "text_encoder");
+}
+
+/** The folder's own name; for a snapshot of the Hugging Face cache the repository's; that of a transformer's file before it. */
+export function modelName(folder: string, { transformer }: PartFiles = {}): string {
+  if (transformer !== undefined) return fileModelName(transformer);
   const repository = folder.match(/models--([^/]+)--([^/]+)\/snapshots\//);
   return repository ? `${repository[1]}/${repository[2]}` : folder.split("/").at(-1) ?? folder;
 }

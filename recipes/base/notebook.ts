@@ -2,7 +2,6 @@
  * What notebooks of Deno's Jupyter kernel need beside tensors, which show themselves: pictures, drawings, progress bars.
  * A value that has a `Jupyter.display` method shows itself as the last one of a cell, or by `Deno.jupyter.display(value)`.
  */
-import { Buffer } from "node:buffer";
 import { JUPYTER_DISPLAY } from "../../ffi/tensor_display.ts";
 import { UsageError } from "./errors.ts";
 import { encodePng } from "./image.ts";
@@ -72,7 +71,7 @@ export function showSvg(svg: string): Displayable {
 }
 
 async function pngOf({ rgb, width, height }: Picture): Promise<string> {
-  return Buffer.from(await encodePng(rgb, width, height)).toString("base64");
+  return (await encodePng(rgb, width, height)).toBase64();
 }
 
 /** What a notebook shows in one place, each time instead of what it has shown there before. */

@@ -6,7 +6,7 @@ import { cast } from "../../kernels/cast.ts";
 import { copyInto } from "../../kernels/copy_into.ts";
 import { dequantize } from "../../kernels/dequantize_float8.ts";
 import { ModelError } from "./errors.ts";
-import { scaleName, type Weights, weightsFrom } from "./weights.ts";
+import { isScale, scaleName, type Weights, weightsFrom } from "./weights.ts";
 
 /**
  * Weights that a checkpoint has in float8 as the numbers that they stand for; all others as they are. The scales, one or
@@ -18,7 +18,7 @@ import { scaleName, type Weights, weightsFrom } from "./weights.ts";
 export function widenStored(device: Device, weights: Weights, dtype: DType): Weights {
   const own = new Map<string, Tensor>();
   for (const name of weights.names) {
-    if (weights.has(name.replace(/_scale$/, "")) && name.endsWith(scaleName(""))) continue;
+    if (isScale(weights, name)) continue;
     const weight = weights.get(name);
     const scale = weights.has(scaleName(name)) ? weights.get(scaleName(name)) : undefined;
     if (weight.dtype !== "f8e4m3" && weight.dtype !== "f8e5m2" && scale === undefined) {

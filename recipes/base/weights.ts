@@ -143,6 +143,12 @@ export function scaleName(weight: string): string {
   return `${weight}_scale`;
 }
 
+/** Whether a name is that of the scales of one of these weights. */
+export function isScale(weights: { has(name: string): boolean }, name: string): boolean {
+  const suffix = scaleName("");
+  return name.endsWith(suffix) && weights.has(name.slice(0, -suffix.length));
+}
+
 /** Whether a weight is quantized, or is the scales of one that is. */
 function isQuantized(weights: Weights, name: string): boolean {
   return weights.has(scaleName(name)) || name.endsWith(scaleName(".weight"));

@@ -4,7 +4,7 @@ import type { GpuDevice } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { add } from "../../kernels/add.ts";
 import { graphExecute } from "../../recipes/base/graph_execute.ts";
-import { eagerPlan, type Execute } from "../../recipes/base/plan.ts";
+import { eagerPlan } from "../../recipes/base/plan.ts";
 import { weightsFrom } from "../../recipes/base/weights.ts";
 import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { valuesOf } from "../support/golden.ts";
@@ -15,7 +15,7 @@ const KIB = 1024;
 
 /** Doubles as many kilobytes of numbers as a part of its own; counts how often the body ran. */
 function doubling(device: GpuDevice) {
-  const execute: Execute = graphExecute(device);
+  const { execute } = graphExecute(device);
   const weights = weightsFrom(new Map());
   const all = { text_encoder: weights, text_encoder_2: weights, transformer: weights, vae: weights };
   const plan = eagerPlan(device, all);
