@@ -7,7 +7,7 @@
 import type { DiskCache } from "./cache.ts";
 import { CompileError, FfiError } from "./errors.ts";
 import type { KernelSource } from "./gpu.ts";
-import { type OpenedLibrary, openLibrary, type OpenOptions } from "./library.ts";
+import { type OpenedLibrary, openLibrary, type OpenOptions, textAt } from "./library.ts";
 
 /** The C functions of a compiler; what it makes is asked for by `prefix` + Get + `code`. */
 function functionsOf(prefix: string, code: string) {
@@ -138,8 +138,7 @@ export abstract class RuntimeCompiler implements Disposable {
 
   #check(status: number, call: string, what = "", why = "", hint?: string): void {
     if (status === 0) return;
-    const pointer = this.#library.symbols.getErrorString(status);
-    const name = pointer === null ? "no text" : new Deno.UnsafePointerView(pointer).getCString();
+    const name = textAt(this.#library.symbols.getErrorString(status)) ?? "no text";
     throw new FfiError(
       `${this.#names.prefix}${call}${what} failed: ${name} (${status})${why}`,
       hint === undefined ? {} : { hint },

@@ -1,6 +1,6 @@
 import { OutOfMemoryError } from "./errors.ts";
 import type { GpuRuntime } from "./gpu_runtime.ts";
-import { ALIGNMENT } from "./gpu_segment.ts";
+import { ALIGNMENT, mapMemory } from "./gpu_segment.ts";
 
 /** Host memory is locked by so many bytes at a time: each call takes a while, and locked memory is everybody's loss. */
 const SLAB_BYTES = 64 * 2 ** 20;
@@ -84,18 +84,7 @@ export class DepositSegment implements Disposable {
   bring(): boolean {
     if (this.#mapped > 0 || this.#end === 0) return true;
     const bytes = this.#rounded(this.#end);
-    let memory: bigint;
-    try {
-      memory = this.#driver.memCreate(bytes);
-    } catch (error) {
-      if (error instanceof OutOfMemoryError) return false;
-      throw error;
-    }
-    try {
-      this.#driver.memMap(this.#base, bytes, memory);
-    } finally {
-      this.#driver.memRelease(memory); // the mapping keeps it
-    }
+    if (!mapMemory(this.#driver, this.#base, bytes)) return false;
     this.#mapped = bytes;
     this.#driver.memSetAccess(this.#base, bytes);
     for (const { host, offset, used } of this.#slabs) {

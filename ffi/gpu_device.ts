@@ -520,13 +520,18 @@ function writeDim3(
   }
 }
 
-/** A library's version, or why it does not open: in one line, without the list of places. */
+/** What is wrong and what to do, without the list of places. */
+export function inOneLine(error: FfiError): string {
+  return `${briefly(error)}${error.hint === undefined ? "" : `; ${error.hint}`}`;
+}
+
+/** A library's version, or why it does not open, in one line. */
 export function versionOr(version: () => string): string {
   try {
     return version();
   } catch (error) {
     if (!(error instanceof FfiError)) throw error;
-    return `${briefly(error)}${error.hint === undefined ? "" : `; ${error.hint}`}`;
+    return inOneLine(error);
   }
 }
 

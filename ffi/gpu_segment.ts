@@ -96,17 +96,7 @@ export class Segment implements Disposable {
   #grow(bytes: number): boolean {
     if (this.#mapped + bytes > this.#addresses) return false;
     const address = this.pointer(this.#mapped);
-    try {
-      const memory = this.#driver.memCreate(bytes);
-      try {
-        this.#driver.memMap(address, bytes, memory);
-      } finally {
-        this.#driver.memRelease(memory); // the mapping keeps it
-      }
-    } catch (error) {
-      if (error instanceof OutOfMemoryError) return false;
-      throw error;
-    }
+    if (!mapMemory(this.#driver, address, bytes)) return false;
     this.#chunks.push(bytes);
     this.#mapped += bytes;
     this.#driver.memSetAccess(address, bytes);
@@ -115,5 +105,21 @@ export class Segment implements Disposable {
 
   #rounded(bytes: number): number {
     return Math.ceil(bytes / this.#granularity) * this.#granularity;
+  }
+}
+
+/** Puts new memory behind addresses; false where the GPU has not enough. Access to it is still to be given. */
+export function mapMemory(driver: GpuRuntime, address: bigint, bytes: number): boolean {
+  try {
+    const memory = driver.memCreate(bytes);
+    try {
+      driver.memMap(address, bytes, memory);
+    } finally {
+      driver.memRelease(memory); // the mapping keeps it
+    }
+    return true;
+  } catch (error) {
+    if (error instanceof OutOfMemoryError) return false;
+    throw error;
   }
 }

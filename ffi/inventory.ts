@@ -104,10 +104,7 @@ const PROBES: readonly Probe[] = [
     },
     // nvrtcResult nvrtcVersion(int *major, int *minor)
     { nvrtcVersion: { parameters: ["buffer", "buffer"], result: "i32" } },
-    (nvrtc) => {
-      const [major, minor] = [new Int32Array(1), new Int32Array(1)];
-      return nvrtc.nvrtcVersion(major, minor) === 0 ? `${major[0]}.${minor[0]}` : undefined;
-    },
+    ({ nvrtcVersion }) => majorMinor(nvrtcVersion),
   ),
   probe(
     {
@@ -174,10 +171,7 @@ const PROBES: readonly Probe[] = [
     },
     // hiprtcResult hiprtcVersion(int *major, int *minor)
     { hiprtcVersion: { parameters: ["buffer", "buffer"], result: "i32" } },
-    (hiprtc) => {
-      const [major, minor] = [new Int32Array(1), new Int32Array(1)];
-      return hiprtc.hiprtcVersion(major, minor) === 0 ? `${major[0]}.${minor[0]}` : undefined;
-    },
+    ({ hiprtcVersion }) => majorMinor(hiprtcVersion),
   ),
   probe(
     {
@@ -266,6 +260,14 @@ export function takeInventory(): Inventory {
   };
 }
 
+/** A version that is given as two numbers. */
+function majorMinor(
+  ask: (major: Int32Array<ArrayBuffer>, minor: Int32Array<ArrayBuffer>) => number,
+): string | undefined {
+  const [major, minor] = [new Int32Array(1), new Int32Array(1)];
+  return ask(major, minor) === 0 ? `${major[0]}.${minor[0]}` : undefined;
+}
+
 function findAmdGpus(): { hip: FoundLibrary; gpus: FoundGpu[] } {
   try {
     using runtime = openRuntime();
@@ -273,7 +275,7 @@ function findAmdGpus(): { hip: FoundLibrary; gpus: FoundGpu[] } {
       device: `hip:${index}`,
       description: runtime.deviceGetName(index),
       memoryBytes: runtime.deviceTotalMem(index),
-      architecture: runtime.deviceArchitecture(index).split(":")[0],
+      architecture: runtime.deviceArchitecture(index),
     }));
     const found = {
       path: runtime.path,

@@ -293,9 +293,9 @@ export function findFileInPackages(
     const there = listFolder(path.slice(0, end))?.includes(path.slice(end + 1));
     return { from, folder: path.slice(0, end), paths: there ? [path] : [] };
   });
-  const packages = packagePlaces([path], readEnv, listFolder);
   const found = places.find(({ paths }) => paths.length > 0);
   if (found !== undefined) return { path: found.paths[0], folder: undefined };
+  const packages = packagePlaces([path], readEnv, listFolder);
   const having = packages.find(({ paths }) => paths.length > 0);
   if (having === undefined) throw new LibraryNotFoundError(name, [...places, ...packages], [], [path], hint);
   return { path: having.paths[0], folder: having.folder };
@@ -328,6 +328,11 @@ function loaderReason(error: unknown): string {
     "",
   )
     .trim();
+}
+
+/** The text at an address that a library gave; undefined at a null pointer. */
+export function textAt(pointer: Deno.PointerValue): string | undefined {
+  return pointer === null ? undefined : new Deno.UnsafePointerView(pointer).getCString();
 }
 
 // Queries come first because reading without permission would stop and ask the user at a terminal.

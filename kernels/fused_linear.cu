@@ -57,23 +57,21 @@ struct Joint {
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
-#define NAMES_96                                                                                                    \
+#define NAMES_104                                                                                                   \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "  \
   "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, "  \
-  "%90, %91, %92, %93, %94, %95"
-#define NAMES_104 NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+  "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103"
 #define NAMES_128                                                                                                   \
   NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "    \
             "%120, %121, %122, %123, %124, %125, %126, %127"
 #define EIGHT(i)                                                                                                     \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),       \
       "+f"(d[i + 7])
-#define SUMS_96                                                                                                      \
+#define SUMS_104                                                                                                     \
   EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56), EIGHT(64), EIGHT(72),       \
-      EIGHT(80), EIGHT(88)
-#define SUMS_104 SUMS_96, EIGHT(96)
+      EIGHT(80), EIGHT(88), EIGHT(96)
 #define SUMS_128 SUMS_104, EIGHT(104), EIGHT(112), EIGHT(120)
 // d = a b^T (+ d): 64 x 32 bytes of a and TILE_N x 32 of b. Behind the sums are the operands %A, %B and %ADD.
 #define PRODUCT(n, kind, count, A, B, ADD, tail)                                                                     \
@@ -87,11 +85,9 @@ template <int N>
 __device__ __forceinline__ void multiply(float (&d)[N], unsigned long long a, unsigned long long b, int add) {
   if constexpr (N == 128) {
     PRODUCT_OF("256", 128, "128", "129", "130");
-  } else if constexpr (N == 104) {
-    PRODUCT_OF("208", 104, "104", "105", "106");
   } else {
-    static_assert(N == 96, "a width that has its instruction here");
-    PRODUCT_OF("192", 96, "96", "97", "98");
+    static_assert(N == 104, "a width that has its instruction here");
+    PRODUCT_OF("208", 104, "104", "105", "106");
   }
 }
 

@@ -1,7 +1,7 @@
+import { FLOAT8_LARGEST } from "../ffi/float8.ts";
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
-import { copyInto } from "./copy_into.ts";
 import type { Float8Matrix } from "./float8_tensor.ts";
 import { launch, vectorWidth } from "./gpu.ts";
 import OUTPUT_SCALES_CU from "./output_scales.cu" with { type: "text" };
@@ -12,7 +12,8 @@ const BLOCK = 256;
 const WARPS = 8;
 /** What roundings may add: see output_scales.cu. */
 const SLACK = Math.fround(1.25);
-const LARGEST = 448;
+/** The bytes of a bound that nothing has raised. */
+const ZEROS = new Uint8Array(8);
 const SMALLEST = Math.fround(1e-12);
 
 /** What a Linear layer makes of a row at most: its length times the first number, and the second. */
@@ -28,15 +29,32 @@ export interface Measured {
 /**
  * The {@link LayerBound} of a Linear layer, f32 `[2]`: the largest length of a row of its weight, and its largest bias.
  *
- * @param weight `[out, in]`, in float8 by rows. @param bias `[out]` bf16.
- * @param bound to raise to this layer's, instead of a new one.
+ * @param matrix `[out, in]`, in float8 by rows. @param bias `[out]` bf16.
  */
-export function layerBound(
+export function layerBound(gpu: GpuDevice, matrix: Float8Matrix, bias?: Tensor): LayerBound {
+  const bound = Tensor.fromBytes(gpu, ZEROS, [2], "f32", "weights");
+  raise(gpu, matrix, bias, bound);
+  return bound;
+}
+
+/** {@link layerBound} anew, in its place, for a weight that holds other values now. */
+export function renewLayerBound(
+  gpu: GpuDevice,
+  matrix: Float8Matrix,
+  bias: Tensor | undefined,
+  bound: LayerBound,
+): void {
+  gpu.upload(ZEROS, bound.memory);
+  raise(gpu, matrix, bias, bound);
+}
+
+/** Raises a bound to that of a layer. */
+function raise(
   gpu: GpuDevice,
   { values, scales }: Float8Matrix,
-  bias?: Tensor,
-  bound: LayerBound = nothing(gpu),
-): LayerBound {
+  bias: Tensor | undefined,
+  bound: LayerBound,
+): void {
   const [rows, k] = values.shape;
   expectShape("layerBound", "scales", scales, [rows]);
   if (bias !== undefined) expectShape("layerBound", "bias", bias, [rows]);
@@ -48,24 +66,6 @@ export function layerBound(
     block: BLOCK,
     args: [bound, values, scales, bias, rows, k],
   });
-  return bound;
-}
-
-/** {@link layerBound} anew, in its place, for a weight that holds other values now. */
-export function renewLayerBound(
-  gpu: GpuDevice,
-  matrix: Float8Matrix,
-  bias: Tensor | undefined,
-  bound: LayerBound,
-): void {
-  gpu.scope(() => copyInto(bound, Tensor.fromFloat32(gpu, [0, 0], [2])));
-  layerBound(gpu, matrix, bias, bound);
-}
-
-function nothing(gpu: GpuDevice): LayerBound {
-  const bound = Tensor.empty(gpu, [2], "f32", "weights");
-  gpu.scope(() => copyInto(bound, Tensor.fromFloat32(gpu, [0, 0], [2])));
-  return bound;
 }
 
 /** What {@link layerBound} computes, from the weight as it is when it is dequantized. */
@@ -113,6 +113,6 @@ export function outputScalesReference(
   const largest = mixed.map(({ lengths, bound: [length, bias] }) => Math.max(...lengths) * length + bias);
   return Float32Array.from({ length: rows }, (_, row) => {
     const ownBound = own === undefined ? 0 : own.lengths[row] * own.bound[0] + own.bound[1];
-    return Math.max(Math.max(ownBound, ...largest) * SLACK, SMALLEST) / LARGEST;
+    return Math.max(Math.max(ownBound, ...largest) * SLACK, SMALLEST) / FLOAT8_LARGEST.ocp;
   });
 }

@@ -6,6 +6,7 @@
  */
 import { BlasLt } from "../gpu_blaslt.ts";
 import { type BlasLtHeader, BlasLtLibrary } from "../gpu_blaslt_library.ts";
+import { textAt } from "../library.ts";
 import type { CudaContext } from "./context.ts";
 import { cudaSonames, dottedVersion } from "./versions.ts";
 
@@ -134,7 +135,9 @@ export class CublasLtLibrary extends BlasLtLibrary<typeof CUBLASLT> {
       hint:
         `pip install ${packages}, or install the CUDA toolkit; FLUX_LIB_PATH may name the library's folder`,
     }, ({ cublasLtGetStatusName, cublasLtGetStatusString }, status) => {
-      const [name, text] = [cublasLtGetStatusName(status), cublasLtGetStatusString(status)].map(cString);
+      const [name, text] = [cublasLtGetStatusName(status), cublasLtGetStatusString(status)].map((given) =>
+        textAt(given) ?? "no text"
+      );
       return `${name} (${status}), ${text}`;
     });
   }
@@ -151,8 +154,4 @@ export class CublasLt extends BlasLt<typeof CUBLASLT> {
     const library = new CublasLtLibrary(context.driver.driverGetVersion()[0]);
     super(context, library, () => dottedVersion(Number(library.own.cublasLtGetVersion())));
   }
-}
-
-function cString(pointer: Deno.PointerValue): string {
-  return pointer === null ? "no text" : new Deno.UnsafePointerView(pointer).getCString();
 }

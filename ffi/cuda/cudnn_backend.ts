@@ -6,7 +6,7 @@
  */
 import type { DType } from "../dtype.ts";
 import { FfiError } from "../errors.ts";
-import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { type OpenedLibrary, openLibrary, pinLibrary, textAt } from "../library.ts";
 import { Nvrtc } from "./nvrtc.ts";
 import { dottedVersion } from "./versions.ts";
 
@@ -304,8 +304,7 @@ export class CudnnBackend implements Disposable {
    */
   check(status: number, call: string): void {
     if (status === HEADER.CUDNN_STATUS_SUCCESS) return;
-    const pointer = this.symbols.cudnnGetErrorString(status);
-    const name = pointer === null ? "no name" : new Deno.UnsafePointerView(pointer).getCString();
+    const name = textAt(this.symbols.cudnnGetErrorString(status)) ?? "no name";
     const buffer = new Uint8Array(1024);
     this.symbols.cudnnGetLastErrorString(buffer, BigInt(buffer.length));
     const message = new TextDecoder().decode(buffer.subarray(0, buffer.indexOf(0))).replaceAll(/\s+/g, " ")

@@ -8,7 +8,7 @@
  */
 import { FfiError } from "../errors.ts";
 import type { GpuActivity, GpuProfile, GpuProfiler } from "../gpu.ts";
-import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { type OpenedLibrary, openLibrary, pinLibrary, textAt } from "../library.ts";
 import { ActivityBuffers } from "./cupti_buffers.ts";
 import { KINDS, OLDEST_VERSION, readRecord } from "./cupti_records.ts";
 import { demangle } from "./demangle.ts";
@@ -248,8 +248,7 @@ export class Cupti implements Disposable {
     if (status === 0) return;
     this.#out[0] = 0n;
     this.#cupti.cuptiGetResultString(status, this.#out);
-    const pointer = Deno.UnsafePointer.create(this.#out[0]);
-    const name = pointer === null ? "no text" : new Deno.UnsafePointerView(pointer).getCString();
+    const name = textAt(Deno.UnsafePointer.create(this.#out[0])) ?? "no text";
     const hint = HINTS[status];
     throw new FfiError(
       `cupti: ${call} failed: ${name} (${status})`,

@@ -7,7 +7,7 @@
  */
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import type { GpuRuntime } from "../gpu_runtime.ts";
-import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { type OpenedLibrary, openLibrary, pinLibrary, textAt } from "../library.ts";
 import { packStruct } from "../struct.ts";
 
 const CUDA = {
@@ -818,7 +818,6 @@ export class Driver implements GpuRuntime {
   #text(status: number, call: "cuGetErrorName" | "cuGetErrorString"): string | undefined {
     this.#out2[0] = 0n;
     this.#cu[call](status, this.#out2);
-    const pointer = Deno.UnsafePointer.create(this.#out2[0]);
-    return pointer === null ? undefined : new Deno.UnsafePointerView(pointer).getCString();
+    return textAt(Deno.UnsafePointer.create(this.#out2[0]));
   }
 }

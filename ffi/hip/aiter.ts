@@ -168,11 +168,10 @@ export interface AiterFolder {
 export function findAiter(architecture: string): AiterFolder {
   const inside = `${architecture}/fmha_v3_fwd/fmha_fwd.csv`;
   const named = readEnv("AITER_ASM_DIR");
-  const { path, folder } = findFileInPackages("AITER", `aiter_meta/hsa/${inside}`, INSTALL_AITER, [
-    ...(named === undefined
-      ? []
-      : [{ from: "AITER_ASM_DIR", path: `${named.replace(/\/+$/, "")}/${inside}` }]),
-  ]);
+  const places = named === undefined
+    ? []
+    : [{ from: "AITER_ASM_DIR", path: `${named.replace(/\/+$/, "")}/${inside}` }];
+  const { path, folder } = findFileInPackages("AITER", `aiter_meta/hsa/${inside}`, INSTALL_AITER, places);
   return {
     path: path.slice(0, -"/fmha_fwd.csv".length),
     version: folder === undefined ? undefined : packageVersion(folder, "amd_aiter"),

@@ -1,9 +1,16 @@
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties } from "../device.ts";
-import { briefly, FfiError } from "../errors.ts";
+import { FfiError } from "../errors.ts";
 import type { AttentionPlan, GpuProfiler, KernelSource, TensorMap } from "../gpu.ts";
-import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
-import { Aiter, aiterTakesPlan } from "./aiter.ts";
+import {
+  gibibytes,
+  type Hardware,
+  inOneLine,
+  RuntimeDevice,
+  RuntimeKernel,
+  versionOr,
+} from "../gpu_device.ts";
+import { Aiter } from "./aiter.ts";
 import type { HipContext } from "./context.ts";
 import { HipblasLt } from "./hipblaslt.ts";
 import { Hiprtc } from "./hiprtc.ts";
@@ -19,9 +26,8 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
   #hipblasLt: HipblasLt | undefined;
   #miopen: Miopen | undefined;
   readonly #aiter: Aiter;
-  /** Why attention is not AITER's, once that is known. */
-  #withoutAiter: string | undefined;
-  #warned = false;
+  /** Whether attention is known not to be AITER's; there was a warning then. */
+  #withoutAiter = false;
 
   /**
    * Takes the GPU with this index; the device owns the runtime from here on.
@@ -88,21 +94,15 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
   attention(plan: AttentionPlan): boolean {
     this.checkOpen();
     if (plan.library === "aiter") return this.#aiter.attention(plan);
-    if (plan.library !== undefined || !aiterTakesPlan(plan)) return false;
-    if (this.#withoutAiter === undefined) {
-      try {
-        return this.#aiter.attention(plan);
-      } catch (error) {
-        if (!(error instanceof FfiError) || this.driver.isLost) throw error;
-        const { hint } = error;
-        this.#withoutAiter = `${briefly(error)}${hint === undefined ? "" : `; ${hint}`}`;
-      }
+    if (plan.library !== undefined || this.#withoutAiter) return false;
+    try {
+      return this.#aiter.attention(plan);
+    } catch (error) {
+      if (!(error instanceof FfiError) || this.driver.isLost) throw error;
+      this.#withoutAiter = true;
+      this.onWarning(`attention is our own kernel's, AITER's is faster: ${inOneLine(error)}`);
+      return false;
     }
-    if (!this.#warned) {
-      this.onWarning(`attention is our own kernel's, AITER's is faster: ${this.#withoutAiter}`);
-    }
-    this.#warned = true;
-    return false;
   }
 
   tensorMap(): TensorMap {
@@ -167,8 +167,7 @@ function takeGpu(runtime: HipRuntime, index: number): Hardware {
     driverVersion: hipVersion(version),
     totalBytes: runtime.deviceTotalMem(index),
     limits: {
-      // Without the features behind it: code for the plain name runs with all of them.
-      architecture: runtime.deviceArchitecture(index).split(":")[0],
+      architecture: runtime.deviceArchitecture(index),
       multiprocessors: attribute(HEADER.hipDeviceAttributeMultiprocessorCount),
       warpSize: attribute(HEADER.hipDeviceAttributeWarpSize),
       sharedBytesPerBlock: attribute(HEADER.hipDeviceAttributeMaxSharedMemoryPerBlock),

@@ -11,7 +11,7 @@
 import type { ConvPlan } from "../device.ts";
 import type { DType } from "../dtype.ts";
 import { FfiError, ShapeError } from "../errors.ts";
-import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { type OpenedLibrary, openLibrary, pinLibrary, textAt } from "../library.ts";
 import { dtypeBytes } from "../dtype.ts";
 import type { Tensor } from "../tensor.ts";
 import type { HipContext } from "./context.ts";
@@ -381,8 +381,7 @@ export class Miopen implements Disposable {
   }
 
   #failure(status: number, call: string, context: string | undefined): FfiError {
-    const pointer = this.#miopen.miopenGetErrorString(status);
-    const words = pointer === null ? "no text" : new Deno.UnsafePointerView(pointer).getCString();
+    const words = textAt(this.#miopen.miopenGetErrorString(status)) ?? "no text";
     return new FfiError(
       `MIOpen: ${call} failed${context === undefined ? "" : ` for ${context}`}: ${words} (${status})`,
     );

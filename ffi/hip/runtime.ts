@@ -8,7 +8,7 @@
  */
 import { FfiError, OutOfMemoryError } from "../errors.ts";
 import type { GpuRuntime } from "../gpu_runtime.ts";
-import { type OpenedLibrary, openLibrary, pinLibrary } from "../library.ts";
+import { type OpenedLibrary, openLibrary, pinLibrary, textAt } from "../library.ts";
 import { packStruct } from "../struct.ts";
 import { INSTALL_ROCM, rocmSonames } from "./versions.ts";
 
@@ -144,10 +144,7 @@ export const HEADER = {
   hipErrorContextIsDestroyed: 709,
   hipErrorAssert: 710,
   hipErrorLaunchFailure: 719,
-  hipErrorNotSupported: 801,
-  hipErrorUnknown: 999,
 
-  hipDeviceAttributeComputeCapabilityMajor: 23,
   hipDeviceAttributeMaxBlockDimX: 26,
   hipDeviceAttributeMaxBlockDimY: 27,
   hipDeviceAttributeMaxBlockDimZ: 28,
@@ -331,7 +328,8 @@ export class HipRuntime implements GpuRuntime {
   }
 
   /**
-   * What compilers call the GPU, with its features: `"gfx942:sramecc+:xnack-"`.
+   * What compilers call the GPU: `"gfx942"`, without the features that HIP names behind it, as in `"gfx942:sramecc+:xnack-"`:
+   * code for the plain name runs with all of them.
    *
    * @throws {FfiError} before ROCm 6
    */
@@ -345,7 +343,7 @@ export class HipRuntime implements GpuRuntime {
     const properties = new Uint8Array(NEWER_HEADER["sizeof(hipDeviceProp_tR0600)"]);
     this.#check(get(properties, device), "hipGetDeviceProperties");
     const start = NEWER_HEADER["offsetof(hipDeviceProp_tR0600, gcnArchName)"];
-    return textOf(properties.subarray(start, start + ARCH_NAME_BYTES));
+    return textOf(properties.subarray(start, start + ARCH_NAME_BYTES)).split(":")[0];
   }
 
   /** Takes the device for all calls of this runtime. */
@@ -669,7 +667,7 @@ export class HipRuntime implements GpuRuntime {
 
   #fail(status: number, call: string): never {
     this.checkAlive();
-    const [name, text] = [this.#hip.hipGetErrorName(status), this.#hip.hipGetErrorString(status)].map(words);
+    const [name, text] = [this.#hip.hipGetErrorName(status), this.#hip.hipGetErrorString(status)].map(textAt);
     const message = `hip: ${call} failed: ${name ?? "error"} (${status})${
       text === undefined ? "" : `, ${text}`
     }`;
@@ -681,10 +679,6 @@ export class HipRuntime implements GpuRuntime {
     const ErrorClass = status === HEADER.hipErrorOutOfMemory ? OutOfMemoryError : FfiError;
     throw new ErrorClass(message, hint === undefined ? {} : { hint });
   }
-}
-
-function words(pointer: Deno.PointerValue): string | undefined {
-  return pointer === null ? undefined : new Deno.UnsafePointerView(pointer).getCString();
 }
 
 function textOf(bytes: Uint8Array): string {
