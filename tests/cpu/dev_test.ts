@@ -12,9 +12,8 @@ import { FlowMatchEulerScheduler, schedulerConfigSchema } from "../../recipes/ba
 import { transformerConfigSchema } from "../../recipes/base/transformer.ts";
 import { cumulativeRungs } from "../../recipes/switches.ts";
 import { draw } from "../support/drawing.ts";
-import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { goldenPath } from "../support/golden.ts";
-import { TEST_GPU } from "../support/gpu_devices.ts";
+import { GPU_WITH_ATTENTION } from "../support/gpu_devices.ts";
 import { ownDevice, type TestDevice, testOn } from "../support/test_device.ts";
 
 const DATA = join(
@@ -88,6 +87,6 @@ function ladderSuite(target: TestDevice, kind: "cpu" | "cuda"): void {
 
 ladderSuite(ownDevice("cpu", () => openCpu()), "cpu");
 ladderSuite(
-  ownDevice("emulated GPU with attention", () => openEmulatedGpu({ attention: true }), TEST_GPU.skip),
+  GPU_WITH_ATTENTION,
   "cuda",
 );

@@ -8,13 +8,12 @@ import { Tensor } from "../../ffi/tensor.ts";
 import { assertClose } from "../support/compare.ts";
 import { inFolder } from "../support/folders.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
-import { ROOT } from "../support/programs.ts";
+import { ended, ROOT, TASKS } from "../support/programs.ts";
 import { testOn } from "../support/test_device.ts";
 
 const DOCS = [...Deno.readDirSync(join(ROOT, "docs"))].map(({ name }) => name).filter((name) =>
   name.endsWith(".md")
 );
-const TASKS = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks;
 
 function read(name: string): string {
   return Deno.readTextFileSync(join(ROOT, name));
@@ -34,21 +33,21 @@ function withModules(code: string, from: string): string {
 }
 
 /** Runs a program in the repository's folder, type-checked, and returns what it prints. */
-async function run(code: string): Promise<string> {
-  let printed = "";
-  await inFolder(async (folder) => {
+function run(code: string): Promise<string> {
+  return inFolder(async (folder) => {
     const program = join(folder, "program.ts");
     await Deno.writeTextFile(program, code);
     const config = join(ROOT, "deno.json");
     const permissions = ["--no-prompt", "--allow-read", "--allow-ffi", "--allow-env", "--allow-sys=cpus"];
-    const { code: exitCode, stdout, stderr } = await new Deno.Command("deno", {
-      args: ["run", "--quiet", "--check", ...permissions, "--config", config, program],
-      cwd: ROOT,
-    }).output();
-    assert.equal(exitCode, 0, new TextDecoder().decode(stderr));
-    printed = new TextDecoder().decode(stdout);
+    const { code: exitCode, stdout, stderr } = await ended(
+      new Deno.Command("deno", {
+        args: ["run", "--quiet", "--check", ...permissions, "--config", config, program],
+        cwd: ROOT,
+      }),
+    );
+    assert.equal(exitCode, 0, stderr);
+    return stdout;
   });
-  return printed;
 }
 
 Deno.test("every relative link of docs/ leads to a file, and every task that it names exists", () => {

@@ -10,22 +10,16 @@ import { firstBlockCache } from "../../recipes/09_first_block_cache.ts";
 import { psnr } from "../../recipes/base/psnr.ts";
 import { cacheDitConfig } from "../../recipes/cache_dit_config.ts";
 import { draw } from "../support/drawing.ts";
-import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { firstBlockCacheSuite } from "../support/first_block_cache_suite.ts";
 import { inFolder } from "../support/folders.ts";
-import { TEST_GPU } from "../support/gpu_devices.ts";
+import { GPU_WITH_ATTENTION } from "../support/gpu_devices.ts";
 import { ownDevice, testOn } from "../support/test_device.ts";
 import { withGuidedTiny } from "../support/guided_tiny.ts";
 
 const CPU = ownDevice("cpu", () => openCpu());
-const GPU = ownDevice(
-  "emulated GPU with attention",
-  () => openEmulatedGpu({ attention: true }),
-  TEST_GPU.skip,
-);
 
 firstBlockCacheSuite(CPU);
-firstBlockCacheSuite(GPU, [compile, fuseQkv]);
+firstBlockCacheSuite(GPU_WITH_ATTENTION, [compile, fuseQkv]);
 
 testOn(
   CPU,

@@ -7,16 +7,15 @@ import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../recipes/base/plan.ts";
-import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { componentSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
 import { goldenPath } from "../support/golden.ts";
-import { TEST_GPU } from "../support/gpu_devices.ts";
-import { ownDevice, testOn } from "../support/test_device.ts";
+import { GPU_WITH_ATTENTION, TEST_GPU } from "../support/gpu_devices.ts";
+import { testOn } from "../support/test_device.ts";
 
 componentSuite(TEST_GPU, OTHER_ORDER);
 pipelineSuite(
-  ownDevice("emulated GPU with attention", () => openEmulatedGpu({ attention: true }), TEST_GPU.skip),
+  GPU_WITH_ATTENTION,
 );
 
 testOn(

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { LADDER } from "../../recipes/switches.ts";
 import { inFolder } from "../support/folders.ts";
-import { ROOT } from "../support/programs.ts";
+import { ended, ROOT, TASKS } from "../support/programs.ts";
 
 /** All programs: files that run by themselves, but for the one that `watch` starts. */
 const PROGRAMS = ["recipes", "examples"].flatMap((folder) =>
@@ -13,7 +13,7 @@ const PROGRAMS = ["recipes", "examples"].flatMap((folder) =>
   )
 ).filter((path) => path !== "recipes/live_drawing.ts").sort();
 
-async function run(program: string, args: string[], env: Record<string, string> = {}) {
+function run(program: string, args: string[], env: Record<string, string> = {}) {
   const permissions = [
     "--no-prompt",
     "--allow-read",
@@ -22,13 +22,13 @@ async function run(program: string, args: string[], env: Record<string, string> 
     "--allow-ffi",
     "--allow-sys=cpus,statfs",
   ];
-  const { code, stdout, stderr } = await new Deno.Command("deno", {
-    args: ["run", "--quiet", ...permissions, join(ROOT, program), ...args],
-    cwd: ROOT,
-    env: { NO_COLOR: "1", ...env },
-  }).output();
-  const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
-  return { code, stdout: text(stdout), stderr: text(stderr) };
+  return ended(
+    new Deno.Command("deno", {
+      args: ["run", "--quiet", ...permissions, join(ROOT, program), ...args],
+      cwd: ROOT,
+      env: { NO_COLOR: "1", ...env },
+    }),
+  );
 }
 
 Deno.test("every program is found", () => {
@@ -36,9 +36,6 @@ Deno.test("every program is found", () => {
     assert.ok(PROGRAMS.includes(`recipes/${name}.ts`), name);
   }
 });
-
-const TASKS: Record<string, { command: string }> =
-  JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks;
 
 for (const program of PROGRAMS) {
   Deno.test(`${program} --help has examples of itself, with flags that it has`, async () => {

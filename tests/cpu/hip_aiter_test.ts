@@ -18,6 +18,7 @@ import { libraryAttention } from "../../kernels/library_attention.ts";
 import { compareWithHeaders, missingHeaders } from "../support/cuda_headers.ts";
 import { missingCompiler } from "../support/fake_cuda.ts";
 import { valuesOf } from "../support/golden.ts";
+import { debiansHiprtc } from "../support/hip_compiler.ts";
 import { hipOnCpu } from "../support/hip_shim.ts";
 import { inFolder } from "../support/folders.ts";
 import { noise } from "../support/providers.ts";
@@ -87,15 +88,6 @@ Deno.test("a code object's metadata is read in each of MessagePack's forms, and 
   assert.equal(kernelMetadata(new Uint8Array(0)), undefined);
   assert.equal(kernelMetadata(note(656).subarray(0, 23)), undefined, "cut");
 });
-
-function debiansHiprtc(): Hiprtc | string {
-  try {
-    return new Hiprtc(["libamdhip64.so.5"]);
-  } catch (error) {
-    if (error instanceof FfiError) return error.message.split(". ")[0];
-    throw error;
-  }
-}
 
 const hiprtc = debiansHiprtc();
 Deno.test({

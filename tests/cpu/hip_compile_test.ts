@@ -4,9 +4,8 @@
  * knows (gfx90a). Nothing is run.
  */
 import assert from "node:assert/strict";
-import { FfiError } from "../../ffi/errors.ts";
-import { Hiprtc } from "../../ffi/hip/hiprtc.ts";
-import { clangFor, type HipCompiler } from "../support/hip_compiler.ts";
+import type { Hiprtc } from "../../ffi/hip/hiprtc.ts";
+import { clangFor, debiansHiprtc, type HipCompiler } from "../support/hip_compiler.ts";
 import { kernelSources, type UsedSource } from "../support/kernel_sources.ts";
 
 /** Kernels of instructions that one vendor has. */
@@ -95,17 +94,7 @@ for (const architecture of ["gfx942", "gfx950"]) {
   });
 }
 
-/** Debian's hipRTC, which is a part of HIP's runtime. */
-function openDebians(): Hiprtc | string {
-  try {
-    return new Hiprtc(["libamdhip64.so.5"]);
-  } catch (error) {
-    if (error instanceof FfiError) return error.message.split(". ")[0];
-    throw error;
-  }
-}
-
-const hiprtc = openDebians();
+const hiprtc = debiansHiprtc();
 const noHiprtc = typeof hiprtc === "string" ? hiprtc : undefined;
 const named = (title: string) => `hiprtc: ${title}${noHiprtc === undefined ? "" : ` (skipped: ${noHiprtc})`}`;
 

@@ -14,9 +14,8 @@ import { positionIds } from "../../recipes/base/latents.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan } from "../../recipes/base/plan.ts";
-import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { Golden, goldenPath } from "../support/golden.ts";
-import { TEST_GPU } from "../support/gpu_devices.ts";
+import { GPU_WITH_ATTENTION } from "../support/gpu_devices.ts";
 import {
   kontextOptions,
   kontextRecipesSuite,
@@ -27,18 +26,13 @@ import { openReference } from "../support/reference_provider.ts";
 import { ownDevice } from "../support/test_device.ts";
 
 const CPU = ownDevice("cpu", () => openCpu());
-const GPU = ownDevice(
-  "emulated GPU with attention",
-  () => openEmulatedGpu({ attention: true }),
-  TEST_GPU.skip,
-);
 
 kontextSuite(CPU);
 kontextSuite(CPU, [compile, fuseQkv], false);
-kontextSuite(GPU, [compile, fuseQkv, tuning], false);
+kontextSuite(GPU_WITH_ATTENTION, [compile, fuseQkv, tuning], false);
 kontextRecipesSuite(CPU, [bfloat16, compile, fuseQkv, float8()], 42);
 kontextRecipesSuite(
-  GPU,
+  GPU_WITH_ATTENTION,
   [bfloat16, compile, fuseQkv, channelsLast, flashAttention("fa3"), float8(), tuning],
   42,
 );

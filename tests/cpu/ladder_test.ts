@@ -12,7 +12,7 @@ import { chartOf, climb, compare, type Measured, type RungResult, tableOf } from
 import { cumulativeRungs } from "../../recipes/switches.ts";
 import { inFolder } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
-import { namesIn, runTask, taskCommand } from "../support/programs.ts";
+import { checkWrongCalls, namesIn, runTask, taskCommand } from "../support/programs.ts";
 import { parseXml } from "../support/xml.ts";
 
 /** A rung that took so many milliseconds and drew a picture of one grey. */
@@ -232,15 +232,7 @@ Deno.test("ladder ends wrong calls with one clear line and an exit code", async 
     [["--device", "hip"], 1, /hip/],
   ];
   await inFolder(async (folder) => {
-    for (const [args, code, message] of cases) {
-      await test.step(args.join(" "), async () => {
-        const result = await runTask("ladder", ...small(folder, ...args));
-        assert.equal(result.code, code, result.stderr);
-        assert.match(result.stderr, message);
-        assert.equal(result.stdout, "");
-        assert.ok(!/^\s+at /m.test(result.stderr), `a stack trace:\n${result.stderr}`);
-      });
-    }
+    await checkWrongCalls(test, "ladder", cases, small(folder));
   });
 });
 

@@ -12,7 +12,7 @@ import { type TensorToWrite, writeSafetensors } from "../../recipes/base/safeten
 import { inFolder } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
-import { randomLora, writeLora } from "../support/lora_files.ts";
+import { randomLora } from "../support/lora_files.ts";
 import { bytesOf, loraSuite } from "../support/lora_suite.ts";
 import { runTask } from "../support/programs.ts";
 import { ownDevice } from "../support/test_device.ts";
@@ -44,7 +44,10 @@ Deno.test("LoRA: old names of diffusers, adapters' names and alphas", () =>
     const lora = randomLora([LAYER], 4, 1);
     const path = join(root, "a.safetensors");
     const merge = async (rename: (name: string) => string, extra: TensorToWrite[] = [], scale = 1) => {
-      await writeLora(path, [...lora.map((tensor) => ({ ...tensor, name: rename(tensor.name) })), ...extra]);
+      await writeSafetensors(path, [
+        ...lora.map((tensor) => ({ ...tensor, name: rename(tensor.name) })),
+        ...extra,
+      ]);
       await loras.merge([{ path, scale }]);
       return (await bytesOf(plan.weights.transformer)).get(`${LAYER[0]}.weight`)!;
     };
@@ -92,7 +95,7 @@ Deno.test("LoRA: old names of diffusers, adapters' names and alphas", () =>
       ...tensor,
       name: tensor.name.replace("transformer.", "base_model.model."),
     }));
-    await writeLora(adapter, peft);
+    await writeSafetensors(adapter, peft);
     const merged = async (settings?: object) => {
       if (settings !== undefined) Deno.writeTextFileSync(config, JSON.stringify(settings));
       await loras.merge([{ path: adapter, scale: 1 }]);
@@ -109,7 +112,7 @@ Deno.test("LoRA: old names of diffusers, adapters' names and alphas", () =>
     );
     // 1 x 1 convolutions are matrices.
     const convolution = lora.map((tensor) => ({ ...tensor, shape: [...tensor.shape, 1, 1] }));
-    await writeLora(path, convolution);
+    await writeSafetensors(path, convolution);
     await loras.merge([{ path, scale: 1 }]);
     assert.equal((await bytesOf(plan.weights.transformer)).get(`${LAYER[0]}.weight`), expected);
   }));
@@ -152,7 +155,7 @@ Deno.test("LoRA: text encoders by diffusers' and Kohya's names", () =>
             ...tensor,
             name: module + tensor.name.match(/\.lora_[AB]\.weight$/)![0],
           }));
-        await writeLora(path, [...named(clip, clipName), ...named(t5, t5Name)]);
+        await writeSafetensors(path, [...named(clip, clipName), ...named(t5, t5Name)]);
         await loras.merge([{ path, scale: 1 }]);
         const found = [await bytesOf(plan.weights.text_encoder), await bytesOf(plan.weights.text_encoder_2)];
         found.forEach((bytes, i) => {
@@ -218,7 +221,7 @@ Deno.test("LoRA: files that do not fit are refused, and nothing changes", () =>
     await both[0];
     // One file that fits beside one that does not.
     const good = join(root, "good.safetensors");
-    await writeLora(good, [down, up]);
+    await writeSafetensors(good, [down, up]);
     await assert.rejects(loras.merge([{ path: good, scale: 1 }, { path, scale: 1 }]), {
       name: "SafetensorsError",
     });

@@ -12,8 +12,7 @@ const MIB = 2 ** 20;
 
 offloadSuite(TEST_GPU);
 littleMemorySuite(
-  (memoryBytes) => ownDevice("emulated GPU", () => openEmulatedGpu({ memoryBytes }), TEST_GPU.skip),
-  1_300_000,
+  ownDevice("emulated GPU", () => openEmulatedGpu({ memoryBytes: 1_300_000 }), TEST_GPU.skip),
 );
 
 /** Bytes that differ from place to place and, by `start`, from call to call. */

@@ -8,25 +8,19 @@ import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline, type GenerateOptions } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
-import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { pipelineSuite } from "../support/golden_suite_pipelines.ts";
 import { tinySuite } from "../support/golden_suite_tiny.ts";
 import { goldenPath } from "../support/golden.ts";
-import { TEST_GPU } from "../support/gpu_devices.ts";
+import { GPU_WITH_ATTENTION } from "../support/gpu_devices.ts";
 import { ownDevice, testOn } from "../support/test_device.ts";
 
 const EXACT: readonly Recipe[] = [compile, fuseQkv];
-const WITH_ATTENTION = ownDevice(
-  "emulated GPU with attention",
-  () => openEmulatedGpu({ attention: true }),
-  TEST_GPU.skip,
-);
 
-pipelineSuite(WITH_ATTENTION, EXACT);
+pipelineSuite(GPU_WITH_ATTENTION, EXACT);
 tinySuite(ownDevice("cpu", () => openCpu()), EXACT);
 
 testOn(
-  WITH_ATTENTION,
+  GPU_WITH_ATTENTION,
   "02_compile: replayed graphs draw what is drawn eagerly, at each size",
   async (device) => {
     using model = await Model.load(goldenPath("dev-like"), device);
@@ -50,7 +44,7 @@ testOn(
   },
 );
 
-testOn(WITH_ATTENTION, "02_compile: another plan has recordings of its own", async (device) => {
+testOn(GPU_WITH_ATTENTION, "02_compile: another plan has recordings of its own", async (device) => {
   using model = await Model.load(goldenPath("schnell-like"), device);
   const plan = compose(eagerPlan(device, model.weights), bfloat16, compile);
   const doubled = { ...plan, ops: { ...plan.ops, silu: (x: Tensor) => plan.ops.add(plan.ops.silu(x), x) } };
@@ -69,36 +63,40 @@ testOn(WITH_ATTENTION, "02_compile: another plan has recordings of its own", asy
   assert.deepEqual(await draw(plan), first);
 });
 
-testOn(WITH_ATTENTION, "03_fuse_qkv: the joined weights take the place of the model's", async (device) => {
-  using model = await Model.load(goldenPath("schnell-like"), device);
-  const separate = compose(eagerPlan(device, model.weights), bfloat16);
-  const before = device.memoryUse().weights;
-  const plan = compose(separate, fuseQkv);
-  const { transformer } = plan.weights;
-  assert.equal(device.memoryUse().weights, before, "no second copy stays");
-  const single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"].map((layer) =>
-    transformer.get(`single_transformer_blocks.0.${layer}.weight`)
-  );
-  const double = ["to_q", "to_k", "to_v"].map((layer) =>
-    transformer.get(`transformer_blocks.0.attn.${layer}.weight`)
-  );
-  for (const group of [single, double]) assert.equal(new Set(group.map(({ memory }) => memory)).size, 1);
-  const [q, k] = single;
-  assert.equal(k.offset, q.size);
-  let products = 0;
-  const { matmul } = device;
-  device.matmul = (one) => {
-    products++;
-    matmul.call(device, one);
-  };
-  const x = Tensor.fromFloat32(device, new Float32Array(2 * q.shape[1]), [2, q.shape[1]]);
-  const layers = single.map((weight) => ({ weight }));
-  const input = plan.ops.cast(x, "bf16");
-  assert.deepEqual(
-    plan.ops.linears(input, layers).map(({ shape }) => shape),
-    single.map(({ shape }) => [2, shape[0]]),
-  );
-  assert.equal(products, 1);
-  device.scope(() => void plan.ops.linears(input, [layers[1], layers[0]]));
-  assert.equal(products, 3, "in another order they are multiplied one by one");
-});
+testOn(
+  GPU_WITH_ATTENTION,
+  "03_fuse_qkv: the joined weights take the place of the model's",
+  async (device) => {
+    using model = await Model.load(goldenPath("schnell-like"), device);
+    const separate = compose(eagerPlan(device, model.weights), bfloat16);
+    const before = device.memoryUse().weights;
+    const plan = compose(separate, fuseQkv);
+    const { transformer } = plan.weights;
+    assert.equal(device.memoryUse().weights, before, "no second copy stays");
+    const single = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"].map((layer) =>
+      transformer.get(`single_transformer_blocks.0.${layer}.weight`)
+    );
+    const double = ["to_q", "to_k", "to_v"].map((layer) =>
+      transformer.get(`transformer_blocks.0.attn.${layer}.weight`)
+    );
+    for (const group of [single, double]) assert.equal(new Set(group.map(({ memory }) => memory)).size, 1);
+    const [q, k] = single;
+    assert.equal(k.offset, q.size);
+    let products = 0;
+    const { matmul } = device;
+    device.matmul = (one) => {
+      products++;
+      matmul.call(device, one);
+    };
+    const x = Tensor.fromFloat32(device, new Float32Array(2 * q.shape[1]), [2, q.shape[1]]);
+    const layers = single.map((weight) => ({ weight }));
+    const input = plan.ops.cast(x, "bf16");
+    assert.deepEqual(
+      plan.ops.linears(input, layers).map(({ shape }) => shape),
+      single.map(({ shape }) => [2, shape[0]]),
+    );
+    assert.equal(products, 1);
+    device.scope(() => void plan.ops.linears(input, [layers[1], layers[0]]));
+    assert.equal(products, 3, "in another order they are multiplied one by one");
+  },
+);

@@ -1,6 +1,7 @@
 /** The pages that `--report` of the benchmark and the ladder writes. */
 import assert from "node:assert/strict";
 import fc from "fast-check";
+import { Image } from "imagescript";
 import { join } from "node:path";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
@@ -52,7 +53,6 @@ async function pngs(page: XmlElement): Promise<{ bytes: Uint8Array; alt: string 
     [...elements(page)].filter(({ name }) => name === "img").map(async ({ attributes }) => {
       const bytes = Uint8Array.fromBase64(attributes.src.split(",")[1]);
       readPngText(bytes); // checks all chunks
-      const { Image } = await import("imagescript");
       const { width, height } = await Image.decode(bytes);
       assert.deepEqual([String(width), String(height)], [attributes.width, attributes.height]);
       return { bytes, alt: attributes.alt };

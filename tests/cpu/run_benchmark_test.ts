@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { readPngText } from "../../recipes/base/image.ts";
 import { inFolder } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
-import { namesIn, runTask, taskCommand } from "../support/programs.ts";
+import { checkWrongCalls, namesIn, runTask, taskCommand } from "../support/programs.ts";
 
 /** A small picture of the embedded model, with all that is written in `folder`. */
 const small = (folder: string, ...args: string[]) => [
@@ -92,15 +92,7 @@ Deno.test("benchmark ends wrong calls with one clear line and an exit code", asy
     [["surplus"], 2, /too many arguments/],
   ];
   await inFolder(async (folder) => {
-    for (const [args, code, message] of cases) {
-      await test.step(args.join(" "), async () => {
-        const result = await runTask("benchmark", ...small(folder, ...args));
-        assert.equal(result.code, code, result.stderr);
-        assert.match(result.stderr, message);
-        assert.equal(result.stdout, "");
-        assert.ok(!/^\s+at /m.test(result.stderr), `a stack trace:\n${result.stderr}`);
-      });
-    }
+    await checkWrongCalls(test, "benchmark", cases, small(folder));
     assert.deepEqual(namesIn(folder).filter((name) => name !== "cache"), []);
   });
 });

@@ -14,7 +14,7 @@ import { Engine } from "../../recipes/studio/engine.ts";
 import { JobQueue } from "../../recipes/studio/queue.ts";
 import { type Drawing, parseDrawing, type StudioEvent } from "../../recipes/studio/request.ts";
 import { type Studio, studioHandler } from "../../recipes/studio/server.ts";
-import { runTask } from "../support/programs.ts";
+import { checkWrongCalls, runTask } from "../support/programs.ts";
 
 const PORT = 7860;
 const HERE = `http://127.0.0.1:${PORT}`;
@@ -373,15 +373,7 @@ Deno.test("studio ends wrong calls with one clear line and an exit code", async 
     [["--ckpt", "/nowhere"], 1, /no such model folder/],
     [["surplus"], 2, /too many arguments/],
   ];
-  for (const [args, code, message] of cases) {
-    await test.step(args.join(" "), async () => {
-      const result = await runTask("studio", ...args);
-      assert.equal(result.code, code, result.stderr);
-      assert.match(result.stderr, message);
-      assert.equal(result.stdout, "");
-      assert.ok(!/^\s+at /m.test(result.stderr), `a stack trace:\n${result.stderr}`);
-    });
-  }
+  await checkWrongCalls(test, "studio", cases);
   const { code, stdout } = await runTask("studio", "--help");
   assert.equal(code, 0);
   assert.match(stdout, /Examples:\n\s+deno task studio/);

@@ -5,7 +5,7 @@ import { fileChanges } from "../../recipes/base/file_changes.ts";
 import { inFolder } from "../support/folders.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
 import { liveDrawingSuite } from "../support/live_drawing_suite.ts";
-import { ROOT, runTask, taskCommand } from "../support/programs.ts";
+import { checkWrongCalls, ROOT, runTask, taskCommand } from "../support/programs.ts";
 
 liveDrawingSuite(TEST_GPU);
 
@@ -103,15 +103,7 @@ Deno.test("watch ends wrong calls with one clear line and an exit code", async (
     [[join(ROOT, "recipes/base/plan.ts")], 2, /exports no recipe/],
     [[join(ROOT, "recipes/04_channels_last.ts")], 2, /runs on cuda and hip, not on cpu/],
   ];
-  for (const [args, code, message] of cases) {
-    await test.step(args.join(" "), async () => {
-      const result = await runTask("watch", ...args);
-      assert.equal(result.code, code, result.stderr);
-      assert.match(result.stderr, message);
-      assert.equal(result.stdout, "");
-      assert.ok(!/^\s+at /m.test(result.stderr), `a stack trace:\n${result.stderr}`);
-    });
-  }
+  await checkWrongCalls(test, "watch", cases);
   const { code, stdout } = await runTask("watch", "--help");
   assert.equal(code, 0);
   assert.match(stdout, /Examples:\n\s+deno task watch recipes/);

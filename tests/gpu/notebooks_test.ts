@@ -4,24 +4,25 @@ import { join } from "node:path";
 import { inFolder } from "../support/folders.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
 import { notebookProgram } from "../support/notebooks.ts";
-import { ROOT } from "../support/programs.ts";
+import { ended, ROOT } from "../support/programs.ts";
 import { testOn } from "../support/test_device.ts";
 
 /** Runs a notebook's program and returns what it prints. */
 async function run(name: string): Promise<string> {
-  let printed = "";
-  await inFolder(async (folder) => {
+  const printed = await inFolder(async (folder) => {
     const path = join(folder, `${name}.ts`);
     const code = notebookProgram(name).replaceAll("Deno.jupyter.display(", "Promise.resolve(");
     await Deno.writeTextFile(path, code);
     const permissions = ["--no-prompt", "--allow-read", "--allow-ffi", "--allow-env", "--allow-sys=cpus"];
-    const { code: exitCode, stdout, stderr } = await new Deno.Command("deno", {
-      args: ["run", "--no-check", "--config", join(ROOT, "deno.json"), ...permissions, path],
-      cwd: join(ROOT, "examples"),
-      env: { NO_COLOR: "1" },
-    }).output();
-    printed = new TextDecoder().decode(stdout);
-    assert.equal(exitCode, 0, printed + new TextDecoder().decode(stderr));
+    const { code: exitCode, stdout, stderr } = await ended(
+      new Deno.Command("deno", {
+        args: ["run", "--no-check", "--config", join(ROOT, "deno.json"), ...permissions, path],
+        cwd: join(ROOT, "examples"),
+        env: { NO_COLOR: "1" },
+      }),
+    );
+    assert.equal(exitCode, 0, stdout + stderr);
+    return stdout;
   });
   console.log(printed); // the times are what a reader of the log wants to see
   return printed;

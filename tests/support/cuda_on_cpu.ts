@@ -21,8 +21,8 @@ const SYMBOLS = {
 export interface CudaOnCpu {
   /** With libcuda.so.1, libnvrtc.so.13 and libcublasLt.so.13. */
   readonly folder: string;
-  /** A fresh machine with so many GPUs. */
-  reset(options?: { readonly memory?: number; readonly devices?: number }): void;
+  /** A fresh machine with one GPU. */
+  reset(): void;
   /** The next call of this function of the driver returns `status`. */
   fail(call: string, status: number): void;
   /** Handles and mappings that are alive, contexts too. */
@@ -68,7 +68,7 @@ export function cudaOnCpu(): CudaOnCpu {
   const { symbols } = Deno.dlopen(library, SYMBOLS);
   return made = {
     folder,
-    reset: ({ memory = 2 ** 31, devices = 1 } = {}) => symbols.fake_reset(BigInt(memory), devices, 0, 90),
+    reset: () => symbols.fake_reset(2n ** 31n, 1, 0, 90),
     fail: (call, status) => symbols.fake_fail(cString(call), status, 0),
     get alive() {
       return symbols.fake_alive();

@@ -4,18 +4,18 @@ import { LIBC_SONAMES, openLibrary } from "../../ffi/library.ts";
 import { goldenPath } from "./golden.ts";
 
 /** Runs `body` with a fresh folder that is removed afterwards. */
-export async function inFolder(body: (folder: string) => void | Promise<void>): Promise<void> {
+export async function inFolder<T>(body: (folder: string) => T | Promise<T>): Promise<T> {
   // The real path: where the temporary folder is itself behind a link, paths in messages would differ.
   const folder = Deno.realPathSync(Deno.makeTempDirSync({ prefix: "flux-test-" }));
   try {
-    await body(folder);
+    return await body(folder);
   } finally {
     Deno.removeSync(folder, { recursive: true });
   }
 }
 
 /** Runs `body` with a copy of a golden model folder, which it may change. */
-export function withModelCopy(model: string, body: (folder: string) => void | Promise<void>): Promise<void> {
+export function withModelCopy<T>(model: string, body: (folder: string) => T | Promise<T>): Promise<T> {
   return inFolder((root) => {
     const folder = join(root, model);
     copyFolder(goldenPath(model), folder);

@@ -49,14 +49,12 @@ async function drawRun(device: Device, run: Run, recipes: readonly Recipe[]): Pr
   if (run.num_train_timesteps === undefined) {
     return draw(device, goldenPath(run.model), recipes, optionsOf(run));
   }
-  const traces: Trace[] = [];
-  await withModelCopy(run.model, async (folder) => {
+  return await withModelCopy(run.model, (folder) => {
     editJson(join(folder, "scheduler", "scheduler_config.json"), {
       num_train_timesteps: run.num_train_timesteps,
     });
-    traces.push(await draw(device, folder, recipes, optionsOf(run)));
+    return draw(device, folder, recipes, optionsOf(run));
   });
-  return traces[0];
 }
 
 /**

@@ -19,6 +19,13 @@ export const TEST_GPU: TestDevice<GpuDevice> = Deno.mainModule.includes("/tests/
   ? ownDevice("emulated AMD GPU", () => openEmulatedGpu({ architecture: "gfx950" }), missingCompiler())
   : ownDevice("emulated GPU", openEmulatedGpu, missingCompiler());
 
+/** The emulated GPU with a vendor's attention. */
+export const GPU_WITH_ATTENTION: TestDevice<GpuDevice> = ownDevice(
+  "emulated GPU with attention",
+  () => openEmulatedGpu({ attention: true }),
+  missingCompiler(),
+);
+
 /** Defines a test `<op>: <title> (<GPU>)`; skipped, with a word, where there is no such GPU. */
 export type DefineGpuTest = (title: string, body: (device: GpuDevice) => void | Promise<void>) => void;
 

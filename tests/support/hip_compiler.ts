@@ -1,5 +1,7 @@
 /** Debian's clang as a compiler of HIP for a GPU that is not there, with HIP's own headers. */
 import { join } from "node:path";
+import { FfiError } from "../../ffi/errors.ts";
+import { Hiprtc } from "../../ffi/hip/hiprtc.ts";
 
 /** What came out. */
 export interface Compiled {
@@ -83,5 +85,15 @@ async function compile(
     return { assembly: success ? await Deno.readTextFile(assembly) : undefined, log };
   } finally {
     await Deno.remove(folder, { recursive: true });
+  }
+}
+
+/** Debian's hipRTC, which is a part of HIP's runtime, or why there is none. */
+export function debiansHiprtc(): Hiprtc | string {
+  try {
+    return new Hiprtc(["libamdhip64.so.5"]);
+  } catch (error) {
+    if (error instanceof FfiError) return error.message.split(". ")[0];
+    throw error;
   }
 }

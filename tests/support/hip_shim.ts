@@ -16,17 +16,14 @@ const NAMES = ["libamdhip64.so.7", "libhiprtc.so.7", "libhipblaslt.so.1", "libMI
 
 /**
  * Compiles the shim over the CUDA libraries at these paths, and has it found in the place of AMD's libraries from now on in
- * this process.
- *
- * @returns the folder that it is in, which goes when the process ends
+ * this process. Its folder goes when the process ends.
  */
-export function useHipShim(cudaLibraries: readonly string[]): string {
+export function useHipShim(cudaLibraries: readonly string[]): void {
   const folder = Deno.makeTempDirSync({ prefix: "flux-hip-shim-" });
   addEventListener("unload", () => Deno.removeSync(folder, { recursive: true }));
   buildHipShim(folder, cudaLibraries);
   const before = Deno.env.get(LIBRARY_PATH);
   Deno.env.set(LIBRARY_PATH, before === undefined ? folder : `${folder}:${before}`);
-  return folder;
 }
 
 /** Compiles the shim over the CUDA libraries at these paths into a folder, under the names of AMD's libraries. */
@@ -57,11 +54,11 @@ export function buildHipShim(folder: string, cudaLibraries: readonly string[]): 
 }
 
 /** {@link useHipShim} over stand-ins for CUDA's libraries: AMD's are found from now on, on a machine without any GPU. */
-export function hipOnCpu(): CudaOnCpu & { readonly shim: string } {
+export function hipOnCpu(): CudaOnCpu {
   const cuda = cudaOnCpu();
   const names = ["libcuda.so.1", "libnvrtc.so.13", "libcublasLt.so.13"];
-  const shim = useHipShim(names.map((name) => join(cuda.folder, name)));
-  return Object.assign(cuda, { shim });
+  useHipShim(names.map((name) => join(cuda.folder, name)));
+  return cuda;
 }
 
 /** CUDA's libraries on this machine, for {@link useHipShim}. Throws {@link FfiError} where one is missing. */

@@ -1,7 +1,7 @@
 /** LoRA files in the forms that are about. */
 import { float32ToBfloat16 } from "../../ffi/bfloat16.ts";
 import { bfloat16ToFloat32 } from "../../ffi/bfloat16.ts";
-import { SafetensorsFile, type TensorToWrite, writeSafetensors } from "../../recipes/base/safetensors.ts";
+import { SafetensorsFile, type TensorToWrite } from "../../recipes/base/safetensors.ts";
 import { noise } from "./providers.ts";
 
 /** A layer of a LoRA: `scale * up @ down`. */
@@ -168,8 +168,4 @@ export function randomLora(
       tensor(`transformer.${module}.lora_B.weight`, [outFeatures, rank], 1),
     ];
   });
-}
-
-export async function writeLora(path: string, tensors: readonly TensorToWrite[]): Promise<void> {
-  await writeSafetensors(path, tensors);
 }

@@ -19,11 +19,12 @@ import { type LoraChoice, Loras } from "../../recipes/base/lora.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
+import { writeSafetensors } from "../../recipes/base/safetensors.ts";
 import { scaleName, type Weights } from "../../recipes/base/weights.ts";
 import { assertClose, relativeError } from "./compare.ts";
-import { inFolder } from "./folders.ts";
+import { copyFolder, inFolder } from "./folders.ts";
 import { Golden, goldenPath, transformerVelocity, valuesOf } from "./golden.ts";
-import { bflNames, kohyaNames, randomLora, readLora, writeLora } from "./lora_files.ts";
+import { bflNames, kohyaNames, randomLora, readLora } from "./lora_files.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const MODELS = ["schnell-like", "dev-like"] as const;
@@ -58,16 +59,13 @@ function pooled(model: Model, { weights, ops, device }: Plan, golden: Golden): P
 export async function bytesOf(weights: Weights): Promise<Map<string, string>> {
   const bytes = new Map<string, string>();
   for (const name of weights.names) {
-    const { device, dtype, shape, strides, offset, memory } = weights.get(name);
-    const tensor = new Tensor(memory, dtype, shape, strides, offset);
-    const dense = tensor.isContiguous ? tensor : undefined;
-    assert.ok(dense !== undefined, name);
-    bytes.set(name, `${dtype} ${(await device.download(dense)).toBase64()}`);
+    const tensor = weights.get(name);
+    assert.ok(tensor.isContiguous, name);
+    bytes.set(name, `${tensor.dtype} ${(await tensor.device.download(tensor)).toBase64()}`);
   }
   return bytes;
 }
 
-/** @param chains recipes behind the one of the dtype, which keep weights in other forms. */
 export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = MODELS): void {
   const test = (name: string, body: (device: Device) => Promise<void>) =>
     testOn(target, `LoRA: ${name}`, body);
@@ -139,7 +137,7 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
         assert.deepEqual(found, await bytesOf(expected.weights.transformer));
         // A single layer of what is joined, and then nothing.
         const one = join(root, "one.safetensors");
-        await writeLora(one, randomLora([["transformer_blocks.0.attn.to_k", 64, 64]], 2, 5));
+        await writeSafetensors(one, randomLora([["transformer_blocks.0.attn.to_k", 64, 64]], 2, 5));
         await loras.merge([{ path: one, scale: 1 }]);
         assert.notDeepEqual(await bytesOf(plan.weights.transformer), before);
         await loras.merge([]);
@@ -169,7 +167,7 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
       };
       for (const [names, tensors] of Object.entries(files)) {
         const path = join(root, `${names}.safetensors`);
-        await writeLora(path, tensors);
+        await writeSafetensors(path, tensors);
         await loras.merge([{ path, scale: 1 }]);
         assertClose(await velocity(model, plan, inputs), expected.values("out.one"), 1e-4, names);
       }
@@ -193,7 +191,9 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
       ];
       const ranks = [16, 1, 3, 40];
       const paths = ranks.map((rank) => join(root, `${rank}.safetensors`));
-      for (const [i, rank] of ranks.entries()) await writeLora(paths[i], randomLora(layers, rank, rank));
+      for (const [i, rank] of ranks.entries()) {
+        await writeSafetensors(paths[i], randomLora(layers, rank, rank));
+      }
       await loras.merge([{ path: paths[0], scale: 1 }]);
       await device.synchronize();
       const [before, used] = [places(), device.memoryUse()];
@@ -386,8 +386,6 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
 
 /** Writes a model's folder with LoRAs merged into its bfloat16 weights. */
 async function writeMerged(device: Device, name: GoldenModel, choices: readonly LoraChoice[], to: string) {
-  const { copyFolder } = await import("./folders.ts");
-  const { writeSafetensors } = await import("../../recipes/base/safetensors.ts");
   copyFolder(goldenPath(name), to);
   using model = await Model.load(goldenPath(name), device);
   const plan = compose(eagerPlan(device, model.weights), bfloat16);

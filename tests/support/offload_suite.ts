@@ -172,12 +172,9 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
 }
 
 /** On a device of so little memory that the model does not fit as it is: at once it fails, in pieces it draws. */
-export function littleMemorySuite(
-  memories: (bytes: number) => TestDevice<GpuDevice>,
-  bytes: number,
-): void {
+export function littleMemorySuite(target: TestDevice<GpuDevice>): void {
   const recipes = [bfloat16, fuseQkv, float8(), float8TextEncoder("weights"), offload];
-  testOn(memories(bytes), "12_offload: draws where the checkpoint does not fit", async (device) => {
+  testOn(target, "12_offload: draws where the checkpoint does not fit", async (device) => {
     const folder = goldenPath("schnell-like");
     await assert.rejects(async () => {
       using model = await Model.load(folder, device);

@@ -1,10 +1,12 @@
+import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 
 /** The repository's folder. */
 export const ROOT: string = fileURLToPath(new URL("../..", import.meta.url));
 
-const TASKS: Readonly<Record<string, { readonly command: string }>> =
+/** deno.json's tasks. */
+export const TASKS: Readonly<Record<string, { readonly command: string }>> =
   JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json"))).tasks;
 
 /**
@@ -51,6 +53,32 @@ export async function ended(command: Deno.Command): Promise<Ended> {
   const { code, stdout, stderr } = await command.output();
   const text = (bytes: Uint8Array) => new TextDecoder().decode(bytes);
   return { code, stdout: text(stdout), stderr: text(stderr) };
+}
+
+/** A wrong call's arguments, exit code, and what its message is like. */
+export type WrongCall = readonly [args: string[], code: number, message: RegExp];
+
+/**
+ * Checks, each in a step of `test`, that wrong calls of a task end with their codes and messages, and without output or a
+ * stack trace.
+ *
+ * @param common arguments before each call's own.
+ */
+export async function checkWrongCalls(
+  test: Deno.TestContext,
+  task: string,
+  calls: readonly WrongCall[],
+  common: readonly string[] = [],
+): Promise<void> {
+  for (const [args, code, message] of calls) {
+    await test.step(args.join(" "), async () => {
+      const result = await runTask(task, ...common, ...args);
+      assert.equal(result.code, code, result.stderr);
+      assert.match(result.stderr, message);
+      assert.equal(result.stdout, "");
+      assert.ok(!/^\s+at /m.test(result.stderr), `a stack trace:\n${result.stderr}`);
+    });
+  }
 }
 
 /** Names in a folder, sorted. */

@@ -1,9 +1,7 @@
 /** Products with fused epilogues, and the scales that they need beforehand, on a GPU against their TypeScript references. */
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import { bfloat16ToFloat32 } from "../../../ffi/bfloat16.ts";
 import { ShapeError } from "../../../ffi/errors.ts";
-import { float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import {
@@ -37,6 +35,7 @@ import { ropeReference } from "../../../kernels/rope.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
+import { decode } from "./layouts.ts";
 import { EPS, sample, seeds } from "./samples.ts";
 
 /** A layer on the GPU, and `x weight^T + bias` of its numbers as they are there. */
@@ -367,14 +366,7 @@ function filled(device: GpuDevice, shape: readonly number[], dtype: AttentionDTy
 }
 
 async function wideValues(tensor: Tensor): Promise<Float32Array> {
-  return decode(await (tensor.device as GpuDevice).download(tensor), tensor.dtype as AttentionDType);
-}
-
-function decode(bytes: Uint8Array<ArrayBuffer>, dtype: AttentionDType): Float32Array {
-  const out = new Float32Array(bytes.length / (dtype === "bf16" ? 2 : 1));
-  if (dtype === "bf16") bfloat16ToFloat32(new Uint16Array(bytes.buffer, bytes.byteOffset, out.length), out);
-  else float8ToFloat32(bytes, out, "f8e4m3");
-  return out;
+  return decode(await tensor.device.download(tensor), tensor.dtype);
 }
 
 function relative(a: Float32Array, b: Float32Array): number {
