@@ -1,5 +1,6 @@
 /** What of the native libraries and GPUs that this project can use is on this machine. Computes nothing. */
-import { HEADER, openDriver } from "./cuda/driver.ts";
+import { openDriver } from "./cuda/driver.ts";
+import { HEADER } from "./cuda/driver_header.ts";
 import { findFlashAttention3, INSTALL_FLASH_ATTENTION3 } from "./cuda/flash_attn3.ts";
 import { askNvml } from "./cuda/nvml.ts";
 import { cudaSonames, cuptiVersion, dottedVersion, NEWEST_CUDA } from "./cuda/versions.ts";

@@ -15,7 +15,8 @@ import type { HipContext } from "./context.ts";
 import { HipblasLt } from "./hipblaslt.ts";
 import { Hiprtc } from "./hiprtc.ts";
 import { Miopen } from "./miopen.ts";
-import { HEADER, type HipRuntime, NEWER_HEADER } from "./runtime.ts";
+import type { HipRuntime } from "./runtime.ts";
+import { HEADER, NEWER_HEADER } from "./runtime_header.ts";
 import { hipVersion, INSTALL_ROCM } from "./versions.ts";
 
 /** One AMD GPU: HIP's runtime, and AMD's libraries. */

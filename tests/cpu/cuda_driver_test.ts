@@ -1,6 +1,7 @@
 /** The binding of the CUDA driver: its constants against the header, and what its errors say. */
 import assert from "node:assert/strict";
-import { type Driver, HEADER, openDriver } from "../../ffi/cuda/driver.ts";
+import { type Driver, openDriver } from "../../ffi/cuda/driver.ts";
+import { HEADER } from "../../ffi/cuda/driver_header.ts";
 import { cudaIncludeFolders } from "../../ffi/cuda/nvrtc.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
 import { candidatePaths } from "../../ffi/library.ts";

@@ -8,7 +8,8 @@ import { RESULTS } from "../../ffi/gpu_compiler.ts";
 import { functionsOf } from "../../ffi/gpu_blaslt_library.ts";
 import { HEADER as HIPBLASLT } from "../../ffi/hip/hipblaslt.ts";
 import { HEADER as MIOPEN_HEADER, MIOPEN } from "../../ffi/hip/miopen.ts";
-import { HEADER, HIP, HipRuntime, NEWER_HEADER, openHipLibrary } from "../../ffi/hip/runtime.ts";
+import { HipRuntime, openHipLibrary } from "../../ffi/hip/runtime.ts";
+import { HEADER, HIP, NEWER_HEADER } from "../../ffi/hip/runtime_header.ts";
 import { hipblasLtVersion, hipVersion, rocmSonames } from "../../ffi/hip/versions.ts";
 import { compareFunctions, compareWithHip, debiansHeaders, newerHeaders } from "../support/hip_headers.ts";
 

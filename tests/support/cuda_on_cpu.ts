@@ -5,7 +5,7 @@
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { HEADER } from "../../ffi/cuda/cublaslt.ts";
-import { COMPILER_FLAGS, KERNEL_FLAGS } from "./emulated_gpu.ts";
+import { COMPILER_FLAGS, KERNEL_FLAGS } from "./emulated_compiler.ts";
 import { compile } from "./fake_cuda.ts";
 
 const SYMBOLS = {
