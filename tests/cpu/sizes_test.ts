@@ -5,8 +5,10 @@ import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { channelsLast } from "../../recipes/04_channels_last.ts";
+import { flashAttention } from "../../recipes/05_flash_attention.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { tuning } from "../../recipes/07_tuning.ts";
+import { fusedBlocks } from "../../recipes/13_fused_blocks.ts";
 import { autoencoderWeightShapes, decode, encode } from "../../recipes/base/autoencoder.ts";
 import { packLatents, unpackLatents } from "../../recipes/base/latents.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
@@ -60,7 +62,7 @@ function issue(
 
 /** A plan for a GPU that only notes what is compiled: the kernels so far. */
 function plan(recipes: readonly Recipe[], library: boolean) {
-  const { gpu, launches } = openNullGpu();
+  const { gpu, launches } = openNullGpu("sm_90a");
   gpu.attention = () => library;
   gpu.takesMatmul = () => true;
   if (recipes.includes(tuning)) {
@@ -90,6 +92,8 @@ const LADDERS: readonly (readonly Recipe[])[] = [
   [compile, fuseQkv, channelsLast],
   [compile, fuseQkv, channelsLast, float8()],
   [compile, fuseQkv, channelsLast, float8(), tuning],
+  [compile, fuseQkv, channelsLast, flashAttention("own"), float8(), fusedBlocks],
+  [compile, fuseQkv, channelsLast, flashAttention("own"), float8(), tuning, fusedBlocks],
 ];
 
 for (const recipes of LADDERS) {
@@ -100,30 +104,32 @@ for (const recipes of LADDERS) {
         library ? "with" : "without"
       } library attention)`,
       () => {
-        const { composed, kernels } = plan(recipes, library);
-        issue(composed, 1024, 1024, 1, true);
-        issue(composed, 1024, 1024, 1, false);
-        const first = kernels();
-        for (
-          const [height, width] of [[512, 512], [256, 256], [768, 1280], [1280, 768], [1216, 832], [
-            640,
-            1536,
-          ]]
-        ) {
-          issue(composed, height, width, 1, true);
-          issue(composed, height, width, 1, false);
-          assert.deepEqual([...kernels()].filter((kernel) => !first.has(kernel)), [], `${height} x ${width}`);
+        for (const edited of [false, true]) {
+          const { composed, kernels } = plan(recipes, library);
+          issue(composed, 1024, 1024, 1, edited);
+          const first = kernels();
+          for (
+            const [height, width] of [[512, 512], [256, 256], [768, 1280], [1280, 768], [1216, 832], [
+              640,
+              1536,
+            ]]
+          ) {
+            issue(composed, height, width, 1, edited);
+            const others = [...kernels()].filter((kernel) => !first.has(kernel));
+            assert.deepEqual(others, [], `${height} x ${width}`);
+          }
+          // Odd numbers of tokens move one element at a time, large pictures and several have shapes of their own.
+          let seed = 1;
+          const side = () => 256 + 16 * ((seed = seed * 1103515245 + 12345 & 0x7fffffff) >> 8 & 127) % 1808;
+          const odd = (i: number) => issue(composed, side() & ~15, side() & ~15, 1 + i % 4, edited);
+          for (let i = 0; i < 60; i++) odd(i);
+          issue(composed, 2048, 2048, 4, edited);
+          const variants = [...kernels()].filter((kernel) => !first.has(kernel));
+          assert.ok(variants.length <= 14, `${variants.length} more: ${variants.join("; ")}`);
+          const before = kernels().size;
+          for (let i = 0; i < 60; i++) odd(i);
+          assert.equal(kernels().size, before, "some kernel is compiled for each size");
         }
-        // Odd numbers of tokens move one element at a time, large pictures and several have shapes of their own.
-        let seed = 1;
-        const side = () => 256 + 16 * ((seed = seed * 1103515245 + 12345 & 0x7fffffff) >> 8 & 127) % 1808;
-        for (let i = 0; i < 60; i++) issue(composed, side() & ~15, side() & ~15, 1 + i % 4, i % 3 === 0);
-        issue(composed, 2048, 2048, 4, true);
-        const variants = [...kernels()].filter((kernel) => !first.has(kernel));
-        assert.ok(variants.length <= 14, `${variants.length} more: ${variants.join("; ")}`);
-        const before = kernels().size;
-        for (let i = 0; i < 60; i++) issue(composed, side() & ~15, side() & ~15, 1 + i % 4, i % 3 === 0);
-        assert.equal(kernels().size, before, "some kernel is compiled for each size");
       },
     );
   }

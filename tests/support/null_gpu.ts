@@ -1,6 +1,14 @@
 import type { ConvPlan, Memory } from "../../ffi/device.ts";
-import type { Dim3, GpuDevice, KernelArgument, KernelSource, Launch } from "../../ffi/gpu.ts";
+import {
+  type Dim3,
+  type GpuDevice,
+  type KernelArgument,
+  type KernelSource,
+  type Launch,
+  TensorMap,
+} from "../../ffi/gpu.ts";
 import { MemoryScopes } from "../../ffi/scope.ts";
+import type { Tensor } from "../../ffi/tensor.ts";
 
 /** A launch of a kernel, with the constants that it was compiled for. */
 export interface Launched {
@@ -18,14 +26,15 @@ export interface NullGpu {
   readonly convs: readonly ConvPlan[];
 }
 
-export function openNullGpu(): NullGpu {
+/** @param architecture e.g. "sm_90a", for kernels that are made for one. */
+export function openNullGpu(architecture = ""): NullGpu {
   const launches: Launched[] = [];
   const convs: ConvPlan[] = [];
   const scopes = new MemoryScopes(() => {});
   const gpu = {
     kind: "cuda",
     name: "null GPU",
-    limits: { architecture: "", multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
+    limits: { architecture, multiprocessors: 132, warpSize: 32, sharedBytesPerBlock: 232448 },
     alloc: (byteLength: number): Memory => ({ device: gpu, pointer: 1n << 40n, byteLength }),
     free: () => {},
     scope: <T>(inner: () => T): T => scopes.run(inner),
@@ -47,7 +56,9 @@ export function openNullGpu(): NullGpu {
       });
     },
     conv: (plan: ConvPlan) => void convs.push(plan),
+    upload: () => {},
     matmul: () => {},
+    tensorMap: (matrix: Tensor) => new TensorMap(matrix, new Uint8Array(128)),
     attention: () => true,
     fastest: () => 0,
   } as unknown as GpuDevice;
