@@ -6,7 +6,9 @@ import { inFolder } from "../support/folders.ts";
 
 const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const README = Deno.readTextFileSync(join(ROOT, "README.md"));
-const CONFIG = JSON.parse(Deno.readTextFileSync(join(ROOT, "deno.json")));
+const CONFIG: { readonly tasks: Readonly<Record<string, { readonly command: string }>> } = JSON.parse(
+  Deno.readTextFileSync(join(ROOT, "deno.json")),
+);
 
 Deno.test("every task that the README names exists", () => {
   const tasks = [...README.matchAll(/deno task (\S+?)[\s`]/g)].map((match) => match[1]);
@@ -66,4 +68,12 @@ Deno.test("the README's programs run: a picture, another operator, LoRAs", async
     assert.equal(exitCode, 0, new TextDecoder().decode(stderr));
     assert.match(new TextDecoder().decode(stdout), /4\/4\ntrue\nmerged and removed\n$/);
   });
+});
+
+Deno.test("tasks that start programs do so where LD_LIBRARY_PATH is set, too", () => {
+  // Deno starts one with that variable only where all programs may be started. Our loader reads the folders in the other one.
+  const moved = 'export FLUX_LIB_PATH="$FLUX_LIB_PATH:$LD_LIBRARY_PATH" && unset LD_LIBRARY_PATH && ';
+  const starting = Object.entries(CONFIG.tasks).filter(([, { command }]) => / --allow-run/.test(command));
+  assert.ok(starting.length > 0);
+  for (const [task, { command }] of starting) assert.ok(command.includes(moved), task);
 });

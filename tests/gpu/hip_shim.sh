@@ -29,7 +29,7 @@ exact=(--prompt "A cat playing with a ball of yarn" --disable_fa3 --disable_quan
 step "the embedded model, hip" env FLUX_LIB_PATH="$work" deno task --quiet generate --device hip "${exact[@]}" \
   --output-file "$out/hip_shim_tiny.png" --verbose
 step "the embedded model, cuda" deno task --quiet generate --device cuda "${exact[@]}" --output-file "$work/cuda.png"
-step "how far they are apart" deno run --allow-read tests/gpu/compare_pictures.ts \
+step "how far they are apart" deno run --allow-read --allow-ffi --allow-env tests/gpu/compare_pictures.ts \
   "$out/hip_shim_tiny.png" "$work/cuda.png"
 if [ $# -gt 0 ]; then
   step "the full model, hip" env FLUX_LIB_PATH="$work" deno task --quiet generate --device hip --ckpt "$1" \

@@ -38,7 +38,7 @@ const MODELS = ["schnell-like", "dev-like"] as const;
 /** What `Verification` asks for. */
 const FP32_LIMIT = 1e-4;
 /** Our bfloat16 error against float32 may be this much of diffusers' own. */
-const BF16_FACTOR = 1.1;
+export const BF16_FACTOR = 1.1;
 
 /**
  * The same for the autoencoder where sums are added in another order than in the references. In bfloat16 models this
@@ -106,8 +106,10 @@ function i32(device: Device, rows: readonly Int32Array[]): Tensor {
  *
  * @param together how much farther from float32 than diffusers' the outputs of the autoencoder may be in bfloat16, taken
  *   together; each of them {@link BF16_FACTOR} when left out.
+ * @param others the same for each other component, where even their single rows (CLIP's pooled output) come out in too many
+ *   ways.
  */
-export function componentSuite(target: TestDevice, together?: number): void {
+export function componentSuite(target: TestDevice, together?: number, others?: number): void {
   const test = (name: string, body: (device: Device) => Promise<void>) => testOn(target, name, body);
   for (const model of MODELS) {
     const folder = goldenPath(model);
@@ -127,7 +129,7 @@ export function componentSuite(target: TestDevice, together?: number): void {
         const lastHiddenState = clipTextModel(config, loaded.weights, ops, i32(device, rows));
         const pooled = clipPooled(ops, lastHiddenState, endOfTextPositions(config, rows));
         return { last_hidden_state: lastHiddenState, pooled };
-      });
+      }, others);
     });
 
     test(`T5 encoder equals transformers' (${model})`, async (device) => {
@@ -148,7 +150,7 @@ export function componentSuite(target: TestDevice, together?: number): void {
           return t5Encoder(config, loaded.weights, ops, i32(device, ids), buckets);
         };
         return { long: run("in.long"), short: run("in.short") };
-      });
+      }, others);
     });
 
     test(`transformer equals diffusers' (${model})`, async (device) => {
@@ -166,7 +168,7 @@ export function componentSuite(target: TestDevice, together?: number): void {
           dtype,
         );
         return { sample: transformerVelocity(golden, device, config, loaded.weights, ops) };
-      });
+      }, others);
     });
   }
   autoencoderSuite(target, [], together);

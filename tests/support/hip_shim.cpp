@@ -369,8 +369,10 @@ int hipblasLtMatmulPreferenceSetAttribute(u64 preference, int attribute, const v
 }
 int hipblasLtMatmulPreferenceDestroy(u64 preference) { return blasStatus(cublasLtMatmulPreferenceDestroy(preference)); }
 
-// Bytes of an element, which is the alignment that cuBLASLt may rely on: hipBLASLt is not told any. Float8 wants 16.
-static int alignmentOf(int type) { return type == 0 ? 4 : type == 28 ? 16 : 2; }
+// Bytes of an element, which is the alignment that cuBLASLt may rely on: hipBLASLt is not told any. Float8 wants 16, of its
+// results too.
+enum { FLOAT8 = 28 };
+static int alignmentOf(int type) { return type == 0 ? 4 : type == FLOAT8 ? 16 : 2; }
 
 int hipblasLtMatmulAlgoGetHeuristic(u64 handle, u64 desc, u64 a, u64 b, u64 c, u64 d, u64 preference, int requested,
                                     unsigned char* results, int* returned) {
@@ -379,7 +381,7 @@ int hipblasLtMatmulAlgoGetHeuristic(u64 handle, u64 desc, u64 a, u64 b, u64 c, u
   if (requested > MOST) return BLAS_INVALID_VALUE;
   const BlasLayout* layouts[] = {(BlasLayout*)a, (BlasLayout*)b, (BlasLayout*)c, (BlasLayout*)d};
   for (int i = 0; i < 4; i++) {
-    const int alignment = alignmentOf(layouts[i]->type);
+    const int alignment = alignmentOf(layouts[0]->type == FLOAT8 ? FLOAT8 : layouts[i]->type);
     int status = cublasLtMatmulPreferenceSetAttribute(preference, 5 + i, &alignment, 4);
     if (status) return blasStatus(status);
   }

@@ -308,8 +308,10 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
         await loras.merge([]);
         assert.deepEqual(await bytesOf(plan.weights.transformer), before);
         assert.equal(notes.length, room ? 0 : 1);
-        if (!room && isGpu(device)) assert.equal(device.memoryUse().weights, used);
+        // What earlier tests have left to the garbage collector may go meanwhile.
+        if (!room && isGpu(device)) assert.ok(device.memoryUse().weights <= used, "nothing more is kept");
       } finally {
+        loras.release();
         device.placeAll = placeAll;
       }
     }

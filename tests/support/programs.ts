@@ -26,7 +26,8 @@ export function taskCommand(
     const { stdout } = new Deno.Command(program, { args: flags, cwd: ROOT, env: { ...env } }).outputSync();
     return new TextDecoder().decode(stdout).trim();
   });
-  const [program, ...flags] = command.split(" ");
+  // What stands before it brings LD_LIBRARY_PATH out of Deno's way, as this process's own task did.
+  const [program, ...flags] = command.split(" && ").at(-1)!.split(" ");
   return new Deno.Command(program, {
     args: [...flags.map(change), ...args],
     cwd: ROOT,
