@@ -103,7 +103,8 @@ function decodeOne(config: AutoencoderConfig, weights: Weights, ops: Ops, latent
         x = replace(x, (y) => resnet(config, under(block, `resnets.${layer}`), ops, y));
       }
       if (stage < config.block_out_channels.length - 1) {
-        x = replace(x, (y) => conv(ops, block, "upsamplers.0.conv", ops.upsampleNearest(y), SAME));
+        const { weight, bias } = convolutionOf(block, "upsamplers.0.conv");
+        x = replace(x, (y) => ops.upsampleConv(y, weight, bias, ops));
       }
     }
     // Convolutions may leave the channels last in memory.
@@ -165,7 +166,12 @@ function conv(
   padding: readonly [number, number, number, number] = [0, 0, 0, 0],
   stride = 1,
 ): Tensor {
-  return ops.conv2d(x, weights.get(`${module}.weight`), weights.get(`${module}.bias`), { padding, stride });
+  const { weight, bias } = convolutionOf(weights, module);
+  return ops.conv2d(x, weight, bias, { padding, stride });
+}
+
+function convolutionOf(weights: Weights, module: string): { weight: Tensor; bias: Tensor } {
+  return { weight: weights.get(`${module}.weight`), bias: weights.get(`${module}.bias`) };
 }
 
 /** Group norm, SiLU and a 3 x 3 convolution; the normed picture is freed at once. */

@@ -30,6 +30,7 @@ import { silu } from "../../kernels/silu.ts";
 import { singleBlock } from "../../kernels/single_block.ts";
 import { timestepEmbedding } from "../../kernels/timestep_embedding.ts";
 import { toPixels } from "../../kernels/to_pixels.ts";
+import { upsampleConv } from "../../kernels/upsample_conv.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 
 /**
@@ -71,6 +72,7 @@ export const eagerOps = {
   parallelBranches,
   rotaryPairs: noRotaryPairs,
   singleBlock,
+  upsampleConv,
 };
 
 /** The operators that the model is written in. A recipe replaces entries of this table and never a line of the model. */

@@ -1,6 +1,7 @@
 /** The autoencoder with its channels last, on the emulated GPU, and what it issues at FLUX.1's sizes. */
 import assert from "node:assert/strict";
 import { Tensor } from "../../ffi/tensor.ts";
+import { add } from "../../kernels/add.ts";
 import { isChannelsLast } from "../../kernels/layout.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { channelsLast } from "../../recipes/04_channels_last.ts";
@@ -13,6 +14,7 @@ import { issueAutoencoder } from "../support/flux_autoencoder.ts";
 import { autoencoderSuite, OTHER_ORDER } from "../support/golden_suite_components.ts";
 import { goldenPath, valuesOf } from "../support/golden.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
+import type { Launched } from "../support/null_gpu.ts";
 import { noise } from "../support/providers.ts";
 import { openReference } from "../support/reference_provider.ts";
 import { testOn } from "../support/test_device.ts";
@@ -21,7 +23,7 @@ autoencoderSuite(TEST_GPU, [channelsLast], OTHER_ORDER);
 
 testOn(
   TEST_GPU,
-  "channels last: a pipeline's pictures are dense f32 as without, and no memory more",
+  "channels last: a pipeline's pictures are dense f32 as without, and no memory more than filters take",
   async (device) => {
     using model = await Model.load(goldenPath("schnell-like"), device);
     const plain = compose(eagerPlan(device, model.weights), bfloat16);
@@ -38,7 +40,15 @@ testOn(
     const without = await decoded(plain);
     const { current, weights } = device.memoryUse();
     const turned = compose(plain, channelsLast);
-    assert.deepEqual([device.memoryUse().current, device.memoryUse().weights], [current, weights]);
+    // Of the upsamplers 16 taps for 9, and four biases for one, of two bytes each.
+    const filters = turned.weights.vae.names.filter((one) => /^decoder.*upsamplers.*\.weight$/.test(one))
+      .map((one) => turned.weights.vae.get(one));
+    const more = filters.reduce(
+      (sum, { shape: [out, channels] }) => sum + 2 * (out / 4) * (7 * channels + 3),
+      0,
+    );
+    assert.ok(filters.length > 0 && filters.every(({ shape }) => shape[2] === 2));
+    assert.deepEqual([device.memoryUse().current, device.memoryUse().weights], [current, weights + more]);
     const name = "decoder.conv_in.weight";
     assert.ok(isChannelsLast(turned.weights.vae.get(name)));
     assert.throws(() => plain.weights.vae.get(name), UsageError);
@@ -47,6 +57,30 @@ testOn(
     assertClose(last.values, without.values, 0.03, "the picture in bf16");
     assert.equal(device.memoryUse().current, current);
     latents.dispose();
+  },
+);
+
+testOn(
+  TEST_GPU,
+  "channels last: other values of weights are stored as the recipe has them",
+  async (device) => {
+    using model = await Model.load(goldenPath("schnell-like"), device);
+    const plain = compose(eagerPlan(device, model.weights), bfloat16);
+    const module = "decoder.up_blocks.0.upsamplers.0.conv";
+    const names = [`${module}.weight`, `${module}.bias`, "decoder.conv_in.weight", "decoder.conv_in.bias"];
+    const originals = new Map(names.map((name) => {
+      const weight = plain.weights.vae.get(name);
+      return [name, add(weight, weight)] as const;
+    }));
+    const { vae } = compose(plain, channelsLast).weights;
+    const before = await Promise.all(names.map((name) => vae.get(name).toFloat32()));
+    const { current, weights } = device.memoryUse();
+    vae.assign(originals);
+    assert.deepEqual([device.memoryUse().current, device.memoryUse().weights], [current, weights]);
+    for (const [i, name] of names.entries()) {
+      assert.deepEqual(await vae.get(name).toFloat32(), before[i].map((value) => 2 * value), name);
+    }
+    for (const original of originals.values()) original.dispose();
   },
 );
 
@@ -62,9 +96,33 @@ for (const dtype of ["bf16", "f32"] as const) {
       for (const { x, weight, out } of convs) {
         assert.ok([x, weight, out].every(isChannelsLast), `x ${x}, weight ${weight}, out ${out}`);
       }
+      // Behind upsampling, in bfloat16, the small picture is convolved, and the phases are interleaved 16 bytes at a time.
+      const phases = direction === "decode" && dtype === "bf16" ? [[128, 512], [256, 512], [512, 256]] : [];
+      const small = convs.filter(({ weight }) => weight.shape[2] === 2);
+      assert.deepEqual(
+        small.map(({ x, out }) => [x.shape, out.shape]),
+        phases.map(([side, channels]) => [
+          [1, channels, side, side],
+          [1, 4 * channels, side + 1, side + 1],
+        ]),
+      );
+      const isInterleaving = ({ args: [to] }: Launched) => to instanceof Tensor && to.rank === 6;
+      const interleavings = launches.filter(isInterleaving);
+      assert.deepEqual(
+        interleavings.map(({ entry, constants, args: [to] }) => [
+          entry,
+          constants.BYTES,
+          (to as Tensor).shape,
+        ]),
+        phases.map(([side, channels]) => ["copyRows", 16, [1, side, 2, side, 2, channels]]),
+      );
+      const upsamplings = launches.filter(({ entry }) => entry.startsWith("upsample"));
+      assert.equal(upsamplings.length, direction === "decode" ? 3 - phases.length : 0);
       // The shortcuts are matrix products.
-      assert.ok(convs.every(({ weight }) => weight.shape[2] === 3));
-      const copies = launches.filter(({ entry }) => /^(copyRows|transposeTiles)$/.test(entry));
+      assert.ok(convs.every((conv) => conv.weight.shape[2] === 3 || small.includes(conv)));
+      const copies = launches.filter((launched) =>
+        /^(copyRows|transposeTiles)$/.test(launched.entry) && !isInterleaving(launched)
+      );
       for (const { args } of copies) {
         const [to] = args as Tensor[];
         assert.ok(to.size <= 3 * 1024 ** 2, `${to} is a copy`);

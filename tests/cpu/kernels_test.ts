@@ -20,6 +20,13 @@ import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { siluReference } from "../../kernels/silu.ts";
 import { timestepEmbeddingReference } from "../../kernels/timestep_embedding.ts";
 import { toPixelsReference } from "../../kernels/to_pixels.ts";
+import { conv2d } from "../../kernels/conv2d.ts";
+import {
+  polyphaseBias,
+  polyphaseFilters,
+  upsampleConv,
+  upsampleConvPolyphase,
+} from "../../kernels/upsample_conv.ts";
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { assertClose } from "../support/compare.ts";
@@ -378,5 +385,35 @@ Deno.test("upsampleNearest: every pixel of every dtype and layout becomes four",
       const at = (plane * height + (row % (2 * height) >> 1)) * width + (i % (2 * width) >> 1);
       assert.equal(y, from[at]);
     }
+  }
+});
+
+Deno.test("upsampleConvPolyphase: the same sums as upsampling and a 3 x 3 convolution", () => {
+  using device = openReference();
+  const ops = { conv2d, upsampleNearest };
+  // Whole numbers: every sum is exact in any order.
+  const whole = fc.integer({ min: -8, max: 8 });
+  const side = fc.integer({ min: 1, max: 5 });
+  const drawn = fc.tuple(fc.integer({ min: 1, max: 2 }), side, side, side, side).chain(([n, c, o, h, w]) => {
+    const values = (shape: readonly number[]) => {
+      const length = shape.reduce((a, b) => a * b);
+      return fc.array(whole, { minLength: length, maxLength: length }).map((array) => ({ shape, array }));
+    };
+    return fc.tuple(values([n, c, h, w]), values([o, c, 3, 3]), values([o]));
+  });
+  fc.assert(fc.property(drawn, (given) =>
+    device.scope(() => {
+      const [x, weight, bias] = given.map(({ shape, array }) => Tensor.fromFloat32(device, array, shape));
+      const expected = upsampleConv(x, weight, bias, ops);
+      const filters = polyphaseFilters(weight);
+      const actual = upsampleConvPolyphase(x, filters, polyphaseBias(bias), ops);
+      assert.deepEqual(actual.shape, expected.shape);
+      assert.deepEqual(readFloat32(actual), readFloat32(expected));
+      // Weights that were not changed are those of a 3 x 3 convolution.
+      assert.deepEqual(readFloat32(upsampleConvPolyphase(x, weight, bias, ops)), readFloat32(expected));
+    })));
+  const empty = (...shape: number[]) => Tensor.empty(device, shape, "f32");
+  for (const weight of [empty(4, 3, 2, 3), empty(4, 2, 2, 2), empty(4, 3, 4, 4)]) {
+    assert.throws(() => upsampleConvPolyphase(empty(1, 3, 2, 2), weight, empty(4), ops), ShapeError);
   }
 });

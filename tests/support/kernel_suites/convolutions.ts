@@ -7,12 +7,12 @@ import { cast } from "../../../kernels/cast.ts";
 import { contiguous } from "../../../kernels/contiguous.ts";
 import { conv2d, conv2dReference } from "../../../kernels/conv2d.ts";
 import { isChannelsLast, NCHW, NHWC } from "../../../kernels/layout.ts";
+import { polyphaseBias, polyphaseFilters, upsampleConvPolyphase } from "../../../kernels/upsample_conv.ts";
+import { upsampleNearest, upsampleNearestReference } from "../../../kernels/upsample_nearest.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
-import { roundings } from "./samples.ts";
-
-const NONE = new Float32Array(0);
+import { dtypes, NONE, property, roundings, sample, seeds } from "./samples.ts";
 
 const drawn = fc.record({
   batch: fc.integer({ min: 1, max: 2 }),
@@ -91,5 +91,93 @@ export function convolutionSuite(): void {
       });
       await fc.assert(property, { numRuns: 100 });
     });
+  });
+  upsampleConvTests();
+}
+
+function upsampleConvTests(): void {
+  const upsampled = fc.record({
+    batch: fc.integer({ min: 1, max: 2 }),
+    channels: fc.constantFrom(1, 3, 8),
+    filters: fc.constantFrom(1, 3, 8),
+    height: fc.integer({ min: 1, max: 6 }),
+    width: fc.integer({ min: 1, max: 9 }),
+    dtype: dtypes,
+    pictureLast: fc.boolean(),
+    weightLast: fc.boolean(),
+    seed: seeds,
+  });
+  const last = (tensor: Tensor) => contiguous(tensor.permute(NHWC)).permute(NCHW);
+
+  forEachGpu("upsampleConvPolyphase", (test) => {
+    test("equals upsampling and a 3 x 3 convolution, at odd sizes and in both layouts", (device) =>
+      property(device, upsampled, 60, (one) => {
+        const { batch, channels, filters, height, width, dtype, seed } = one;
+        const [x, weight, bias] = [
+          sample(device, [batch, channels, height, width], dtype, noise(seed)),
+          // Sums of four of these are numbers of bfloat16.
+          sample(device, [filters, channels, 3, 3], dtype, (i) => Math.round(15 * noise(seed + 1)(i)) / 16),
+          sample(device, [filters], dtype, noise(seed + 2)),
+        ];
+        const large = new Float32Array(4 * x.values.length);
+        upsampleNearestReference(large, x.values, width);
+        const shape = [batch, filters, 2 * height, 2 * width];
+        const shapes = {
+          x: [batch, channels, 2 * height, 2 * width],
+          weight: weight.tensor.shape,
+          out: shape,
+        };
+        const [expected, sums] = [bias.values, NONE].map((added) => {
+          const result = new Float32Array(4 * batch * filters * height * width);
+          conv2dReference(result, large, weight.values, added, shapes, 1, [1, 1, 1, 1]);
+          return result;
+        });
+        const dense = polyphaseFilters(weight.tensor);
+        const out = upsampleConvPolyphase(
+          one.pictureLast ? last(x.tensor) : x.tensor,
+          one.weightLast ? last(dense) : dense,
+          polyphaseBias(bias.tensor),
+          { conv2d, upsampleNearest },
+        );
+        // With one channel both layouts are the same.
+        if (channels > 1 && filters > 1) assert.equal(isChannelsLast(out), one.weightLast);
+        const again = dtype === "bf16" ? (roundings(device) - 1) * 2 ** -8 : 0;
+        const slack = (i: number) => 9 * channels * 2 ** -22 + again * Math.abs(sums[i]);
+        return [{ actual: contiguous(out), dtype, shape, expected, slack }];
+      }));
+
+    test("filters are sums of the taps that see the same pixel, rounded once", (device) =>
+      property(device, fc.record({ dtype: dtypes, seed: seeds }), 10, ({ dtype, seed }) => {
+        const [filters, channels] = [3, 5];
+        // Multiples of 2^-12, so that sums in f32 are exact.
+        const weight = sample(
+          device,
+          [filters, channels, 3, 3],
+          dtype,
+          (i) => Math.round(2 ** 12 * noise(seed)(i)) / 2 ** 12,
+        );
+        const taps = [[[0], [1, 2]], [[0, 1], [2]]]; // of even and of odd places: before or own, own or after
+        const expected: number[] = [];
+        for (const rows of taps) {
+          for (const columns of taps) {
+            for (let at = 0; at < weight.values.length; at += 9) {
+              for (const r of rows) {
+                for (const s of columns) {
+                  const under = r.flatMap((row) => s.map((column) => weight.values[at + 3 * row + column]));
+                  const sum = under.reduce((a, b) => a + b);
+                  expected.push(dtype === "bf16" ? roundToBfloat16(sum) : sum);
+                }
+              }
+            }
+          }
+        }
+        return [{
+          actual: polyphaseFilters(weight.tensor),
+          dtype,
+          shape: [4 * filters, channels, 2, 2],
+          expected: Float32Array.from(expected, (value) => value),
+          slack: () => -Infinity, // the very same bits
+        }];
+      }));
   });
 }
