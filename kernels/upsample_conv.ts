@@ -37,12 +37,15 @@ export function upsampleConv(x: Tensor, weight: Tensor, bias: Tensor, ops: Upsam
  * odd row, even or odd column). These are one convolution with 4 times as many filters, 4/9 of the products, whose results
  * are then interleaved. (Polyphase interpolation, Bellanger et al. 1976; sub-pixel convolution, Shi et al. 2016.)
  *
- * @param weight of {@link polyphaseFilters}, `[4 out, in, 2, 2]`; another one is that of {@link upsampleConv}, which then runs.
- * @param bias of {@link polyphaseBias}, `[4 out]`.
+ * @param weight of {@link polyphaseFilters}, `[4 out, in, 2, 2]`. @param bias of {@link polyphaseBias}, `[4 out]`.
  */
-export function upsampleConvPolyphase(x: Tensor, weight: Tensor, bias: Tensor, ops: UpsampleConvOps): Tensor {
-  if (weight.shape[2] !== 2) return upsampleConv(x, weight, bias, ops);
-  expectShape("upsampleConv", "weight", weight, [null, null, 2, 2]);
+export function upsampleConvPolyphase(
+  x: Tensor,
+  weight: Tensor,
+  bias: Tensor,
+  ops: Pick<UpsampleConvOps, "conv2d">,
+): Tensor {
+  expectShape("upsampleConvPolyphase", "weight", weight, [null, null, 2, 2]);
   return x.device.scope(() => interleaved(ops.conv2d(x, weight, bias, AROUND)));
 }
 
