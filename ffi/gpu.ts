@@ -2,7 +2,7 @@
  * What a GPU has beyond a {@link Device}: modules of compiled kernels, launches, library attention, events and recorded
  * graphs. CUDA and HIP have the same verbs; kernels/ and recipes/ know this interface only.
  */
-import type { Device, MatmulPlan, Memory } from "./device.ts";
+import type { ConvPlan, Device, MatmulPlan, Memory } from "./device.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** A kernel file: its name for messages and cache entries, and its text. */
@@ -70,6 +70,14 @@ export interface AttentionPlan {
   readonly v: Tensor;
   readonly out: Tensor;
   readonly scale: number;
+}
+
+/** A convolution that ends a residual block: bias and `residual` are added to its sums, which are then rounded once. */
+export interface ConvAddPlan extends ConvPlan {
+  /** `[o]`. */
+  readonly bias: Tensor;
+  /** As `out`, whose memory it does not share. */
+  readonly residual: Tensor;
 }
 
 /** A mark in the order of the work. */
@@ -176,6 +184,9 @@ export interface GpuDevice extends Device {
 
   /** Whether the library has an algorithm for this product of float8 matrices; what is not float8 it takes always. */
   takesMatmul(plan: MatmulPlan): boolean;
+
+  /** Issues the plan to a library and returns true, or returns false where it has no kernel that does all of it. */
+  convAdd(plan: ConvAddPlan): boolean;
 
   /**
    * Runs the plan in a library and returns true, or returns false where none takes these dtypes and sizes. Throws

@@ -6,6 +6,7 @@ import { checkDownload } from "./download.ts";
 import { briefly, FfiError } from "./errors.ts";
 import {
   type AttentionPlan,
+  type ConvAddPlan,
   type Deposit,
   type Dim3,
   type GpuDevice,
@@ -157,6 +158,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   abstract properties(): DeviceProperties;
   abstract environment(): Readonly<Record<string, string>>;
   abstract conv(plan: ConvPlan): void;
+  abstract convAdd(plan: ConvAddPlan): boolean;
   abstract attention(plan: AttentionPlan): boolean;
   abstract tensorMap(matrix: Tensor, rows: number): TensorMap;
   abstract openProfiler(): Promise<GpuProfiler>;

@@ -1,7 +1,7 @@
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import ADD_CU from "./add.cu" with { type: "text" };
-import { expect } from "./check.ts";
+import { expect, expectShape } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
 import { eachPiece, onCpu } from "./cpu.ts";
 import { blockSize, gpuOf, launch, vectorWidth } from "./gpu.ts";
@@ -14,17 +14,22 @@ const SOURCE = { name: "add.cu", text: ADD_CU };
  * Sum of two tensors. `b`'s shape equals `a`'s or its last dimensions (a position embedding `[tokens, hidden]` under
  * `[batch, tokens, hidden]`).
  *
+ * @param place where the sum is stored, of `a`'s shape and dtype and laid out as the result is; it may be `a`. Allocated when
+ * left out.
  * @returns `a`'s shape and dtype; dense, or with the channels last where both are pictures and `a` is so.
  */
-export function add(a: Tensor, b: Tensor): Tensor {
+export function add(a: Tensor, b: Tensor, place?: Tensor): Tensor {
   const suffix = a.shape.slice(a.rank - b.rank);
   expect(
     b.rank <= a.rank && suffix.every((size, dim) => size === b.shape[dim]),
     "add",
     () => `${b} is not a suffix of ${a}`,
   );
-  if (isChannelsLast(a) && b.rank === a.rank) return add(a.permute(NHWC), b.permute(NHWC)).permute(NCHW);
-  const out = Tensor.empty(a.device, a.shape, a.dtype);
+  if (place !== undefined) expectShape("add", "place", place, a.shape);
+  if (isChannelsLast(a) && b.rank === a.rank) {
+    return add(a.permute(NHWC), b.permute(NHWC), place?.permute(NHWC)).permute(NCHW);
+  }
+  const out = place ?? Tensor.empty(a.device, a.shape, a.dtype);
   const gpu = gpuOf(out);
   if (gpu !== undefined) {
     addOnGpu(gpu, out, a, b);

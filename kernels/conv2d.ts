@@ -1,3 +1,4 @@
+import type { ConvPlan } from "../ffi/device.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { addBias, convAddsBias } from "./add_bias.ts";
 import { expect, expectShape } from "./check.ts";
@@ -25,36 +26,74 @@ export interface Conv2dOptions {
  * @throws ShapeError where the sizes do not fit.
  */
 export function conv2d(x: Tensor, weight: Tensor, bias?: Tensor, options: Conv2dOptions = {}): Tensor {
-  const { stride = 1, padding = [0, 0, 0, 0] } = options;
-  expectShape("conv2d", "x", x, [null, null, null, null]);
-  expectShape("conv2d", "weight", weight, [null, x.shape[1], null, null]);
-  if (bias !== undefined) expectShape("conv2d", "bias", bias, [weight.shape[0]]);
-  expect(x.dtype === weight.dtype, "conv2d", () => `x is ${x.dtype}, weight is ${weight.dtype}`);
+  const { device } = x;
+  const shape = resultShape("conv2d", x, weight, bias, options);
+  const { stride = 1, padding = [] } = options;
+  const pointwise = isPointwise(weight) && stride === 1 && padding.every((zeros) => zeros === 0);
+  if (pointwise && isResultChannelsLast(x, weight)) return pointwiseConv(x, weight, bias);
+  return device.scope(() => {
+    const plan = convPlan(x, weight, options, shape);
+    if (bias === undefined || convAddsBias(device)) {
+      device.conv({ ...plan, bias });
+    } else {
+      device.conv(plan);
+      addBias(plan.out, bias);
+    }
+    return plan.out;
+  });
+}
+
+/**
+ * The shape of {@link conv2d}'s result.
+ *
+ * @param op for messages. @throws ShapeError where the sizes do not fit.
+ */
+export function resultShape(
+  op: string,
+  x: Tensor,
+  weight: Tensor,
+  bias: Tensor | undefined,
+  { stride = 1, padding = [0, 0, 0, 0] }: Conv2dOptions,
+): [batch: number, channels: number, height: number, width: number] {
+  expectShape(op, "x", x, [null, null, null, null]);
+  expectShape(op, "weight", weight, [null, x.shape[1], null, null]);
+  if (bias !== undefined) expectShape(op, "bias", bias, [weight.shape[0]]);
+  expect(x.dtype === weight.dtype, op, () => `x is ${x.dtype}, weight is ${weight.dtype}`);
   const [top, left, bottom, right] = padding;
   const [batch, , height, width] = x.shape;
   const [channels, , kernelHeight, kernelWidth] = weight.shape;
   const outHeight = Math.floor((height + top + bottom - kernelHeight) / stride) + 1;
   const outWidth = Math.floor((width + left + right - kernelWidth) / stride) + 1;
-  expect(outHeight > 0 && outWidth > 0, "conv2d", () => `x ${x} is smaller than the kernel ${weight}`);
-  const { device } = x;
-  const pointwise = kernelHeight === 1 && kernelWidth === 1;
-  const channelsLast = isChannelsLast(weight) || (pointwise && isChannelsLast(x));
-  if (channelsLast && pointwise && stride === 1 && padding.every((zeros) => zeros === 0)) {
-    return pointwiseConv(x, weight, bias);
+  expect(outHeight > 0 && outWidth > 0, op, () => `x ${x} is smaller than the kernel ${weight}`);
+  return [batch, channels, outHeight, outWidth];
+}
+
+/** What {@link Device.conv} takes, without a bias: `x` as the weight lies, and a new place for a result of `shape`. */
+export function convPlan(
+  x: Tensor,
+  weight: Tensor,
+  { stride = 1, padding = [0, 0, 0, 0] }: Conv2dOptions,
+  [batch, channels, height, width]: readonly [number, number, number, number],
+): ConvPlan {
+  if (isResultChannelsLast(x, weight)) {
+    const out = Tensor.empty(x.device, [batch, height, width, channels], x.dtype).permute(NCHW);
+    return { x: withChannelsLast(x), weight, out, stride, padding };
   }
-  const out = channelsLast
-    ? Tensor.empty(device, [batch, outHeight, outWidth, channels], x.dtype).permute(NCHW)
-    : Tensor.empty(device, [batch, channels, outHeight, outWidth], x.dtype);
-  device.scope(() => {
-    const source = channelsLast ? contiguous(x.permute(NHWC)).permute(NCHW) : contiguous(x);
-    if (bias === undefined || convAddsBias(device)) {
-      device.conv({ x: source, weight, bias, out, stride, padding });
-    } else {
-      device.conv({ x: source, weight, out, stride, padding });
-      addBias(out, bias);
-    }
-  });
-  return out;
+  const out = Tensor.empty(x.device, [batch, channels, height, width], x.dtype);
+  return { x: contiguous(x), weight, out, stride, padding };
+}
+
+/** The picture with its channels last, copied where it lies otherwise. */
+export function withChannelsLast(x: Tensor): Tensor {
+  return contiguous(x.permute(NHWC)).permute(NCHW);
+}
+
+function isPointwise({ shape: [, , height, width] }: Tensor): boolean {
+  return height === 1 && width === 1;
+}
+
+function isResultChannelsLast(x: Tensor, weight: Tensor): boolean {
+  return isChannelsLast(weight) || (isPointwise(weight) && isChannelsLast(x));
 }
 
 /** A 1 x 1 convolution with the channels last: a Linear layer of each pixel. */

@@ -3,7 +3,7 @@
  * descriptors, cudnn_plan.ts the graphs and the choice of engines.
  */
 import type { ConvPlan } from "../device.ts";
-import type { AttentionPlan } from "../gpu.ts";
+import type { AttentionPlan, ConvAddPlan } from "../gpu.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
 import { CudnnBackend, CudnnError } from "./cudnn_backend.ts";
@@ -45,7 +45,7 @@ export class Cudnn implements Disposable {
   readonly #backend: CudnnBackend;
   #opened: Session | undefined;
   readonly #plans = new Map<string, Executable>();
-  /** Attention that no engine takes. */
+  /** Work that may be done elsewhere, and that no engine takes. */
   readonly #refused = new Set<string>();
   // An array on the heap of V8 could move; this one keeps its address.
   readonly #scale = new Float32Array(new ArrayBuffer(4));
@@ -69,35 +69,33 @@ export class Cudnn implements Disposable {
    * @throws {CudnnError} with the tensors, where no engine takes them, and for every other status
    */
   conv(plan: ConvPlan): void {
-    const { x, weight, bias, out, stride, padding } = plan;
-    if (out.size === 0) return;
-    const layouts: ConvLayouts = {
-      x: layoutOf(x),
-      weight: layoutOf(weight),
-      bias: bias && layoutOf(bias),
-      out: layoutOf(out),
-      stride,
-      padding,
-    };
-    const { x: input, weight: filter, bias: shift, out: result } = layouts;
-    const key = `conv ${text(input)} ${text(filter)} ${shift && text(shift)} ${
-      text(result)
-    } ${stride} ${padding}`;
-    const addresses = [
-      [ID.x, x.pointer],
-      [ID.weight, weight.pointer],
-      [ID.out, out.pointer],
-      ...(bias === undefined ? [] : [[ID.bias, bias.pointer] as const]),
-    ] as const;
+    if (plan.out.size === 0) return;
+    const { key, layouts, addresses } = convolution(plan);
     this.context.driver.enter();
-    let prepared = this.#plans.get(key);
-    if (prepared === undefined) {
-      const { planner } = this.#session;
-      prepared = this.#restored(key) ??
-        named(key, () => planner.conv(layouts, (plans) => this.#fastest(key, plans, addresses)));
-      this.#plans.set(key, prepared);
-    }
+    const prepared = this.#planned(
+      key,
+      (planner) => planner.conv(layouts, (plans) => this.#fastest(key, plans, addresses)),
+    );
     this.#execute(key, prepared, addresses);
+  }
+
+  /**
+   * Issues a convolution with something added to it, as {@link conv} otherwise, and returns true, or returns false where no
+   * engine takes that, and in f32, of which cuDNN's fast engines round the inputs.
+   *
+   * @throws {CudnnError} with the tensors, where something goes wrong
+   */
+  convAdd(plan: ConvAddPlan): boolean {
+    if (plan.x.dtype === "f32") return false;
+    if (plan.out.size === 0) return true;
+    const { key, layouts, addresses } = convolution(plan, plan.residual);
+    const prepared = this.#plannedUnlessRefused(
+      key,
+      (planner) => planner.conv(layouts, (plans) => this.#fastest(key, plans, addresses)),
+    );
+    if (prepared === undefined) return false;
+    this.#execute(key, prepared, addresses);
+    return true;
   }
 
   /**
@@ -122,20 +120,8 @@ export class Cudnn implements Disposable {
     if (out.size === 0) return true;
     const layouts: AttentionLayouts = { q: layoutOf(q), k: layoutOf(k), v: layoutOf(v), out: layoutOf(out) };
     const key = `attention ${text(layouts.q)} ${text(layouts.k)} ${text(layouts.v)} ${text(layouts.out)}`;
-    if (this.#refused.has(key) || this.#prepared(key)?.length === 0) return false;
-    this.context.driver.enter();
-    let prepared = this.#plans.get(key);
-    if (prepared === undefined) {
-      const { planner } = this.#session;
-      try {
-        prepared = this.#restored(key) ?? named(key, () => planner.attention(layouts));
-      } catch (error) {
-        if (!(error instanceof CudnnError && error.unsupported)) throw error;
-        this.#refused.add(key);
-        return false;
-      }
-      this.#plans.set(key, prepared);
-    }
+    const prepared = this.#plannedUnlessRefused(key, (planner) => planner.attention(layouts));
+    if (prepared === undefined) return false;
     this.#scale[0] = scale;
     this.#execute(key, prepared, [
       [ID.q, q.pointer],
@@ -190,6 +176,33 @@ export class Cudnn implements Disposable {
   /** What an earlier process has left for this work. */
   #prepared(key: string): Uint8Array<ArrayBuffer> | undefined {
     return this.context.prepared(this.#keyOfPlan(key));
+  }
+
+  /** The plan for some work: of this process, of an earlier one, or made now. */
+  #planned(key: string, make: (planner: CudnnPlanner) => Executable): Executable {
+    let prepared = this.#plans.get(key);
+    if (prepared === undefined) {
+      const { planner } = this.#session;
+      prepared = this.#restored(key) ?? named(key, () => make(planner));
+      this.#plans.set(key, prepared);
+    }
+    return prepared;
+  }
+
+  /** As {@link #planned}, or undefined where no engine takes the work, which is remembered. */
+  #plannedUnlessRefused(
+    key: string,
+    make: (planner: CudnnPlanner) => Executable,
+  ): Executable | undefined {
+    if (this.#refused.has(key) || this.#prepared(key)?.length === 0) return undefined;
+    this.context.driver.enter();
+    try {
+      return this.#planned(key, make);
+    } catch (error) {
+      if (!(error instanceof CudnnError && error.unsupported)) throw error;
+      this.#refused.add(key);
+      return undefined;
+    }
   }
 
   /** The plan of an earlier process, or undefined: there is none, or cuDNN does not take it any more. */
@@ -255,6 +268,34 @@ export class Cudnn implements Disposable {
     const status = cudnnBackendExecute(this.#session.handle, plan.handle, pack.handle);
     named(key, () => this.#backend.check(status, "cudnnBackendExecute"));
   }
+}
+
+/** A convolution as cuDNN plans it, and where its tensors are; `residual` is added to it. */
+function convolution(
+  { x, weight, bias, out, stride, padding }: ConvPlan,
+  residual?: Tensor,
+): { readonly key: string; readonly layouts: ConvLayouts; readonly addresses: Addresses } {
+  const layouts: ConvLayouts = {
+    x: layoutOf(x),
+    weight: layoutOf(weight),
+    residual: residual && layoutOf(residual),
+    bias: bias && layoutOf(bias),
+    out: layoutOf(out),
+    stride,
+    padding,
+  };
+  const { x: input, weight: filter, residual: added, bias: shift, out: result } = layouts;
+  const key = `conv ${text(input)} ${text(filter)} ${shift && text(shift)} ${
+    text(result)
+  } ${stride} ${padding}${added === undefined ? "" : ` plus ${text(added)}`}`;
+  const tensors = [[ID.x, x], [ID.weight, weight], [ID.out, out], [ID.bias, bias], [
+    ID.residual,
+    residual,
+  ]] as const;
+  const addresses = tensors.flatMap(([id, tensor]) =>
+    tensor === undefined ? [] : [[id, tensor.pointer] as const]
+  );
+  return { key, layouts, addresses };
 }
 
 function layoutOf({ dtype, shape, strides, pointer }: Tensor): Layout {

@@ -35,10 +35,11 @@ export interface Layout {
   readonly alignment: number;
 }
 
-/** A convolution: `[n, c, h, w]`, `[o, c, kh, kw]`, `[o]`, `[n, o, oh, ow]`, as in a ConvPlan. */
+/** A convolution: `[n, c, h, w]`, `[o, c, kh, kw]`, `[n, o, oh, ow]`, `[o]`, `[n, o, oh, ow]`, as in a ConvAddPlan. */
 export interface ConvLayouts {
   readonly x: Layout;
   readonly weight: Layout;
+  readonly residual: Layout | undefined;
   readonly bias: Layout | undefined;
   readonly out: Layout;
   readonly stride: number;
@@ -53,8 +54,20 @@ export interface AttentionLayouts {
   readonly out: Layout;
 }
 
-/** The tensors of graphs; executions give their addresses under these numbers. */
-export const ID = { x: 1, weight: 2, bias: 3, out: 4, q: 5, k: 6, v: 7, scale: 8, product: 9 } as const;
+/** The tensors of graphs; executions give their addresses under these numbers, of those that are in memory. */
+export const ID = {
+  x: 1,
+  weight: 2,
+  bias: 3,
+  out: 4,
+  q: 5,
+  k: 6,
+  v: 7,
+  scale: 8,
+  product: 9,
+  residual: 10,
+  sum: 11,
+} as const;
 
 /** Something ready to be executed with addresses and scratch. */
 export interface Executable extends Disposable {
@@ -120,22 +133,35 @@ export class CudnnPlanner implements Disposable {
   }
 
   /**
-   * A convolution with sums in f32; the bias is added before the result is rounded. With f32 tensors no engine is
+   * A convolution with sums in f32; residual and bias are added before the result is rounded. With f32 tensors no engine is
    * taken of which cuDNN notes that it uses tensor cores (TF32), narrower inputs or narrower reductions.
+   *
+   * The residual comes first: cuDNN's own kernels add in this order (`convolution + z + bias` of its older interface), and only
+   * slower ones, which are compiled for the graph, in the other.
    *
    * @param choose which of the plans that cuDNN proposes is taken; the first when left out.
    * @throws {CudnnError} where no engine takes it
    */
   conv(layouts: ConvLayouts, choose: Choose = first): ExecutionPlan {
-    const { x, weight, bias, out } = withOrderedStrides(layouts);
+    const { x, weight, residual, bias, out } = withOrderedStrides(layouts);
     const { stride, padding: [top, left, bottom, right] } = layouts;
     return this.#plan(x.dtype === "f32" ? NARROW_INPUTS : NARROW_SUMS, choose, (make) => {
-      const result = make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(ID.out, out));
-      // What lies between the product and the bias is never in memory, so it can stay f32.
-      const product = bias === undefined ? result : make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", {
-        ...tensor(ID.product, { ...out, dtype: "f32", alignment: 16 }),
-        CUDNN_ATTR_TENSOR_IS_VIRTUAL: boolean(true),
-      });
+      const inMemory = (id: number, layout: Layout) =>
+        make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(id, layout));
+      // What lies between two operations is never in memory, so it can stay f32.
+      const between = (id: number) =>
+        make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", {
+          ...tensor(id, { ...out, dtype: "f32", alignment: 16 }),
+          CUDNN_ATTR_TENSOR_IS_VIRTUAL: boolean(true),
+        });
+      const addends = [
+        ...(residual === undefined ? [] : [inMemory(ID.residual, residual)]),
+        ...(bias === undefined ? [] : [inMemory(ID.bias, bias)]),
+      ];
+      const results = [
+        ...[ID.product, ID.sum].slice(0, addends.length).map(between),
+        inMemory(ID.out, out),
+      ];
       const convolution = make("CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR", {
         CUDNN_ATTR_CONVOLUTION_COMP_TYPE: dataType("f32"),
         CUDNN_ATTR_CONVOLUTION_CONV_MODE: enumerator(
@@ -150,30 +176,25 @@ export class CudnnPlanner implements Disposable {
       });
       const multiply = make("CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR", {
         CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC: descriptors(convolution),
-        CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X: descriptors(
-          make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(ID.x, x)),
-        ),
-        CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W: descriptors(
-          make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(ID.weight, weight)),
-        ),
-        CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y: descriptors(product),
+        CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X: descriptors(inMemory(ID.x, x)),
+        CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W: descriptors(inMemory(ID.weight, weight)),
+        CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y: descriptors(results[0]),
         CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA: float(1),
         CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA: float(0),
       });
-      if (bias === undefined) return [multiply];
       const addition = make("CUDNN_BACKEND_POINTWISE_DESCRIPTOR", {
         CUDNN_ATTR_POINTWISE_MODE: enumerator("CUDNN_TYPE_POINTWISE_MODE", "CUDNN_POINTWISE_ADD"),
         CUDNN_ATTR_POINTWISE_MATH_PREC: dataType("f32"),
       });
-      const add = make("CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR", {
-        CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR: descriptors(addition),
-        CUDNN_ATTR_OPERATION_POINTWISE_XDESC: descriptors(product),
-        CUDNN_ATTR_OPERATION_POINTWISE_BDESC: descriptors(
-          make("CUDNN_BACKEND_TENSOR_DESCRIPTOR", tensor(ID.bias, bias)),
-        ),
-        CUDNN_ATTR_OPERATION_POINTWISE_YDESC: descriptors(result),
-      });
-      return [multiply, add];
+      const additions = addends.map((addend, i) =>
+        make("CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR", {
+          CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR: descriptors(addition),
+          CUDNN_ATTR_OPERATION_POINTWISE_XDESC: descriptors(results[i]),
+          CUDNN_ATTR_OPERATION_POINTWISE_BDESC: descriptors(addend),
+          CUDNN_ATTR_OPERATION_POINTWISE_YDESC: descriptors(results[i + 1]),
+        })
+      );
+      return [multiply, ...additions];
     });
   }
 
@@ -390,8 +411,8 @@ function numericalNotes(backend: CudnnBackend, config: Descriptor): number[] {
 
 /** Bias as cuDNN adds it, and for dimensions of one element, whose strides say nothing, strides in the order of x. */
 function withOrderedStrides(
-  { x, weight, bias, out }: ConvLayouts,
-): Pick<ConvLayouts, "x" | "weight" | "bias" | "out"> {
+  { x, weight, residual, bias, out }: ConvLayouts,
+): Pick<ConvLayouts, "x" | "weight" | "residual" | "bias" | "out"> {
   const channelsLast = x.strides[1] === 1 && x.shape[1] > 1;
   const order = channelsLast ? [1, 3, 2, 0] : [3, 2, 1, 0]; // from the innermost dimension on
   const inOrder = (layout: Layout): Layout => {
@@ -408,6 +429,7 @@ function withOrderedStrides(
   return {
     x: inOrder(x),
     weight: inOrder(weight),
+    residual: residual && inOrder(residual),
     bias: spread && inOrder(spread),
     out: inOrder(out),
   };

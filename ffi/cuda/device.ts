@@ -2,7 +2,13 @@ import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties } from "../device.ts";
 import { dtypeBytes } from "../dtype.ts";
 import { FfiError } from "../errors.ts";
-import { type AttentionPlan, type GpuProfiler, type KernelSource, TensorMap } from "../gpu.ts";
+import {
+  type AttentionPlan,
+  type ConvAddPlan,
+  type GpuProfiler,
+  type KernelSource,
+  TensorMap,
+} from "../gpu.ts";
 import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
 import { LibraryNotFoundError } from "../library.ts";
 import type { Tensor } from "../tensor.ts";
@@ -83,6 +89,11 @@ export class CudaDevice extends RuntimeDevice<Driver> {
   conv(plan: ConvPlan): void {
     this.checkOpen();
     this.#convolutions.conv(plan);
+  }
+
+  convAdd(plan: ConvAddPlan): boolean {
+    this.checkOpen();
+    return this.#convolutions.convAdd(plan);
   }
 
   attention(plan: AttentionPlan): boolean {

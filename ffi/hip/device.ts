@@ -88,6 +88,10 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
     this.#convolutions.conv(plan);
   }
 
+  convAdd(): boolean {
+    return false; // MIOpen's immediate mode adds nothing
+  }
+
   /**
    * By AITER, where it is installed and has kernels that are known. The first attention that it would be good for without it
    * is a warning, where it was not asked for by name; then that is an error.

@@ -183,25 +183,22 @@ function normConv(
   convolution: string,
   x: Tensor,
 ): Tensor {
-  return x.device.scope(() => {
-    const [weight, bias] = [weights.get(`${norm}.weight`), weights.get(`${norm}.bias`)];
-    return conv(
-      ops,
-      weights,
-      convolution,
-      ops.groupNormSilu(x, config.norm_num_groups, weight, bias, NORM_EPS),
-      SAME,
-    );
-  });
+  return x.device.scope(() => conv(ops, weights, convolution, normed(config, weights, ops, norm, x), SAME));
+}
+
+function normed(config: AutoencoderConfig, weights: Weights, ops: Ops, norm: string, x: Tensor): Tensor {
+  const [weight, bias] = [weights.get(`${norm}.weight`), weights.get(`${norm}.bias`)];
+  return ops.groupNormSilu(x, config.norm_num_groups, weight, bias, NORM_EPS);
 }
 
 /** Two convolutions and a residual connection, through a 1 x 1 convolution where the channels change. */
 function resnet(config: AutoencoderConfig, weights: Weights, ops: Ops, x: Tensor): Tensor {
   return x.device.scope(() => {
     const middle = normConv(config, weights, ops, "norm1", "conv1", x);
-    const out = replace(middle, (y) => normConv(config, weights, ops, "norm2", "conv2", y));
+    const y = replace(middle, (z) => normed(config, weights, ops, "norm2", z));
     const residual = weights.has("conv_shortcut.weight") ? conv(ops, weights, "conv_shortcut", x) : x;
-    return ops.add(residual, out);
+    const { weight, bias } = convolutionOf(weights, "conv2");
+    return ops.conv2dAdd(y, weight, bias, residual, { padding: SAME }, ops);
   });
 }
 

@@ -6,6 +6,7 @@ import { cast } from "../../kernels/cast.ts";
 import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
 import { conv2d } from "../../kernels/conv2d.ts";
+import { conv2dAdd } from "../../kernels/conv2d_add.ts";
 import { doubleBlock } from "../../kernels/double_block.ts";
 import { embedding } from "../../kernels/embedding.ts";
 import { eulerStep } from "../../kernels/euler_step.ts";
@@ -61,6 +62,7 @@ export const eagerOps = {
 
   adaLayerNorm,
   addRmsNorm,
+  conv2dAdd,
   doubleBlock,
   feedForward,
   gatedAdaLayerNorm,

@@ -116,6 +116,16 @@ for (const dtype of ["bf16", "f32"] as const) {
       );
       const upsamplings = launches.filter(({ entry }) => entry.startsWith("upsample"));
       assert.equal(upsamplings.length, direction === "decode" ? 3 - phases.length : 0);
+      // Residual blocks end in a convolution that adds the residual, in bfloat16.
+      const blocks = convs.filter(({ residual }) => residual !== undefined);
+      const all = direction === "decode" ? 2 + 4 * 3 : 2 + 4 * 2;
+      assert.equal(blocks.length, dtype === "bf16" ? all : 0);
+      assert.ok(blocks.every(({ residual }) => isChannelsLast(residual!)));
+      assert.equal(
+        launches.filter(({ entry }) => entry === "add").length,
+        1 + all - blocks.length,
+        "attention's, and those",
+      );
       // The shortcuts are matrix products.
       assert.ok(convs.every((conv) => conv.weight.shape[2] === 3 || small.includes(conv)));
       const copies = launches.filter((launched) =>

@@ -82,6 +82,7 @@ function convLayouts(dtype: DType, order: Order, conv: Conv): ConvLayouts {
   return {
     x: layout(dtype, [batch, channels, size, size], order, alignment),
     weight: layout(dtype, [out, channels, kernel, kernel], order, alignment),
+    residual: undefined,
     bias: bias ? { dtype, shape: [out], strides: [1], alignment } : undefined,
     out: layout(dtype, [batch, out, size / stride, size / stride], order, alignment),
     stride,
@@ -147,10 +148,11 @@ for (const direction of ["decode", "encode"] as const) {
         });
         for (const dtype of ["bf16", "f32"] as const) {
           const { convs } = issueAutoencoder(direction, dtype, [channelsLast]);
-          for (const { x, weight, bias, out, stride, padding } of convs) {
+          for (const { x, weight, residual, bias, out, stride, padding } of convs) {
             using plan = planner.conv({
               x: layoutOf(x),
               weight: layoutOf(weight),
+              residual: residual && layoutOf(residual),
               bias: layoutOf(bias!),
               out: layoutOf(out),
               stride,
@@ -168,6 +170,25 @@ for (const direction of ["decode", "encode"] as const) {
       }),
   );
 }
+
+cudnnTest("a residual is added by the engine that a convolution has without", () =>
+  withPlanner((planner) => {
+    for (const [channels, size] of [[512, 128], [512, 256], [256, 512], [128, 1024], [24, 9]]) {
+      const layouts = convLayouts("bf16", "NHWC", { channels, size, out: channels, kernel: 3 });
+      using plain = planner.conv(layouts);
+      using added = planner.conv({ ...layouts, residual: layouts.out });
+      assert.equal(added.engine, plain.engine);
+      const { operationGraph: { tensors, nodes } } = jsonOf(added);
+      for (const id of [ID.product, ID.sum]) {
+        const { isVirtual, dataType } = tensors.find(({ name }: { name: string }) => name === String(id));
+        assert.deepEqual([isVirtual, dataType], [true, "CUDNN_DATA_FLOAT"]);
+      }
+      const [conv, first, second] = nodes;
+      assert.equal(conv.Y, String(ID.product));
+      assert.deepEqual([first.X, first.B, first.Y], [ID.product, ID.residual, ID.sum].map(String));
+      assert.deepEqual([second.X, second.B, second.Y], [ID.sum, ID.bias, ID.out].map(String));
+    }
+  }));
 
 cudnnTest("an f32 plan leaves out engines that would use TF32", () =>
   withPlanner((planner) => {
@@ -261,6 +282,16 @@ cudnnTest("attention says no to what it does not do, without a handle", () => {
   assert.equal(cudnn.attention(plan("bf16", 64, "f32")), false);
   assert.equal(cudnn.attention(plan("bf16", 100)), false);
   assert.equal(cudnn.attention(plan("bf16", 512)), false);
+});
+
+cudnnTest("a residual in f32 is for others to add, without a handle", () => {
+  const context = { driver: { enter: () => assert.fail("no call was due") } } as unknown as CudaContext;
+  using cudnn = new Cudnn(context);
+  const memory = { device: undefined as never, pointer: 0n, byteLength: 0 };
+  const tensor = (...shape: number[]) => new Tensor(memory, "f32", shape);
+  const [x, weight, bias] = [tensor(1, 8, 4, 4), tensor(8, 8, 3, 3), tensor(8)];
+  const options = { stride: 1, padding: [1, 1, 1, 1] } as const;
+  assert.equal(cudnn.convAdd({ x, weight, bias, residual: x, out: x, ...options }), false);
 });
 
 cudnnTest("plans attention, in a process with a stand-in for the driver", async () => {

@@ -247,7 +247,7 @@ function shapesOnly(): Ops {
   const like = (x: Tensor) => Tensor.empty(x.device, x.shape, x.dtype);
   return {
     ...eagerOps,
-    add: like,
+    add: (a, _, place) => place ?? like(a),
     attention: like,
     cast: (x, dtype) => Tensor.empty(x.device, x.shape, dtype),
     contiguous: (x) => x.isContiguous ? x : like(x),

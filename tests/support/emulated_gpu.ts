@@ -45,6 +45,7 @@ import { checkDownload } from "../../ffi/download.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
 import {
   type AttentionPlan,
+  type ConvAddPlan,
   type Deposit,
   type Dim3,
   Float,
@@ -346,36 +347,54 @@ class EmulatedGpu implements GpuDevice {
     );
   }
 
-  conv({ x, weight, bias, out, stride, padding }: ConvPlan): void {
+  conv(plan: ConvPlan): void {
+    this.#conv("conv", plan, undefined);
+  }
+
+  /** As cuDNN: not in f32. */
+  convAdd(plan: ConvAddPlan): boolean {
+    if (this.kind !== "cuda" || plan.x.dtype === "f32") return false;
+    this.#conv("convAdd", plan, plan.residual);
+    return true;
+  }
+
+  #conv(
+    what: string,
+    { x, weight, bias, out, stride, padding }: ConvPlan,
+    residual: Tensor | undefined,
+  ): void {
     const [images, channels, height, width] = x.shape;
     const [filters, , rows, columns] = weight.shape;
     const [top, left, bottom, right] = padding;
     // cuDNN takes all of them NCHW or all of them NHWC.
+    const pictures = [x, weight, out, ...(residual === undefined ? [] : [residual])];
     const inOneOrder = (order: readonly number[]) =>
-      [x, weight, out].every((tensor) => tensor.permute(order).isContiguous);
+      pictures.every((tensor) => tensor.permute(order).isContiguous);
     if (!inOneOrder([0, 1, 2, 3]) && !inOneOrder([0, 2, 3, 1])) {
-      throw new FfiError(`${this.name}: conv: x ${x}, weight ${weight} and out ${out} differ in layout`);
+      throw new FfiError(`${this.name}: ${what}: ${pictures.join(", ")} differ in layout`);
     }
-    requireShape("conv", "weight", weight, [filters, channels, rows, columns]);
-    if (bias !== undefined) requireShape("conv", "bias", bias, [filters]);
+    requireShape(what, "weight", weight, [filters, channels, rows, columns]);
+    if (bias !== undefined) requireShape(what, "bias", bias, [filters]);
     if (bias !== undefined && this.limits.convAddsBias === false) {
-      throw new FfiError(`${this.name}: conv: there is no bias here`);
+      throw new FfiError(`${this.name}: ${what}: there is no bias here`);
     }
-    for (const other of [weight, out, bias ?? x]) {
+    for (const other of [...pictures, bias ?? x]) {
       if (other.dtype !== x.dtype) {
-        throw new FfiError(`${this.name}: conv: x is ${x}, another tensor ${other}`);
+        throw new FfiError(`${this.name}: ${what}: x is ${x}, another tensor ${other}`);
       }
     }
-    requireShape("conv", "out", out, [
+    requireShape(what, "out", out, [
       images,
       filters,
       Math.floor((height + top + bottom - rows) / stride) + 1,
       Math.floor((width + left + right - columns) / stride) + 1,
     ]);
+    if (residual !== undefined) requireShape(what, "residual", residual, out.shape);
     this.#library(
-      "conv",
-      [x, weight, bias, out],
-      ([x, weight, bias, out]) => this.#runtime.symbols.simtConv(x, weight, bias, out, stride, top, left),
+      what,
+      [x, weight, bias, residual, out],
+      ([x, weight, bias, residual, out]) =>
+        this.#runtime.symbols.simtConv(x, weight, bias, residual, out, stride, top, left),
     );
   }
 
@@ -669,8 +688,12 @@ const RUNTIME = {
     parameters: ["buffer", "buffer", "buffer", "buffer", "buffer", "buffer", "f32", "i32"],
     result: "void",
   },
-  // void simtConv(const View *x, const View *weight, const View *bias, const View *out, int stride, int top, int left)
-  simtConv: { parameters: ["buffer", "buffer", "buffer", "buffer", "i32", "i32", "i32"], result: "void" },
+  // void simtConv(const View *x, const View *weight, const View *bias, const View *residual, const View *out, int stride,
+  //     int top, int left)
+  simtConv: {
+    parameters: ["buffer", "buffer", "buffer", "buffer", "buffer", "i32", "i32", "i32"],
+    result: "void",
+  },
   // void simtAttention(const View *q, const View *k, const View *v, const View *out, float scale)
   simtAttention: { parameters: ["buffer", "buffer", "buffer", "buffer", "f32"], result: "void" },
 } as const satisfies Deno.ForeignLibraryInterface;

@@ -66,6 +66,7 @@ function collectingGpu(limits: GpuLimits, sources: Map<string, UsedSource>): Gpu
     },
     launch: () => {},
     conv: () => {},
+    convAdd: () => false,
     matmul: () => {},
     takesMatmul: () => true,
     attention: () => false,

@@ -1,5 +1,6 @@
 import type { ConvPlan, Memory } from "../../ffi/device.ts";
 import {
+  type ConvAddPlan,
   type Dim3,
   type GpuDevice,
   type KernelArgument,
@@ -23,13 +24,14 @@ export interface Launched {
 export interface NullGpu {
   readonly gpu: GpuDevice;
   readonly launches: readonly Launched[];
-  readonly convs: readonly ConvPlan[];
+  /** With a residual where that was to be added. */
+  readonly convs: readonly (ConvPlan & Partial<Pick<ConvAddPlan, "residual">>)[];
 }
 
 /** @param architecture e.g. "sm_90a", for kernels that are made for one. */
 export function openNullGpu(architecture = ""): NullGpu {
   const launches: Launched[] = [];
-  const convs: ConvPlan[] = [];
+  const convs: NullGpu["convs"][number][] = [];
   const scopes = new MemoryScopes(() => {});
   const gpu = {
     kind: "cuda",
@@ -57,6 +59,11 @@ export function openNullGpu(architecture = ""): NullGpu {
     },
     conv: (plan: ConvPlan) => void convs.push(plan),
     upload: () => {},
+    convAdd: (plan: ConvAddPlan) => {
+      const takes = plan.x.dtype !== "f32";
+      if (takes) convs.push(plan);
+      return takes;
+    },
     matmul: () => {},
     tensorMap: (matrix: Tensor) => new TensorMap(matrix, new Uint8Array(128)),
     attention: () => true,

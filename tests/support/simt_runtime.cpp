@@ -358,9 +358,9 @@ void simtMatmul(const View* a, const View* b, const View* bias, const View* scal
   free(right);
 }
 
-// x [n, c, h, w], weight [o, c, kh, kw], bias [o], out [n, o, oh, ow].
-void simtConv(const View* x, const View* weight, const View* bias, const View* out, int stride, int top,
-              int left) {
+// x [n, c, h, w], weight [o, c, kh, kw], bias [o], residual and out [n, o, oh, ow].
+void simtConv(const View* x, const View* weight, const View* bias, const View* residual, const View* out,
+              int stride, int top, int left) {
   long long channels = x->size[1], height = weight->size[2], width = weight->size[3];
   long long taps = channels * height * width, filters = weight->size[0];
   // The picture with its zeros around it, as far as the patches reach.
@@ -392,8 +392,9 @@ void simtConv(const View* x, const View* weight, const View* bias, const View* o
         for (long long o = 0; o < filters; o++) {
           double sum = dot(filter + o * taps, patch, taps);
           if (bias->pointer) sum += load(*bias, o * bias->stride[0]);
-          long long at =
-              n * out->stride[0] + o * out->stride[1] + row * out->stride[2] + column * out->stride[3];
+          const long long* step = out->stride; // the residual's, too
+          long long at = n * step[0] + o * step[1] + row * step[2] + column * step[3];
+          if (residual->pointer) sum += load(*residual, at);
           store(*out, at, sum);
         }
       }

@@ -24,8 +24,8 @@ import { fluxTransformer } from "../../../recipes/base/transformer.ts";
 import { cumulativeRungs } from "../../../recipes/switches.ts";
 
 const PROMPT = "A cat playing with a ball of yarn";
-/** Lines of each part's table. */
-const MOST_LINES = 16;
+/** Lines of each part's table: all but the shortest of the decoder's. */
+const MOST_LINES = 32;
 
 const flags = new Command("profile")
   .requiredOption("--configs <folder>", "configs and tokenizers in diffusers' layout")
