@@ -185,7 +185,10 @@ export interface GpuDevice extends Device {
   /** Whether the library has an algorithm for this product of float8 matrices; what is not float8 it takes always. */
   takesMatmul(plan: MatmulPlan): boolean;
 
-  /** Issues the plan to a library and returns true, or returns false where it has no kernel that does all of it. */
+  /**
+   * Issues the plan to a library and returns true, or returns false where it has no kernel that does all of it, and in f32. Throws
+   * {@link FfiError} where something goes wrong.
+   */
   convAdd(plan: ConvAddPlan): boolean;
 
   /**

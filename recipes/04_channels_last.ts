@@ -6,11 +6,11 @@
  * autoencoder, where they have 16 or 3 channels. There a 1 x 1 convolution is a matrix product.
  * Changes: the convolutions' weights become `[out, kernelHeight, kernelWidth, in]` in memory; pictures follow them,
  * since operators keep the layout that they find. Group norm and SiLU become one operator, whose kernels read the
- * channels of a pixel side by side. Where a picture is upsampled and convolved, a convolution of the small one takes
- * their place (kernels/upsample_conv.ts): 1.2 TFLOP of the decoder's 10.5 where there were 2.8. Residual connections are added
- * by the convolution before them, where the library does that. Exact: yes, up to the order of sums; sums of weights behind
- * upsampling are rounded to bfloat16. For bfloat16: in float32 cuDNN computes in NCHW (9.14 on
- * an H100), and then the turning is its own.
+ * channels of a pixel side by side. Where a picture is upsampled and convolved, the small one is convolved instead
+ * (kernels/upsample_conv.ts): 1.2 TFLOP of the decoder's 10.5 where there were 2.8. Residual connections are added by the
+ * convolution in front of them, where cuDNN does that (kernels/conv2d_add.ts).
+ * Exact: yes, up to the order of sums; sums of weights behind upsampling are rounded to bfloat16. For bfloat16: in float32
+ * cuDNN computes in NCHW (9.14 on an H100), and then the turning is its own.
  * Measured on an H100, before upsampling and residual connections were changed: the decoder 38.2 to 24.2 ms.
  *
  *     deno run -A recipes/04_channels_last.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
