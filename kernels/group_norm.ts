@@ -13,6 +13,8 @@ const SOURCE = { name: "group_norm.cu", text: GROUP_NORM_CU };
 /** Threads of a block, and vectors that each has on their way at a time. */
 const BLOCK = 256;
 const VECTORS = 4;
+/** Threads of a block that merges the moments of a group: thousands, which it waits for. */
+const MERGING = 1024;
 /**
  * Blocks among which a picture is shared out at least, if it is large enough: some for each multiprocessor of any GPU. A
  * fixed number, so that all GPUs add up in the same order.
@@ -190,7 +192,7 @@ function mergeMoments(
     types,
     constants,
     grid: groups,
-    block: BLOCK,
+    block: MERGING,
     args: [statistics, partials, parts, new Float(eps)],
   });
   return statistics;
