@@ -16,7 +16,7 @@
 // both. A warp brings tiles of 128 bytes of the summed dimension, STAGES of them at a time; two warpgroups multiply, 64 rows
 // each. They leave their sums as bf16 in shared memory and go on with the next tile, while three warps finish this one: a
 // row a warp at a time, 8 columns a thread, so that what belongs to the columns stays in registers, and rows are read
-// and written as a whole.
+// and written as a whole; of q and k two rows, 8 columns of two heads a thread.
 // FLOP: 2 * rows * columns * k; FLUX's 4352 x 21504 x 3072 0.575 T, 0.29 ms at 1979 TFLOP/s. Bytes: a once, b once or more
 // often, as the L2 cache can keep them.
 // sm_90a only (wgmma). 384 threads, clusters of 2. E: f8e4m3 or bf16, BYTES of it; TILED_BYTES of the tiles'. EPILOGUE: one
@@ -106,13 +106,15 @@ __device__ __forceinline__ void leaveSums(unsigned to, const float (&d)[SUMS], i
 
 // -- epilogues ---------------------------------------------------------------------------------------------------------
 
-// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). In float8 by the units' own tanh, which is good to 2^-11.
-__device__ __forceinline__ float gelu(float x) {
+// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), in float8 times 2 `half` and by the units' own tanh, which is good to
+// 2^-11.
+__device__ __forceinline__ float gelu(float x, float half) {
   const float inner = x * fmaf(x * x, 0.7978845608f * 0.044715f, 0.7978845608f);
   if constexpr (!FLOAT8) return timesSigmoid(x, 2.0f * inner);
   float turned;
   asm("tanh.approx.f32 %0, %1;" : "=f"(turned) : "f"(inner));
-  return fmaf(0.5f * x, turned, 0.5f * x);
+  const float scaled = x * half;
+  return fmaf(scaled, turned, scaled);
 }
 
 template <typename X> __device__ __forceinline__ void loadWide(float (&to)[WIDTH], const X* p) {
@@ -176,8 +178,7 @@ struct Half {
 struct Sums {
   unsigned w[4];
 
-  __device__ __forceinline__ void load(const Half& at, int row) {
-    const unsigned from = at.sums + row * SUM_PITCH + at.lane * WIDTH * 2;
+  __device__ __forceinline__ void load(unsigned from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(from));
   }
   __device__ __forceinline__ void widen(float (&y)[WIDTH]) const {
@@ -189,26 +190,34 @@ struct Sums {
   }
 };
 
-// Each warp takes every `warps`th row, BATCH of them at a time. load(b, row) fetches what a row needs from memory into place b,
-// and is called for the next rows before finish(b, row, y) of these; the first are fetched before the sums are there. There
-// are no branches between rows, so that they are computed side by side: behind the last row it is done once more.
-template <int BATCH, typename H, typename L, typename F>
-__device__ __forceinline__ void eachRow(const Half& at, int count, L load, F finish) {
+// Each warp takes every `warps`th unit of `count`, BATCH of them at a time: a unit is a row or several, of which a thread has
+// PIECES times 8 sums, `from` on in its first unit, `apart` bytes apart; units are `pitch` bytes apart. load(b, unit) fetches
+// what a unit needs from memory into place b, and is called for the next units before finish(b, unit, y) of these; the first
+// are fetched before the sums are there. There are no branches between units, so that they are computed side by side: behind
+// the last one it is done once more.
+template <int BATCH, int PIECES, typename H, typename L, typename F>
+__device__ __forceinline__ void eachUnit(const Half& at, unsigned from, unsigned pitch, unsigned apart, int count, L load, F finish) {
   H held[2][BATCH];
   const int last = count - 1, step = BATCH * at.warps;
   const auto loadBatch = [&](int first, H (&to)[BATCH]) {
 #pragma unroll
     for (int b = 0; b < BATCH; b++) load(min(first + b * at.warps, last), to[b]);
   };
-  const auto finishBatch = [&](int first, const H (&from)[BATCH]) {
-    Sums sums[BATCH];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) sums[b].load(at, min(first + b * at.warps, last));
+  const auto finishBatch = [&](int first, const H (&fetched)[BATCH]) {
+    Sums sums[BATCH][PIECES];
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      float y[WIDTH];
-      sums[b].widen(y);
-      finish(min(first + b * at.warps, last), from[b], y);
+#pragma unroll
+      for (int piece = 0; piece < PIECES; piece++) {
+        sums[b][piece].load(from + min(first + b * at.warps, last) * pitch + piece * apart);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      float y[PIECES][WIDTH];
+#pragma unroll
+      for (int piece = 0; piece < PIECES; piece++) sums[b][piece].widen(y[piece]);
+      finish(min(first + b * at.warps, last), fetched[b], y);
     }
   };
   loadBatch(at.warp, held[0]);
@@ -221,6 +230,13 @@ __device__ __forceinline__ void eachRow(const Half& at, int count, L load, F fin
     loadBatch(i + 2 * step, held[0]);
     finishBatch(i + step, held[1]);
   }
+}
+
+// The same for single rows, of which a thread has 8 sums.
+template <int BATCH, typename H, typename L, typename F>
+__device__ __forceinline__ void eachRow(const Half& at, int count, L load, F finish) {
+  eachUnit<BATCH, 1, H>(at, at.sums + at.lane * WIDTH * 2, SUM_PITCH, 0, count, load,
+                        [&](int row, const H& held, float (&y)[1][WIDTH]) { finish(row, held, y[0]); });
 }
 
 __device__ __forceinline__ void storeLinear(const Half& at, const Stream& s, const Joint& joint) {
@@ -237,7 +253,7 @@ __device__ __forceinline__ void storeLinear(const Half& at, const Stream& s, con
     if constexpr (FLOAT8) held.rowScale = s.rowScales[at.row + i];
     if constexpr (EPILOGUE == RESIDUAL) held.before = loadVec<WIDTH>(before + i * joint.residualRow);
   };
-  eachRow<8, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+  eachRow<4, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
     own.finish(y, held.rowScale);
     if constexpr (EPILOGUE == RESIDUAL) {
 #pragma unroll
@@ -258,53 +274,70 @@ __device__ __forceinline__ void storeGelu(const Half& at, const Stream& s, const
   const auto load = [&](int i, Held& held) {
     if constexpr (FLOAT8) held.rowScale = s.rowScales[at.row + i], held.outScale = s.outScales[at.row + i];
   };
-  eachRow<8, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+  eachRow<4, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
     own.finish(y, held.rowScale);
-    const float factor = FLOAT8 ? __frcp_rn(held.outScale) : 1.0f;
+    const float half = FLOAT8 ? 0.5f * __frcp_rn(held.outScale) : 0.5f;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) y[e] = gelu(y[e]) * factor;
+    for (int e = 0; e < WIDTH; e++) y[e] = gelu(y[e], half);
     storeElements<BYTES>(out + i * joint.outRow * BYTES, y);
   });
 }
 
-// 16 threads share a head.
+// 16 threads share a row of two heads, and 8 dimensions of both, so that what turns them is loaded once; a warp has two rows.
 __device__ __forceinline__ void storeQueryOrKey(bool key, int head, const Half& at, const Stream& s, const Joint& joint) {
   struct Held { float rowScale, turns[WIDTH]; };
   const int firstToken = (int)s.start + at.row, rows = (int)s.rows - at.row, tile = firstToken / TILE_M;
   // A tile that none of the stream's tokens is in is another's, or nobody's.
   if (tile * TILE_M >= s.start + s.rows) return wait(at.left, at.parity);
-  const int dim = at.lane % 16 * WIDTH, byte = dim * TILED_BYTES;
-  unsigned char* out = pieceOf(key ? joint.k : joint.q, (head + at.lane / 16) * joint.tiles + tile, 0, byte / 128 * 8) + byte % 16;
-  Columns own;
-  own.load(s, at.firstColumn + at.lane * WIDTH);
+  const int dim = at.lane % 16 * WIDTH, byte = dim * TILED_BYTES, second = at.lane / 16;
+  const bool upper = at.lane & 8;
+  unsigned char* out[2];
+  Columns own[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    out[h] = pieceOf(key ? joint.k : joint.q, (head + h) * joint.tiles + tile, 0, byte / 128 * 8) + byte % 16;
+    own[h].load(s, at.firstColumn + h * HEAD_DIM + dim);
+  }
   float weight[WIDTH];
   loadWide(weight, (key ? s.normK : s.normQ) + dim);
   const float* turns = joint.turns + s.start * HEAD_DIM + dim;
-  const auto load = [&](int i, Held& held) {
-    const int row = min(at.row + i, (int)s.rows - 1);
+  const auto load = [&](int pair, Held& held) {
+    const int row = min(at.row + 2 * pair + second, (int)s.rows - 1);
     if constexpr (FLOAT8) held.rowScale = s.rowScales[row];
     loadFloats<WIDTH>(held.turns, turns + row * HEAD_DIM);
   };
-  eachRow<4, Held>(at, ROWS, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
-    own.finish(y, held.rowScale);
-    float squares = 0.0f;
+  const unsigned from = at.sums + second * SUM_PITCH + dim * 2;
+  eachUnit<2, 2, Held>(at, from, 2 * SUM_PITCH, HEAD_DIM * 2, ROWS / 2, load, [&](int pair, const Held& held, float (&y)[2][WIDTH]) {
+    float squares[2];
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) squares = fmaf(y[e], y[e], squares);
+    for (int h = 0; h < 2; h++) {
+      own[h].finish(y[h], held.rowScale);
+      squares[h] = 0.0f;
 #pragma unroll
-    for (int mask = 1; mask < 16; mask *= 2) squares += shuffleXor(squares, mask);
-    // Behind the last token there are zeros.
-    const float factor = i < rows ? rsqrtf(fmaf(squares, 1.0f / HEAD_DIM, at.eps)) : 0.0f;
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) y[e] *= factor * weight[e];
-#pragma unroll
-    for (int e = 0; e < WIDTH; e += 2) {
-      const float former = y[e], latter = y[e + 1], c = held.turns[e], turn = held.turns[e + 1];
-      y[e] = fmaf(former, c, -latter * turn);
-      y[e + 1] = fmaf(latter, c, former * turn);
+      for (int e = 0; e < WIDTH; e++) squares[h] = fmaf(y[h][e], y[h][e], squares[h]);
     }
+    // Half of the threads add up one head's, the others the other's.
+    float sum = (upper ? squares[1] : squares[0]) + shuffleXor(upper ? squares[0] : squares[1], 8);
+#pragma unroll
+    for (int mask = 1; mask < 8; mask *= 2) sum += shuffleXor(sum, mask);
+    const int i = 2 * pair + second;
+    // Behind the last token there are zeros.
+    const float mine = i < rows ? rsqrtf(fmaf(sum, 1.0f / HEAD_DIM, at.eps)) : 0.0f, other = shuffleXor(mine, 8);
     int row = firstToken % TILE_M + i;
     if (key && TILED_BYTES == 1) row = row / 16 * 16 + row % 4 / 2 * 8 + row % 16 / 4 * 2 + row % 2;
-    storeElements<TILED_BYTES>(out + row * ROW_BYTES + (byte / 16 % 8 ^ row % 8) * 16, y);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float factor = upper == (h == 1) ? mine : other;
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) y[h][e] *= factor * weight[e];
+#pragma unroll
+      for (int e = 0; e < WIDTH; e += 2) {
+        const float former = y[h][e], latter = y[h][e + 1], c = held.turns[e], turn = held.turns[e + 1];
+        y[h][e] = fmaf(former, c, -latter * turn);
+        y[h][e + 1] = fmaf(latter, c, former * turn);
+      }
+      storeElements<TILED_BYTES>(out[h] + row * ROW_BYTES + (byte / 16 % 8 ^ row % 8) * 16, y[h]);
+    }
   });
 }
 
@@ -377,7 +410,7 @@ __device__ __forceinline__ void storeValues(int head, const Half& at, const Stre
     const auto load = [&](int i, Held& held) {
       if constexpr (FLOAT8) held.rowScale = s.rowScales[min(at.row + i, (int)s.rows - 1)];
     };
-    eachRow<8, Held>(at, ROWS, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
+    eachRow<4, Held>(at, ROWS, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
       own.finish(y, held.rowScale);
 #pragma unroll
       for (int e = 0; e < WIDTH; e++) y[e] = i < rows ? y[e] : 0.0f;
