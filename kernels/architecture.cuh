@@ -127,3 +127,31 @@ __device__ __forceinline__ unsigned toFloat8Quad(float first, float second, floa
   return toFloat8Pair(first, second) | (unsigned)toFloat8Pair(third, fourth) << 16;
 #endif
 }
+// And back: the four numbers of a word.
+__device__ __forceinline__ void fromFloat8Quad(unsigned quad, float* to) {
+#if defined(FLOAT8_AMD)
+  const auto low = __builtin_amdgcn_cvt_pk_f32_fp8((int)quad, false);
+  const auto high = __builtin_amdgcn_cvt_pk_f32_fp8((int)quad, true);
+  to[0] = low[0], to[1] = low[1], to[2] = high[0], to[3] = high[1];
+#elif defined(FLOAT8_NVIDIA)
+  // By way of f16, which has all numbers of E4M3.
+  asm("{\n"
+      ".reg .b16 low, high, first, second, third, fourth;\n"
+      ".reg .b32 lowPair, highPair;\n"
+      "mov.b32 {low, high}, %4;\n"
+      "cvt.rn.f16x2.e4m3x2 lowPair, low;\n"
+      "cvt.rn.f16x2.e4m3x2 highPair, high;\n"
+      "mov.b32 {first, second}, lowPair;\n"
+      "mov.b32 {third, fourth}, highPair;\n"
+      "cvt.f32.f16 %0, first;\n"
+      "cvt.f32.f16 %1, second;\n"
+      "cvt.f32.f16 %2, third;\n"
+      "cvt.f32.f16 %3, fourth;\n"
+      "}"
+      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+      : "r"(quad));
+#else
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[i] = toFloat(f8e4m3{(unsigned char)(quad >> 8 * i)});
+#endif
+}

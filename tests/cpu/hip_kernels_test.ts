@@ -7,6 +7,7 @@ import { convolutionSuite } from "../support/kernel_suites/convolutions.ts";
 import { float8Suite } from "../support/kernel_suites/float8.ts";
 import { fusedSuite } from "../support/kernel_suites/fused.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
+import { linearFewRowsSuite } from "../support/kernel_suites/linear_few_rows.ts";
 import { relativeChangeSuite } from "../support/kernel_suites/relative_change.ts";
 
 checksumSuite();
@@ -14,4 +15,5 @@ convolutionSuite();
 normsSuite();
 float8Suite();
 fusedSuite();
+linearFewRowsSuite();
 relativeChangeSuite();

@@ -31,6 +31,7 @@ import { normsSuite } from "../support/kernel_suites/norms.ts";
 import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branches.ts";
 import { portableAttentionSuite } from "../support/kernel_suites/portable_attention.ts";
 import { randomSuite } from "../support/kernel_suites/random.ts";
+import { linearFewRowsSuite } from "../support/kernel_suites/linear_few_rows.ts";
 import { relativeChangeSuite } from "../support/kernel_suites/relative_change.ts";
 import { offloadSuite } from "../support/offload_suite.ts";
 
@@ -44,6 +45,7 @@ float8Suite();
 float8FusedSuite();
 fusedSuite();
 parallelBranchesSuite();
+linearFewRowsSuite();
 relativeChangeSuite();
 portableAttentionSuite();
 // Other algorithms than CUDA's device gets, since the shim cannot tell cuBLASLt how addresses are aligned.

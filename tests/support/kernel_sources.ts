@@ -16,6 +16,7 @@ import { concat } from "../../kernels/concat.ts";
 import { contiguous } from "../../kernels/contiguous.ts";
 import { dequantize } from "../../kernels/dequantize_float8.ts";
 import { valueTiles } from "../../kernels/attention_tiles.ts";
+import { linearFewRows } from "../../kernels/linear_few_rows.ts";
 import { multiply } from "../../kernels/multiply.ts";
 import { layerBound, outputScales } from "../../kernels/output_scales.ts";
 import { portableAttention } from "../../kernels/portable_attention.ts";
@@ -120,6 +121,7 @@ export async function kernelSources(limits: GpuLimits): Promise<UsedSource[]> {
     for (const width of [64, 63]) {
       dequantize(quantizeRows(of([4, width], dtype)), dtype);
       dequantize(quantizeTensor(of([4, width], dtype)), dtype);
+      linearFewRows(of([4, width], dtype), quantizeRows(of([4, width], dtype)));
     }
     valueTiles(gpu, [of([1, 4, 2, 128], dtype)]);
     contiguous(of([4, 6, 8], dtype).permute([2, 1, 0]));
