@@ -8,6 +8,8 @@
  * layer norms, and GELU with what stands beside it. Attention's output in the double blocks is quantized apart, since its
  * kernels have no whole rows. So is everything by tensors: nothing can be written before the largest value of all is known,
  * and to take an earlier step's instead (delayed scaling) would make pictures depend on the ones before.
+ * The modulations, a quarter of the model, have four rows a picture and are bound by reading weights. By rows these are E4M3, too;
+ * what they are multiplied with stays as it is, since their shifts, scales and gates act on every token.
  * Changes: most weights of the transformer, and `linear`, `linears` and `linearGelu` for those; by rows `adaLayerNorm`,
  * `gatedAdaLayerNorm`, `feedForward` and `parallelBranches` where those read the result; all else computes as before.
  * Exact: no. A value keeps 4 of bfloat16's 8 bits, and the picture's details change. Needs bfloat16 before it.
@@ -27,6 +29,7 @@ import type { Float8Matrix } from "../kernels/float8_tensor.ts";
 import { gatedAdaLayerNormFloat8 } from "../kernels/gated_ada_layer_norm.ts";
 import { joinedView } from "../kernels/joined_linears.ts";
 import { linearFloat8 } from "../kernels/linear_float8.ts";
+import { linearFloat8Weight, linearsFloat8Weight } from "../kernels/linear_float8_weight.ts";
 import type { Readers } from "../kernels/linears.ts";
 import { linearsFloat8 } from "../kernels/linears_float8.ts";
 import { parallelBranchesFloat8 } from "../kernels/parallel_branches.ts";
@@ -53,12 +56,13 @@ const KEPT: readonly RegExp[] = [
   /^x_embedder$/, // 64 numbers in: to quantize the latents would cost more than it saves
   /^context_embedder$/, // once a step, for the text only: next to nothing to gain
   /^time_text_embed\./, // one row, and all modulations follow from it
-  // One row, bound by reading weights, whose shifts, scales and gates act on every token.
-  /\.norm(1|1_context)?\.linear$/,
-  /^norm_out\.linear$/,
+  /^norm_out\.linear$/, // the last shift and scale, of one layer
   /^proj_out$/, // 64 numbers out, and they are the result
   NO_LIBRARY_KERNEL,
 ];
+
+/** The blocks' modulations: in float8 by rows only, and their weights alone. */
+const MODULATION = /\.norm(1|1_context)?\.linear$/;
 
 /** What float8 matrix units read at a time: sizes are multiples of it. */
 const MULTIPLE = 16;
@@ -71,7 +75,10 @@ export function float8({ granularity = "row" }: Float8Options = {}): Recipe {
     devices: ["cpu", "cuda", "hip"],
     options: { granularity },
     preparesWeights: true,
-    apply: (plan) => quantizePlan(plan, granularity === "row", gainsFrom(KEPT)),
+    apply: (plan) =>
+      granularity === "row"
+        ? quantizePlan(plan, true, gainsFrom(KEPT))
+        : quantizePlan(plan, false, gainsFrom([...KEPT, MODULATION])),
   };
 }
 
@@ -201,9 +208,13 @@ function weightOf(tensor: Tensor): Tensor {
   return copy;
 }
 
-/** The float8 matrices of quantized weights, by what the model knows of them: the values. */
-export function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tensor, Float8Matrix> {
-  const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)));
+/** The float8 matrices of quantized weights, by what the model knows of them: the values. @param chosen which: all. */
+export function matricesOf(
+  transformer: Weights,
+  rowwise: boolean,
+  chosen = (_name: string) => true,
+): WeakMap<Tensor, Float8Matrix> {
+  const quantized = transformer.names.filter((name) => transformer.has(scaleName(name)) && chosen(name));
   return new WeakMap(quantized.map((name) => {
     const values = transformer.get(name);
     return [values, { values, scales: transformer.get(scaleName(name)), rowwise }];
@@ -213,8 +224,13 @@ export function matricesOf(transformer: Weights, rowwise: boolean): WeakMap<Tens
 function quantizePlan(plan: Plan, rowwise: boolean, chosen: (name: string, weight: Tensor) => boolean): Plan {
   const { device, ops } = plan;
   const transformer = quantizeWeights(device, plan.weights.transformer, rowwise, chosen);
-  const matrices = matricesOf(transformer, rowwise);
-  const products = float8Products(ops, matrices);
+  const isModulation = (name: string) => MODULATION.test(moduleOf(name));
+  const matrices = matricesOf(transformer, rowwise, (name) => !isModulation(name));
+  const wide = {
+    ...ops,
+    ...float8Products(ops, matricesOf(transformer, rowwise, isModulation), WIDE_PRODUCTS),
+  };
+  const products = float8Products(wide, matrices);
   return {
     ...plan,
     weights: { ...plan.weights, transformer },
@@ -222,11 +238,19 @@ function quantizePlan(plan: Plan, rowwise: boolean, chosen: (name: string, weigh
   };
 }
 
+/** The module of a weight. */
+function moduleOf(weight: string): string {
+  return weight.slice(0, -".weight".length);
+}
+
 /** How {@link float8Products} multiplies by quantized weights. */
 interface Products {
   readonly linear: typeof linearFloat8;
   readonly linears: typeof linearsFloat8;
 }
+
+/** Products in the dtype of the other factor, with weights alone in float8. */
+export const WIDE_PRODUCTS: Products = { linear: linearFloat8Weight, linears: linearsFloat8Weight };
 
 /** The operators that multiply, by quantized weights as `products` do; for all others those of `ops`. */
 export function float8Products(
@@ -288,8 +312,7 @@ function float8Producers(ops: Ops, matrices: WeakMap<Tensor, Float8Matrix>) {
 function gainsFrom(kept: readonly RegExp[]): (name: string, weight: Tensor) => boolean {
   return (name, { shape }) => {
     if (!name.endsWith(".weight") || shape.length !== 2) return false;
-    const module = name.slice(0, -".weight".length);
-    return shape.every((size) => size % MULTIPLE === 0) && !kept.some((one) => one.test(module));
+    return shape.every((size) => size % MULTIPLE === 0) && !kept.some((one) => one.test(moduleOf(name)));
   };
 }
 

@@ -12,9 +12,7 @@
  *     deno run -A recipes/11_float8_text_encoder.ts --device cuda --ckpt FLUX.1-dev --t5_float8 weights --verbose
  */
 import type { Tensor } from "../ffi/tensor.ts";
-import { linearFloat8Weight } from "../kernels/linear_float8_weight.ts";
-import type { Float8Layer } from "../kernels/linears_float8.ts";
-import { float8Products, matricesOf, quantizeWeights } from "./06_float8.ts";
+import { float8Products, matricesOf, quantizeWeights, WIDE_PRODUCTS } from "./06_float8.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 
@@ -61,12 +59,5 @@ export function float8TextEncoder(mode: TextEncoderFloat8 = "weights"): Recipe {
 function isQuantized(name: string, { shape }: Tensor): boolean {
   return LINEAR.test(name) && shape.every((size) => size % MULTIPLE === 0);
 }
-
-/** Products in the dtype of the other factor: the wide weight of each is made anew. */
-const WIDE_PRODUCTS = {
-  linear: linearFloat8Weight,
-  linears: (x: Tensor, layers: readonly Float8Layer[]) =>
-    layers.map(({ weight, bias }) => linearFloat8Weight(x, weight, bias)),
-};
 
 if (import.meta.main) void import("./run_rung.ts").then(({ runRung }) => runRung(float8TextEncoder().name));

@@ -34,13 +34,16 @@ const KEPT = [
   "x_embedder",
   "context_embedder",
   "time_text_embed.text_embedder.linear_2",
-  "transformer_blocks.0.norm1.linear",
-  "transformer_blocks.0.norm1_context.linear",
   "transformer_blocks.0.ff_context.net.2",
-  "single_transformer_blocks.0.norm.linear",
   "single_transformer_blocks.0.attn.norm_q",
   "norm_out.linear",
   "proj_out",
+];
+/** Quantized by rows only. */
+const MODULATIONS = [
+  "transformer_blocks.0.norm1.linear",
+  "transformer_blocks.0.norm1_context.linear",
+  "single_transformer_blocks.0.norm.linear",
 ];
 
 /** Calls `seen` for each launch of a kernel, until the returned function is called. */
@@ -76,11 +79,14 @@ export function float8RecipeSuite(target: TestDevice, rest: readonly Recipe[] = 
         const { transformer } = plan.weights;
         const scales = new Set(names.filter((name) => transformer.has(scaleName(name))).map(scaleName));
         assert.deepEqual(transformer.names.filter((name) => !scales.has(name)), names);
-        for (const module of QUANTIZED) {
+        const rowwise = granularity === "row";
+        for (const module of [...QUANTIZED, ...(rowwise ? MODULATIONS : [])]) {
           assert.equal(transformer.get(`${module}.weight`).dtype, "f8e4m3", module);
           assert.equal(transformer.get(`${module}.weight_scale`).dtype, "f32", module);
         }
-        for (const module of KEPT) assert.equal(transformer.get(`${module}.weight`).dtype, "bf16", module);
+        for (const module of [...KEPT, ...(rowwise ? [] : MODULATIONS)]) {
+          assert.equal(transformer.get(`${module}.weight`).dtype, "bf16", module);
+        }
         assert.equal(transformer.get("transformer_blocks.0.attn.to_q.bias").dtype, "bf16");
         if (isGpu(device)) {
           const quantized = names.map((name) => transformer.get(name)).filter(({ dtype }) =>
@@ -88,7 +94,7 @@ export function float8RecipeSuite(target: TestDevice, rest: readonly Recipe[] = 
           );
           const values = quantized.reduce((sum, { size }) => sum + size, 0);
           const scaleCount = quantized.reduce(
-            (sum, { shape }) => sum + (granularity === "row" ? shape[0] : 1),
+            (sum, { shape }) => sum + (rowwise ? shape[0] : 1),
             0,
           );
           // Two bytes went for each that came; a GPU counts whole blocks of memory.
