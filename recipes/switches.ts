@@ -38,7 +38,7 @@ export interface Switches {
   readonly disable_channels_last?: true | undefined;
   /** `--disable_fa3`: attention in bfloat16. */
   readonly disable_fa3?: true | undefined;
-  /** `--disable_quant`: without 06_float8. */
+  /** `--disable_quant`: without 06_float8, and without 11_float8_text_encoder unless that is asked for. */
   readonly disable_quant?: true | undefined;
   /** `--disable_fused_blocks`: without 13_fused_blocks. */
   readonly disable_fused_blocks?: true | undefined;
@@ -50,8 +50,8 @@ export interface Switches {
   readonly cache_dit_config?: FirstBlockCacheOptions | undefined;
   /** `--offload`: with 12_offload. */
   readonly offload?: true | undefined;
-  /** `--t5_float8`: with 11_float8_text_encoder. */
-  readonly t5_float8?: TextEncoderFloat8 | undefined;
+  /** `--t5_float8`: how 11_float8_text_encoder quantizes, or that it does not. */
+  readonly t5_float8?: TextEncoderFloat8 | "off" | undefined;
   /** `--attention`: who attends. */
   readonly attention?: AttentionProvider | undefined;
 }
@@ -135,10 +135,10 @@ export const LADDER: readonly Rung[] = [
   },
   {
     name: "11_float8_text_encoder",
-    recipe: ({ t5_float8 }) => float8TextEncoder(t5_float8),
-    devices: [],
+    recipe: ({ t5_float8 }) => float8TextEncoder(t5_float8 === "off" ? undefined : t5_float8),
+    devices: GPUS,
     needs: ["01_bfloat16"],
-    ...askedBy("t5_float8"),
+    ...textEncoderMode(),
   },
   { name: "12_offload", recipe: () => offload, devices: [], ...askedBy("offload") },
   {
@@ -188,6 +188,18 @@ function compileMode(): Behaviour {
     off: "--compile_export_mode disabled",
     wishes: ({ compile_export_mode: mode }) =>
       mode === undefined ? [] : [{ on: mode !== "disabled", flag: `--compile_export_mode ${mode}` }],
+  };
+}
+
+/** 11_float8_text_encoder: as its flag says, else on and off with 06_float8. */
+function textEncoderMode(): Behaviour {
+  return {
+    flag: "--t5_float8",
+    off: "--t5_float8 off",
+    wishes: ({ t5_float8: mode, disable_quant }) => {
+      if (mode !== undefined) return [{ on: mode !== "off", flag: `--t5_float8 ${mode}` }];
+      return disable_quant === undefined ? [] : [{ on: false, flag: "--disable_quant" }];
+    },
   };
 }
 
@@ -373,7 +385,7 @@ export function createPictureParser(name: string, description: string) {
       )
         .choices(ATTENTION_PROVIDERS),
     )
-    .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8"))
+    .addOption(toggle("--disable_quant", "Linear layers in bfloat16 instead of float8, in T5 too"))
     .addOption(
       toggle("--disable_fused_blocks", "what comes behind the transformer's products in kernels of its own"),
     )
@@ -395,8 +407,9 @@ export function createPictureParser(name: string, description: string) {
     .addOption(
       new Option(
         "--t5_float8 <what>",
-        "T5 in float8, for half of its memory: weights, multiplied in bfloat16; dynamic, multiplied in float8",
-      ).choices(TEXT_ENCODER_FLOAT8),
+        "T5 in float8: dynamic (default on GPUs), multiplied in float8; weights, multiplied in bfloat16: less memory, more " +
+          "time; off, in bfloat16",
+      ).choices([...TEXT_ENCODER_FLOAT8, "off"]),
     )
     .addOption(
       new Option(

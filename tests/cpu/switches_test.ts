@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import type { DeviceKind } from "../../ffi/device.ts";
 import { ATTENTION_PROVIDERS } from "../../recipes/05_flash_attention.ts";
+import { TEXT_ENCODER_FLOAT8 } from "../../recipes/11_float8_text_encoder.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import {
   createPictureParser,
@@ -15,7 +16,7 @@ import {
   writtenRecipes,
 } from "../../recipes/switches.ts";
 
-/** What each rung will run on (design.md); only float8 is on fewer devices by default than it runs on. */
+/** What each rung will run on (design.md); only float8, in T5 too, is on fewer devices by default than it runs on. */
 const RUNS_ON: Readonly<Record<string, readonly DeviceKind[]>> = {
   "04_channels_last": ["cuda", "hip"],
   "05_flash_attention": ["cuda", "hip"],
@@ -95,6 +96,7 @@ function expected(
       ...(given.disable_quant || given.disable_bf16 || !gpu ? [] : ["06_float8"]),
       ...(given.disable_inductor_tuning_flags || mode === "disabled" ? [] : ["07_tuning"]),
       ...(mode === "compile" || mode === "disabled" || !gpu ? [] : ["08_export"]),
+      ...(given.disable_quant || given.disable_bf16 || !gpu ? [] : ["11_float8_text_encoder"]),
       ...(kind === "cuda" && mode !== "disabled" && !given.disable_bf16 && !given.disable_fused_projections
         ? ["13_fused_blocks"]
         : []),
@@ -133,7 +135,7 @@ for (const { kind, what: recipes, ladder } of CASES) {
 }
 
 Deno.test("everything is on by default, as far as the device runs it", () => {
-  const all = COMPLETE.map(({ name }) => name).filter((name) => !/^(0[09]|1[12])/.test(name));
+  const all = COMPLETE.map(({ name }) => name).filter((name) => !/^(0[09]|12)/.test(name));
   assert.deepEqual(names({}, "cuda"), all);
   assert.deepEqual(names({}, "cpu"), ["01_bfloat16", "02_compile", "03_fuse_qkv", "07_tuning"]);
   assert.deepEqual(
@@ -151,7 +153,10 @@ Deno.test("a recipe's file runs the ladder up to itself, itself for sure and not
   // On a CPU float8 is emulated, and on by this wish only.
   assert.deepEqual(of("06_float8", {}, "cpu").at(-1), "06_float8");
   assert.deepEqual(of("07_tuning", {}, "cpu").at(-1), "07_tuning");
-  assert.deepEqual(of("08_export", {}, "cuda"), names({ disable_fused_blocks: true }, "cuda"));
+  assert.deepEqual(
+    of("08_export", {}, "cuda"),
+    names({ disable_fused_blocks: true, t5_float8: "off" }, "cuda"),
+  );
   assert.deepEqual(of("13_fused_blocks", {}, "cuda"), names({}, "cuda"));
   const refused = (name: string, given: Switches, kind: DeviceKind, message: RegExp) =>
     assert.throws(() => of(name, given, kind), (error) => {
@@ -207,6 +212,31 @@ Deno.test("--attention says who attends, --disable_fa3 that it is in bfloat16", 
   assert.equal(found({ disable_fa3: true }), undefined);
 });
 
+Deno.test("--t5_float8 says how T5 is quantized; without it that goes with --disable_quant", () => {
+  const mode = (given: Switches, kind: DeviceKind = "cuda") =>
+    recipesFor(given, kind).find(({ name }) => name === "11_float8_text_encoder")?.options?.mode;
+  assert.equal(mode({}), "dynamic");
+  assert.equal(mode({}, "hip"), "dynamic");
+  assert.equal(mode({}, "cpu"), undefined);
+  assert.equal(mode({ disable_quant: true }), undefined);
+  assert.equal(mode({ disable_bf16: true }), undefined);
+  assert.equal(mode({ t5_float8: "off" }), undefined);
+  for (const t5_float8 of TEXT_ENCODER_FLOAT8) {
+    for (const kind of ["cpu", "cuda"] as const) {
+      assert.equal(mode({ t5_float8 }, kind), t5_float8);
+      assert.equal(mode({ t5_float8, disable_quant: true }, kind), t5_float8, "what is asked for stays");
+    }
+    assert.throws(() => mode({ t5_float8, disable_bf16: true }), {
+      name: "UsageError",
+      message: `--disable_bf16 clashes with --t5_float8 ${t5_float8}`,
+    });
+  }
+  assert.deepEqual(
+    names({ disable_bf16: true, t5_float8: "off" }, "cuda"),
+    names({ disable_bf16: true }, "cuda"),
+  );
+});
+
 Deno.test("what builds on a rung that is switched off goes with it", () => {
   assert.deepEqual(names({ disable_bf16: true }, "cuda"), [
     "00_baseline_fp32",
@@ -247,7 +277,10 @@ Deno.test("flags of rungs that are not written are refused by name, and a recipe
   // Without the recipe that exports, the flag that asks for none of it works.
   assert.ok(names({ compile_export_mode: "compile" }, "cuda", without("08_export")).includes("02_compile"));
   // What builds on a rung that is not written waits for it.
-  assert.deepEqual(names({}, "cuda", without("02_compile")).slice(-1), ["06_float8"]);
+  assert.deepEqual(names({}, "cuda", without("02_compile")).slice(-2), [
+    "06_float8",
+    "11_float8_text_encoder",
+  ]);
   assert.ok(!names({ disable_fused_blocks: true }, "cuda").includes("13_fused_blocks"));
 });
 
@@ -255,14 +288,14 @@ Deno.test("the measured ladder adds one recipe at a time", () => {
   const rungs = (kind: DeviceKind, ladder: readonly Rung[] = COMPLETE) =>
     cumulativeRungs(kind, ladder).map((rung) => rung.map(({ name }) => name.slice(0, 2)).join("+"));
   assert.deepEqual(rungs("cuda").slice(0, 4), ["00", "01", "01+02", "01+02+03"]);
-  assert.equal(rungs("cuda").at(-1), "01+02+03+04+05+06+07+13", "08 changes nothing in the drawing");
+  assert.equal(rungs("cuda").at(-1), "01+02+03+04+05+06+07+11+13", "08 changes nothing in the drawing");
   assert.equal(
     rungs("cpu").at(-1),
-    "01+02+03+06+07",
+    "01+02+03+06+07+11",
     "float8 is emulated there: measured, but not on by default",
   );
   const early = COMPLETE.map((rung) => rung.name === "02_compile" ? { ...rung, recipe: undefined } : rung);
-  assert.equal(rungs("cuda", early).at(-1), "01+03+04+05+06");
+  assert.equal(rungs("cuda", early).at(-1), "01+03+04+05+06+11");
 });
 
 Deno.test("the table is in order, and recipes have their row's name", () => {
