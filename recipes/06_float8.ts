@@ -8,12 +8,12 @@
  * layer norms, and GELU with what stands beside it. Attention's output in the double blocks is quantized apart, since its
  * kernels have no whole rows. So is everything by tensors: nothing can be written before the largest value of all is known,
  * and to take an earlier step's instead (delayed scaling) would make pictures depend on the ones before.
- * The modulations, a quarter of the model, have four rows a picture and are bound by reading weights. By rows these are E4M3, too;
- * what they are multiplied with stays as it is, since their shifts, scales and gates act on every token.
+ * The modulations, a quarter of the model, have a row for each step and are bound by reading weights. By rows of scales these are
+ * E4M3, too; what they are multiplied with stays as it is, since their shifts, scales and gates act on every token.
  * Changes: most weights of the transformer, and `linear`, `linears` and `linearGelu` for those; by rows `adaLayerNorm`,
  * `gatedAdaLayerNorm`, `feedForward` and `parallelBranches` where those read the result; all else computes as before.
  * Exact: no. A value keeps 4 of bfloat16's 8 bits, and the picture's details change. Needs bfloat16 before it.
- * Measured on an H100: a step 110.9 to 73.5 ms, weights 33.8 to 25.9 GB.
+ * Measured on an H100: a step 110.9 to 73.5 ms, weights 33.8 to 25.9 GB, before the modulations were among them.
  *
  *     deno run -A recipes/06_float8.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */

@@ -1,17 +1,17 @@
 /**
  * 12 offload: the text encoders leave the GPU when the text is encoded.
  *
- * Idea: T5 has 9.5 GB of weights (4.8 in float8, with `--t5_float8`) that are used once for each prompt, while the transformer
+ * Idea: T5 has 9.5 GB of weights (5.9 in float8, 4.8 with `--t5_float8 weights`) that are used once for each prompt, while the transformer
  * needs the memory for all steps. They lie in page-locked memory of the host, from where the bus brings them in some 0.2 s,
  * and on the GPU only while they encode.
  * Changes: CLIP's and T5's weights are copied to the GPU before each runs, and their memory is given back behind it. They come back
  * to the same addresses, so that their graphs stay what they are; where there is no room for them, all graphs are given up, and
  * recorded again when they are needed. Exact: yes. The model is loaded piece by piece
  * (base/pieces.ts), each piece as the other recipes want it before the next one comes: the GPU never has to hold the checkpoint.
- * With 06_float8 FLUX.1-dev's transformer takes 16 GB, so that with `--t5_float8` it runs on a GPU of 24.
+ * In float8 FLUX.1-dev's transformer takes 12 GB, so that it runs on a GPU of 24.
  * Off unless `--offload` asks for it. No exported model is written or used with it.
  *
- *     deno run -A recipes/12_offload.ts --device cuda --ckpt FLUX.1-dev --t5_float8 weights --verbose
+ *     deno run -A recipes/12_offload.ts --device cuda --ckpt FLUX.1-dev --verbose
  */
 import { depositOf, whilePresent } from "./base/deposits.ts";
 import { UsageError } from "./base/errors.ts";

@@ -20,8 +20,10 @@ import { NCHW } from "../../../kernels/layout.ts";
 import { adaLayerNormFloat8, adaLayerNormFused } from "../../../kernels/ada_layer_norm.ts";
 import { addRmsNormFused } from "../../../kernels/add_rms_norm.ts";
 import { gatedAdaLayerNormFloat8, gatedAdaLayerNormFused } from "../../../kernels/gated_ada_layer_norm.ts";
+import type { Float8Tensor } from "../../../kernels/float8_tensor.ts";
 import { geluTanhFloat8 } from "../../../kernels/gelu_float8.ts";
 import { jointQkNormRopeFused, jointQkNormRopeTiles } from "../../../kernels/joint_qk_norm_rope.ts";
+import { linearFewRows } from "../../../kernels/linear_few_rows.ts";
 import { qkNormRope } from "../../../kernels/qk_norm_rope.ts";
 import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
 import { fillRandom } from "../../../kernels/random_fill.ts";
@@ -278,6 +280,13 @@ const CASES: readonly Case[] = [
     run: (x) => quantizeTensor(x).values,
     bytes: twiceRead,
   },
+  // The modulations of a double and of a single block, of schnell's four steps and of dev's.
+  ...[[4, 6], [4, 3], [28, 6]].map(([rows, parts]): Case => ({
+    name: `linearFewRows, ${rows} of ${parts * HIDDEN}`,
+    inputs: () => [bf16(rows, HIDDEN), quantizeRows(bf16(parts * HIDDEN, HIDDEN)), bf16(parts * HIDDEN)],
+    run: (x, weight, bias) => linearFewRows(x, weight as Float8Tensor, bias),
+    ...(rows > 4 && { arithmetic: true as const }),
+  })),
   { name: "upsampleNearest", inputs: () => [bf16(1, 256, 512, 512)], run: (x) => ops.upsampleNearest(x) },
   {
     name: "upsampleNearest, NHWC",

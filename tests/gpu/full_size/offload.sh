@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What --offload and --t5_float8 cost and save: times of two prompts, and the most memory that the GPU had in use, each in a
-# process of its own; then the same in what a GPU of 24 GB has, where FLUX.1-dev has to run with both.
+# process of its own; then the same in what a GPU of 24 GB has, where FLUX.1-dev has to run with --offload.
 #
 #   bash tests/gpu/full_size/offload.sh FLUX.1-dev-configs [FLAG...]
 #
@@ -54,10 +54,10 @@ echo "|---|--:|--:|--:|--:|--:|--:|"
 run "(warm-up)" "$@" >/dev/null
 run "all on the GPU" "$@"
 run "--t5_float8 weights" --t5_float8 weights "$@"
-run "--t5_float8 dynamic" --t5_float8 dynamic "$@"
+run "--t5_float8 off" --t5_float8 off "$@"
 run "--offload" --offload "$@"
 run "--offload --t5_float8 weights" --offload --t5_float8 weights "$@"
-run "--offload --t5_float8 dynamic" --offload --t5_float8 dynamic "$@"
+run "--offload --t5_float8 off" --offload --t5_float8 off "$@"
 
 mkfifo "$work/hold"
 deno run -A $here/ballast.ts --leave 24 <"$work/hold" >"$work/ballast" &
@@ -69,8 +69,8 @@ until grep -q ready "$work/ballast"; do
 done
 cat "$work/ballast" | tee -a "$log" >&2
 run "in 24 GB: all on the GPU (has to fail)" "$@" && failed=1
+run "in 24 GB: --offload" --offload "$@" || failed=1
 run "in 24 GB: --offload --t5_float8 weights" --offload --t5_float8 weights "$@" || failed=1
-run "in 24 GB: --offload --t5_float8 dynamic" --offload --t5_float8 dynamic "$@" || failed=1
 exec 9>&-
 wait "$ballast"
 exit "${failed:-0}"
