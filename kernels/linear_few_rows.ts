@@ -9,7 +9,8 @@ import { gpuOf, launch, vectorWidth } from "./gpu.ts";
 import LINEAR_FEW_ROWS_CU from "./linear_few_rows.cu" with { type: "text" };
 
 const SOURCE = { name: "linear_few_rows.cu", text: LINEAR_FEW_ROWS_CU };
-const BLOCK = 256;
+/** Small ones, since FLUX's weights make a few for each multiprocessor, and one more or less should not be felt. */
+const BLOCK = 128;
 /** Rows of the weight that a warp has at a time. */
 const FEATURES = 4;
 /** Rows of `x` that it has at most: no more sums than a warp has lanes. */
