@@ -44,8 +44,6 @@ export function float8TextEncoderSuite(target: TestDevice, rest: readonly Recipe
       const t5 = plan.weights.text_encoder_2;
       const quantized = t5.names.filter((name) => t5.has(scaleName(name)));
       assert.ok(quantized.length > 0);
-      // What wo reads has the widest range: only "weights" has it in float8.
-      assert.equal(quantized.some((name) => name.endsWith(".wo.weight")), mode === "weights");
       for (const name of quantized) {
         assert.match(name, /\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_[01])?)\.weight$/);
         assert.equal(t5.get(name).dtype, "f8e4m3");
