@@ -58,7 +58,8 @@ export function runtimeLibrary(architecture: Architecture): string {
   if (!exists(path)) {
     const defines = wide ? ["-DSIMT_HIP"] : [];
     const source = supportFile("simt_runtime.cpp");
-    compile("simt_runtime.cpp", ["-O3", "-march=native", ...defines, source, "-o", path]);
+    // It stays loaded: its signal handlers do.
+    compile("simt_runtime.cpp", ["-O3", "-march=native", ...defines, source, "-Wl,-z,nodelete", "-o", path]);
   }
   return path;
 }

@@ -165,34 +165,49 @@ Fault runBlock() {
   return NONE;
 }
 
-void onSignal(int signal) {
-  siglongjmp(launcher, signal == SIGSEGV || signal == SIGBUS ? MEMORY : UNDEFINED);
-}
-
 const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
 const int SIGNAL_COUNT = sizeof(SIGNALS) / sizeof(*SIGNALS);
 
-// Faults of a kernel end its launch instead of the process.
+void onSignal(int signal, siginfo_t* info, void* context);
+
+// Faults of a kernel end its launch instead of the process. Tests of several files run in one process, each with a copy of this
+// library and a thread of its own: whose thread it is not hands a signal on to who was there before, and nobody ever leaves, since
+// another may have come behind (so the library stays loaded, see emulated_compiler.ts).
+thread_local bool launching;
 struct Trap {
   char stack[64 << 10];
   stack_t oldStack;
+  bool installed;
   struct sigaction old[SIGNAL_COUNT];
   void set() {
     stack_t own = {};
     own.ss_sp = stack;
     own.ss_size = sizeof(stack);
     sigaltstack(&own, &oldStack);
+    launching = true;
+    if (installed) return;
+    installed = true;
     struct sigaction action = {};
-    action.sa_handler = onSignal;
-    action.sa_flags = SA_ONSTACK;
+    action.sa_sigaction = onSignal;
+    action.sa_flags = SA_ONSTACK | SA_SIGINFO;
     for (int i = 0; i < SIGNAL_COUNT; i++) sigaction(SIGNALS[i], &action, &old[i]);
   }
   void clear() {
-    for (int i = 0; i < SIGNAL_COUNT; i++) sigaction(SIGNALS[i], &old[i], nullptr);
+    launching = false;
     sigaltstack(&oldStack, nullptr);
   }
 };
 Trap trap;
+
+void onSignal(int number, siginfo_t* info, void* context) {
+  if (launching) siglongjmp(launcher, number == SIGSEGV || number == SIGBUS ? MEMORY : UNDEFINED);
+  int i = 0;
+  while (SIGNALS[i] != number) i++;
+  const struct sigaction& before = trap.old[i];
+  if (before.sa_flags & SA_SIGINFO) before.sa_sigaction(number, info, context);
+  else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) before.sa_handler(number);
+  else signal(number, SIG_DFL);  // it comes again, and ends the process
+}
 
 __attribute__((destructor)) void freeStacks() {
   for (Fiber& fiber : fibers) {
