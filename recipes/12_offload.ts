@@ -21,9 +21,14 @@ import type { Component, Plan, Recipe } from "./base/plan.ts";
 /** The parts that come and go. */
 export const OFFLOADED: readonly Component[] = ["text_encoder", "text_encoder_2"];
 
-/** How a model is loaded for these recipes; undefined, all at once, where {@link offload} is not among them. */
+/**
+ * How a model is loaded for these recipes: in pieces where {@link offload} is among them, or one that quantizes, so that there
+ * need not be memory for the checkpoint; undefined, all at once, otherwise.
+ */
 export function piecesFor(recipes: readonly Recipe[]): Pieces | undefined {
-  return recipes.includes(offload) ? { recipes, deposited: OFFLOADED } : undefined;
+  const offloading = recipes.includes(offload);
+  const quantizing = recipes.some(({ preparesWeights, exact }) => preparesWeights && !exact);
+  return offloading || quantizing ? { recipes, deposited: offloading ? OFFLOADED : [] } : undefined;
 }
 
 /** For models that were loaded in pieces with {@link OFFLOADED} deposited. */

@@ -25,7 +25,7 @@ for (const recipes of [[], [compile], [compile, fuseQkv], [compile, fuseQkv, cha
 kontextRecipesSuite(
   TEST_GPU,
   [bfloat16, compile, fuseQkv, channelsLast, flashAttention(), float8(), tuning],
-  42,
+  40, // 41.1 dB, of which modulations in float8 are 1
 );
 firstBlockCacheSuite(TEST_GPU);
 firstBlockCacheSuite(TEST_GPU, [compile, fuseQkv]);

@@ -14,9 +14,11 @@ import { depositOf } from "../../recipes/base/deposits.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
+import type { Pieces } from "../../recipes/base/pieces.ts";
 import { COMPONENTS, compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { draw } from "./drawing.ts";
 import { goldenPath } from "./golden.ts";
+import { bytesOf } from "./lora_suite.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const RECIPES: readonly (readonly Recipe[])[] = [
@@ -83,6 +85,35 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
       });
     }
   }
+
+  test("what is quantized is loaded in pieces: the same bytes, without memory for the checkpoint", async (device) => {
+    assert.equal(piecesFor([bfloat16, compile, fuseQkv, channelsLast, tuning]), undefined);
+    const recipes = [bfloat16, fuseQkv, float8(), float8TextEncoder()];
+    const folder = goldenPath("schnell-like");
+    const before = device.memoryUse().weights;
+    const load = async (pieces: Pieces | undefined) => {
+      const { alloc } = device;
+      let most = 0;
+      device.alloc = (...args) => {
+        const memory = alloc.apply(device, args);
+        most = Math.max(most, device.memoryUse().weights - before);
+        return memory;
+      };
+      try {
+        using model = await Model.load(folder, device, { pieces });
+        const { weights } = compose(eagerPlan(device, model.weights), ...recipes);
+        const bytes = [];
+        for (const component of COMPONENTS) bytes.push(await bytesOf(weights[component]));
+        return { bytes, most };
+      } finally {
+        device.alloc = alloc;
+      }
+    };
+    const atOnce = await load(undefined);
+    const inPieces = await load({ ...piecesFor(recipes)!, pieceBytes: 1 });
+    assert.deepEqual(inPieces.bytes, atOnce.bytes);
+    assert.ok(inPieces.most < atOnce.most, `${inPieces.most} bytes at most, at once ${atOnce.most}`);
+  });
 
   test("weights of text encoders that are away cannot be read, and are freed with the model", async (device) => {
     const before = device.memoryUse().weights;
