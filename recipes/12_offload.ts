@@ -21,6 +21,9 @@ import type { Component, Plan, Recipe } from "./base/plan.ts";
 /** The parts that come and go. */
 export const OFFLOADED: readonly Component[] = ["text_encoder", "text_encoder_2"];
 
+/** Bytes of a piece that stays on the GPU: each sets up buffers of its own, so that larger ones are loaded faster. */
+const STAYING_PIECE_BYTES = 2 ** 31;
+
 /**
  * How a model is loaded for these recipes: in pieces where {@link offload} is among them, or one that quantizes, so that there
  * need not be memory for the checkpoint; undefined, all at once, otherwise.
@@ -28,7 +31,8 @@ export const OFFLOADED: readonly Component[] = ["text_encoder", "text_encoder_2"
 export function piecesFor(recipes: readonly Recipe[]): Pieces | undefined {
   const offloading = recipes.includes(offload);
   const quantizing = recipes.some(({ preparesWeights, exact }) => preparesWeights && !exact);
-  return offloading || quantizing ? { recipes, deposited: offloading ? OFFLOADED : [] } : undefined;
+  if (offloading) return { recipes, deposited: OFFLOADED };
+  return quantizing ? { recipes, deposited: [], pieceBytes: STAYING_PIECE_BYTES } : undefined;
 }
 
 /** For models that were loaded in pieces with {@link OFFLOADED} deposited. */

@@ -30,11 +30,11 @@ const CPU = ownDevice("cpu", () => openCpu());
 kontextSuite(CPU);
 kontextSuite(CPU, [compile, fuseQkv], false);
 kontextSuite(GPU_WITH_ATTENTION, [compile, fuseQkv, tuning], false);
-kontextRecipesSuite(CPU, [bfloat16, compile, fuseQkv, float8()], 42);
+kontextRecipesSuite(CPU, [bfloat16, compile, fuseQkv, float8()], 40);
 kontextRecipesSuite(
   GPU_WITH_ATTENTION,
   [bfloat16, compile, fuseQkv, channelsLast, flashAttention("fa3"), float8(), tuning],
-  42,
+  40,
 );
 
 Deno.test("Kontext: positions of the picture to edit equal diffusers'", () => {
