@@ -7,11 +7,12 @@
  * found anew, as 06_float8 does in the transformer, and multiplied in float8. But for `wo`, which reads the gated hidden layer
  * and needs the range: it stays in bfloat16, as transformers keeps it in float32 where all else is in float16. T5 has 5.9 GB
  * then.
- * "weights": all of them in float8, multiplied in bfloat16, a weight being widened for its product: 4.8 GB, closer to bfloat16 and
- * slower.
+ * "weights": all of them in float8, multiplied in bfloat16, a weight being widened for its product: 4.8 GB, but slower, and no closer to
+ * bfloat16, since `wo` is among them.
  * Changes: q, k, v, o, wi_0, wi_1 and wo of each layer of T5, with a scale for each row. Embeddings, norms and the position bias
  * stay, and so do CLIP and everything else. Exact: no. Needs bfloat16 before it. `--t5_float8 off`, or `--disable_quant`, is to be
  * without it.
+ * Measured on an H100: weights 22.0 to 18.3 GB, text encoders 8.5 to 6.2 ms ("weights": 17.3 GB, 12.6 ms).
  *
  *     deno run -A recipes/11_float8_text_encoder.ts --device cuda --ckpt FLUX.1-dev --verbose
  */

@@ -9,6 +9,7 @@
  * recorded again when they are needed. Exact: yes. The model is loaded piece by piece
  * (base/pieces.ts), each piece as the other recipes want it before the next one comes: the GPU never has to hold the checkpoint.
  * In float8 FLUX.1-dev's transformer takes 12 GB, so that it runs on a GPU of 24.
+ * Measured on an H100: a prompt costs 0.15 to 0.24 s more, by how T5 is kept.
  * Off unless `--offload` asks for it. No exported model is written or used with it.
  *
  *     deno run -A recipes/12_offload.ts --device cuda --ckpt FLUX.1-dev --verbose

@@ -12,7 +12,7 @@
  * float8 weights give the lengths of their rows, too.
  * With 06_float8 the text's down projections are in float8 as well, which cuBLASLt has no kernel for.
  * Exact: yes, up to roundings, in bfloat16; behind 06_float8 as lossy as that.
- * Measured on an H100: a step in float8 73.1 to 69.4 ms, weights 25.9 to 25.2 GB; in bfloat16 115.7 ms, no less than before.
+ * Measured on an H100: a step in float8 73.1 to 65.2 ms; in bfloat16 115.4 ms, no less than before.
  *
  *     deno run -A recipes/13_fused_blocks.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
