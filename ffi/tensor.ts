@@ -1,6 +1,8 @@
 import type { Device, Memory, MemoryPurpose } from "./device.ts";
 import { type DType, dtypeBytes } from "./dtype.ts";
 import { FfiError } from "./errors.ts";
+import { float8FormatOf } from "./float8.ts";
+import { isGpu } from "./gpu.ts";
 import { displayTensor, JUPYTER_DISPLAY } from "./tensor_display.ts";
 import { gatherValues, valuesFromBytes } from "./values.ts";
 
@@ -169,7 +171,8 @@ export class Tensor {
       : this.shape.reduce((last, size, dim) => last + (size - 1) * this.strides[dim], 1);
     const width = dtypeBytes(this.dtype);
     const bytes = new Tensor(this.memory, "u8", [extent * width], [1], this.offset * width);
-    const values = valuesFromBytes(await this.device.download(bytes), this.dtype);
+    const float8 = isGpu(this.device) ? float8FormatOf(this.device.limits.architecture) : "ocp";
+    const values = valuesFromBytes(await this.device.download(bytes), this.dtype, float8);
     return this.isContiguous ? values : gatherValues(values, this.shape, this.strides);
   }
 

@@ -1,9 +1,17 @@
 import { bfloat16ToFloat32 } from "./bfloat16.ts";
 import { type DType, dtypeBytes } from "./dtype.ts";
-import { float8ToFloat32 } from "./float8.ts";
+import { type Float8Format, float8ToFloat32 } from "./float8.ts";
 
-/** Elements of a dtype, from their little-endian bytes, as f32: rounded where f64 and 64-bit integers have more digits. */
-export function valuesFromBytes(bytes: Uint8Array<ArrayBuffer>, dtype: DType): Float32Array {
+/**
+ * Elements of a dtype, from their little-endian bytes, as f32: rounded where f64 and 64-bit integers have more digits.
+ *
+ * @param float8 what E4M3 is.
+ */
+export function valuesFromBytes(
+  bytes: Uint8Array<ArrayBuffer>,
+  dtype: DType,
+  float8: Float8Format = "ocp",
+): Float32Array {
   const { buffer, byteOffset, byteLength } = bytes.byteOffset % 8 === 0 ? bytes : bytes.slice();
   const count = byteLength / dtypeBytes(dtype);
   switch (dtype) {
@@ -27,7 +35,7 @@ export function valuesFromBytes(bytes: Uint8Array<ArrayBuffer>, dtype: DType): F
     case "f8e4m3":
     case "f8e5m2": {
       const values = new Float32Array(count);
-      float8ToFloat32(new Uint8Array(buffer, byteOffset, count), values, dtype);
+      float8ToFloat32(new Uint8Array(buffer, byteOffset, count), values, dtype, float8);
       return values;
     }
   }

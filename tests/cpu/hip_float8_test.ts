@@ -95,6 +95,7 @@ testOn(
     }
     const codes = Tensor.fromBytes(device, CODES, [256], "f8e4m3");
     assert.deepEqual(await valuesOf(cast(codes, "f32")), VALUES);
+    assert.deepEqual(await codes.toFloat32(), VALUES, "read on the host");
   },
 );
 
