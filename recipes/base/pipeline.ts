@@ -191,9 +191,10 @@ export class FluxPipeline {
     try {
       await pause();
       const [start, started] = [performance.now(), marked()];
-      const pooled = own(this.encodeClip(prompts, images, options.onWarning));
-      await pause();
+      // T5 first: a GPU is busy with it for long, and the host prepares all else meanwhile.
       const embeds = own(this.encodeT5(prompts2, images, settings.maxSequenceLength, options.onWarning));
+      await pause();
+      const pooled = own(this.encodeClip(prompts, images, options.onWarning));
       const grids = [{ rows: latentHeight / 2, columns: latentWidth / 2 }];
       if (image !== undefined) {
         grids.push({ rows: image.height / factor / 2, columns: image.width / factor / 2 });

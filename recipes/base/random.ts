@@ -115,27 +115,35 @@ export class Generator {
     return out;
   }
 
+  /** As many {@link #uniform} in a row, a generation at a time: a picture has hundreds of thousands, which its GPU waits for. */
   #fillUniform(out: Float32Array): void {
-    for (let i = 0; i < out.length; i++) out[i] = this.#uniform();
+    const state = this.#state;
+    for (let at = 0; at < out.length;) {
+      const first = this.#generation();
+      const count = Math.min(out.length - at, STATE - first);
+      for (let i = 0; i < count; i++) out[at + i] = uniformOf(temper(state[first + i]));
+      this.#next = first + count;
+      at += count;
+    }
   }
 
   /** The engine's next 32 bits, tempered; as a signed integer, since the callers mask it anyway. */
   #random(): number {
-    if (this.#next === STATE) {
-      twist(this.#state);
-      this.#next = 0;
-    }
-    let y = this.#state[this.#next++];
-    y ^= y >>> 11;
-    y ^= (y << 7) & 0x9d2c5680;
-    y ^= (y << 15) & 0xefc60000;
-    y ^= y >>> 18;
-    return y;
+    const at = this.#generation();
+    this.#next = at + 1;
+    return temper(this.#state[at]);
+  }
+
+  /** Where the next word stands in the state, of a new generation when the last one is used up. */
+  #generation(): number {
+    if (this.#next < STATE) return this.#next;
+    twist(this.#state);
+    return 0;
   }
 
   /** Uniform float32 in [0, 1): 24 random bits. */
   #uniform(): number {
-    return (this.#random() & 0xffffff) * 2 ** -24;
+    return uniformOf(this.#random());
   }
 
   /** Uniform float64 in [0, 1): the low 53 bits of two draws, the first draw being the high word. */
@@ -166,14 +174,33 @@ function checkCount(count: number): void {
   }
 }
 
+/** Uniform float32 in [0, 1): 24 of a word's bits. */
+function uniformOf(word: number): number {
+  return (word & 0xffffff) * 2 ** -24;
+}
+
+/** A word of mt19937's state as it is given out, a signed integer. */
+function temper(word: number): number {
+  let y = word;
+  y ^= y >>> 11;
+  y ^= (y << 7) & 0x9d2c5680;
+  y ^= (y << 15) & 0xefc60000;
+  return y ^ y >>> 18;
+}
+
 /** One generation of mt19937: 624 new words in place. */
 function twist(state: Uint32Array): void {
-  for (let i = 0; i < STATE; i++) {
-    const following = state[i + 1 === STATE ? 0 : i + 1];
-    const mixed = (state[i] & 0x80000000) | (following & 0x7fffffff);
-    const other = state[i + SHIFT < STATE ? i + SHIFT : i + SHIFT - STATE];
-    state[i] = other ^ (mixed >>> 1) ^ (following & 1 ? 0x9908b0df : 0);
+  // Pieces in which neither neighbour wraps around: V8 does not like to look at each word.
+  for (let i = 0; i < STATE - SHIFT; i++) state[i] = state[i + SHIFT] ^ mixed(state[i], state[i + 1]);
+  for (let i = STATE - SHIFT; i < STATE - 1; i++) {
+    state[i] = state[i + SHIFT - STATE] ^ mixed(state[i], state[i + 1]);
   }
+  state[STATE - 1] = state[SHIFT - 1] ^ mixed(state[STATE - 1], state[0]);
+}
+
+function mixed(word: number, following: number): number {
+  const both = (word & 0x80000000) | (following & 0x7fffffff);
+  return (both >>> 1) ^ (-(following & 1) & 0x9908b0df);
 }
 
 /** float32 bits (finite) to bfloat16 bits, to nearest even. */

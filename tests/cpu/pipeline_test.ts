@@ -320,11 +320,11 @@ Deno.test("pipeline looks at its signal before the text, between the encoders, a
   await run(pipeline, early, () => false);
   assert.deepEqual(heard, []);
 
-  await run(pipeline, new AbortController(), (event) => event === "CLIP");
-  assert.deepEqual(heard, ["CLIP"]);
+  await run(pipeline, new AbortController(), (event) => event === "T5");
+  assert.deepEqual(heard, ["T5"]);
 
   await run(pipeline, new AbortController(), (event) => event === "step 2");
-  assert.deepEqual(heard, ["CLIP", "T5", "step 0", "step 1", "step 2"]);
+  assert.deepEqual(heard, ["T5", "CLIP", "step 0", "step 1", "step 2"]);
 
   const late = new AbortController();
   class StoppedInDecoder extends FluxPipeline {
