@@ -4,6 +4,8 @@ import { type GpuEvent, isGpu } from "../../ffi/gpu.ts";
 
 /** A point in the order of a device's work. */
 export interface Mark extends Disposable {
+  /** When it was made, on the clock of `performance.now()`; on the CPU the work before it is done then. */
+  readonly made: number;
   /** Resolves when the work before it is done; other work of this process goes on meanwhile. */
   reached(): Promise<void>;
   /** Milliseconds from `earlier` to this one, both of which were reached. */
@@ -17,6 +19,8 @@ export function mark(device: Device): Mark {
 
 /** The clock of the GPU: it knows when it was there, whenever somebody asks. */
 class GpuMark implements Mark {
+  readonly made = performance.now();
+
   constructor(private readonly event: GpuEvent) {}
 
   async reached(): Promise<void> {
@@ -35,14 +39,14 @@ class GpuMark implements Mark {
 
 /** The CPU's work is done when it was issued. */
 class HostMark implements Mark {
-  readonly #time = performance.now();
+  readonly made = performance.now();
 
   reached(): Promise<void> {
     return Promise.resolve();
   }
 
   since(earlier: Mark): number {
-    return this.#time - (earlier as HostMark).#time;
+    return this.made - earlier.made;
   }
 
   [Symbol.dispose](): void {}

@@ -190,7 +190,7 @@ export class FluxPipeline {
     const marked = () => marks.use(mark(device));
     try {
       await pause();
-      const [start, started] = [performance.now(), marked()];
+      const started = marked();
       // T5 first: a GPU is busy with it for long, and the host prepares all else meanwhile.
       const embeds = own(this.encodeT5(prompts2, images, settings.maxSequenceLength, options.onWarning));
       await pause();
@@ -283,7 +283,7 @@ export class FluxPipeline {
       const size = height * width * 3;
       const stepTimes = ends.slice(1).map((end, i) => end.since(ends[i]));
       const [text, imageTime] = [encoded.since(started), ends[0].since(encoded)];
-      const decode = performance.now() - start -
+      const decode = performance.now() - started.made -
         stepTimes.reduce((sum, time) => sum + time, text + imageTime);
       return {
         images: Array.from({ length: batch }, (_, i) => ({
@@ -292,7 +292,7 @@ export class FluxPipeline {
           rgb: bytes.subarray(i * size, (i + 1) * size),
         })),
         settings,
-        started: start,
+        started: started.made,
         milliseconds: {
           text,
           image: imageTime,
