@@ -13,6 +13,7 @@ import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { exportedModel, exporting } from "../../recipes/08_export.ts";
+import { piecesFor } from "../../recipes/12_offload.ts";
 import { fusedBlocks } from "../../recipes/13_fused_blocks.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "../../recipes/base/clip.ts";
 import { type LoraChoice, Loras } from "../../recipes/base/lora.ts";
@@ -70,7 +71,9 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
   const test = (name: string, body: (device: Device) => Promise<void>) =>
     testOn(target, `LoRA: ${name}`, body);
   const open = async (device: Device, folder: string, recipes: readonly Recipe[]) => {
-    const model = await Model.load(folder, device);
+    // As the programs load it, but in the smallest pieces.
+    const pieces = piecesFor(recipes);
+    const model = await Model.load(folder, device, { pieces: pieces && { ...pieces, pieceBytes: 1 } });
     return { model, plan: compose(eagerPlan(device, model.weights), ...recipes) };
   };
 
