@@ -39,7 +39,7 @@ export { tuning } from "./recipes/07_tuning.ts";
 export { type ExportedModel, exportedModel, type ExportFlags, exporting } from "./recipes/08_export.ts";
 export { firstBlockCache, type FirstBlockCacheOptions } from "./recipes/09_first_block_cache.ts";
 export { float8TextEncoder, type TextEncoderFloat8 } from "./recipes/11_float8_text_encoder.ts";
-export { offload, piecesFor } from "./recipes/12_offload.ts";
+export { offload } from "./recipes/12_offload.ts";
 export { fusedBlocks } from "./recipes/13_fused_blocks.ts";
 export {
   type CompileExportMode,
@@ -65,7 +65,7 @@ export { type LoadOptions, Model } from "./recipes/base/model.ts";
 export type { ModelConfigs } from "./recipes/base/model_parts.ts";
 export { type Displayable, showPicture, showPictures, showSvg } from "./recipes/base/notebook.ts";
 export { eagerOps, type Ops } from "./recipes/base/ops.ts";
-export type { Pieces } from "./recipes/base/pieces.ts";
+export { type Pieces, piecesFor } from "./recipes/base/pieces.ts";
 export {
   FluxPipeline,
   type GenerateOptions,

@@ -16,31 +16,17 @@
  */
 import { depositOf, whilePresent } from "./base/deposits.ts";
 import { UsageError } from "./base/errors.ts";
-import type { Pieces } from "./base/pieces.ts";
 import type { Component, Plan, Recipe } from "./base/plan.ts";
 
 /** The parts that come and go. */
 export const OFFLOADED: readonly Component[] = ["text_encoder", "text_encoder_2"];
-
-/** Bytes of a piece that stays on the GPU: each sets up buffers of its own, so that larger ones are loaded faster. */
-const STAYING_PIECE_BYTES = 2 ** 31;
-
-/**
- * How a model is loaded for these recipes: in pieces where {@link offload} is among them, or one that quantizes, so that there
- * need not be memory for the checkpoint; undefined, all at once, otherwise.
- */
-export function piecesFor(recipes: readonly Recipe[]): Pieces | undefined {
-  const offloading = recipes.includes(offload);
-  const quantizing = recipes.some(({ preparesWeights, exact }) => preparesWeights && !exact);
-  if (offloading) return { recipes, deposited: OFFLOADED };
-  return quantizing ? { recipes, deposited: [], pieceBytes: STAYING_PIECE_BYTES } : undefined;
-}
 
 /** For models that were loaded in pieces with {@link OFFLOADED} deposited. */
 export const offload: Recipe = {
   name: "12_offload",
   exact: true,
   devices: ["cuda", "hip"],
+  deposits: OFFLOADED,
   apply: (plan: Plan) => {
     const deposits = new Map(OFFLOADED.map((part) => [part as string, depositOf(plan.weights[part])]));
     for (const [part, deposit] of deposits) {

@@ -4,7 +4,6 @@
 import { Option } from "@commander-js/extra-typings";
 import { checkWritable } from "../ffi/files.ts";
 import { exportedModel } from "./08_export.ts";
-import { piecesFor } from "./12_offload.ts";
 import {
   drawingOptions,
   gigabytes,
@@ -26,6 +25,7 @@ import {
   withLocalModel,
 } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
+import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
 import { PngEncoder } from "./base/png_encoder.ts";

@@ -26,11 +26,11 @@ import { FluxError, UsageError } from "./base/errors.ts";
 import { loadModel, mergeLoras, openChosen, pictureToEdit, withLocalModel } from "./base/loading.ts";
 import type { LoraChoice } from "./base/lora.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
+import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
 import { largestError, psnr } from "./base/psnr.ts";
 import { markdownLines, numberLines } from "./base/table.ts";
-import { piecesFor } from "./12_offload.ts";
 import { writeLadderReport } from "./ladder_report.ts";
 import { cumulativeRungs, kindOf } from "./switches.ts";
 

@@ -8,7 +8,6 @@ import { CompileError } from "../ffi/errors.ts";
 import { checkWritable } from "../ffi/files.ts";
 import { isGpu } from "../ffi/gpu.ts";
 import { replaceKernelText } from "../kernels/gpu.ts";
-import { piecesFor } from "./12_offload.ts";
 import { drawingOptions, onlyOnce, printLine, runProgram, writeInterruptibly } from "./base/command_line.ts";
 import { FluxError, UsageError } from "./base/errors.ts";
 import { fileChanges } from "./base/file_changes.ts";
@@ -21,6 +20,7 @@ import {
   withLocalModel,
 } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
+import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateOptions, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
 import { psnr } from "./base/psnr.ts";

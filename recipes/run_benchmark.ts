@@ -6,7 +6,6 @@ import { checkWritable } from "../ffi/files.ts";
 import { isGpu } from "../ffi/gpu.ts";
 import { attendsInFloat8 } from "./05_flash_attention.ts";
 import { exportedModel } from "./08_export.ts";
-import { piecesFor } from "./12_offload.ts";
 import {
   definedOnly,
   drawingOptions,
@@ -40,6 +39,7 @@ import {
   WARMUPS,
 } from "./base/measure.ts";
 import { encodePicture } from "./base/picture_file.ts";
+import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "./base/plan.ts";
 import { numberLines } from "./base/table.ts";

@@ -19,8 +19,18 @@ export interface Pieces {
   readonly pieceBytes?: number;
 }
 
-/** A GPU's stream of copies takes a while to start. */
-const PIECE_BYTES = 2 ** 30;
+/** Each piece sets up buffers of its own, so that larger ones are loaded faster; with a deposit memory is short. */
+const PIECE_BYTES = { all: 2 ** 31, deposited: 2 ** 30 };
+
+/**
+ * How a model is loaded for these recipes: in pieces where one of them takes parts from a deposit, or quantizes, so that there
+ * need not be memory for the checkpoint; undefined, all at once, otherwise.
+ */
+export function piecesFor(recipes: readonly Recipe[]): Pieces | undefined {
+  const deposited = recipes.flatMap(({ deposits = [] }) => deposits);
+  const quantizing = recipes.some(({ preparesWeights, exact }) => preparesWeights && !exact);
+  return deposited.length > 0 || quantizing ? { recipes, deposited } : undefined;
+}
 
 /** A part's weights that are not loaded so far. */
 export interface Unloaded {
@@ -36,7 +46,7 @@ export interface Unloaded {
 export async function loadInPieces(
   device: Device,
   parts: readonly Unloaded[],
-  { recipes, deposited, pieceBytes = PIECE_BYTES }: Pieces,
+  { recipes, deposited, pieceBytes = PIECE_BYTES[deposited.length > 0 ? "deposited" : "all"] }: Pieces,
 ): Promise<Record<Component, Weights>> {
   const preparing = recipes.filter(({ preparesWeights }) => preparesWeights);
   const loaded: [Component, Weights][] = [];

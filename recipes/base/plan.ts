@@ -79,6 +79,8 @@ export interface Recipe {
    * applied to a part of them as soon as that is loaded, and to all of them again.
    */
   readonly preparesWeights?: true;
+  /** Parts of the model that it takes from a deposit on the host, which loading in pieces makes (base/pieces.ts). */
+  readonly deposits?: readonly Component[];
   /** Throws {@link UsageError} for models that it is not for: so that this shows before such a one is loaded. */
   check?(config: TransformerConfig): void;
   /** Returns the changed plan; throws {@link UsageError} when it clashes with a recipe that is there already. */

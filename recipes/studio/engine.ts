@@ -1,7 +1,6 @@
 /** Draws what pages ask for, and keeps what it has loaded. */
 import type { Device } from "../../ffi/device.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
-import { piecesFor } from "../12_offload.ts";
 import { EMBEDDED_MODEL } from "../base/command_line.ts";
 import { readJson, resolveModelFolder } from "../base/checkpoint.ts";
 import { autoencoderConfigSchema, spatialFactor } from "../base/autoencoder.ts";
@@ -10,6 +9,7 @@ import { LatentPreview } from "../base/latent_preview.ts";
 import { checkModel, type DeviceChoice, loadModel, type ModelChoice, openChosen } from "../base/loading.ts";
 import { modelName } from "../base/model_parts.ts";
 import { encodePicture } from "../base/picture_file.ts";
+import { piecesFor } from "../base/pieces.ts";
 import { FluxPipeline, type Picture, type ProgressEvent } from "../base/pipeline.ts";
 import { compose, eagerPlan } from "../base/plan.ts";
 import { largestError, psnr } from "../base/psnr.ts";

@@ -10,10 +10,10 @@ import { Model } from "../../recipes/base/model.ts";
 import { compose, eagerPlan } from "../../recipes/base/plan.ts";
 import { type TensorToWrite, writeSafetensors } from "../../recipes/base/safetensors.ts";
 import { inFolder } from "../support/folders.ts";
-import { goldenPath } from "../support/golden.ts";
+import { bytesOf, goldenPath } from "../support/golden.ts";
 import { TEST_GPU } from "../support/gpu_devices.ts";
 import { randomLora } from "../support/lora_files.ts";
-import { bytesOf, loraSuite } from "../support/lora_suite.ts";
+import { loraSuite } from "../support/lora_suite.ts";
 import { runTask } from "../support/programs.ts";
 import { ownDevice } from "../support/test_device.ts";
 

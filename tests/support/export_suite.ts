@@ -13,7 +13,6 @@ import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { channelsLast } from "../../recipes/04_channels_last.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { exportedModel, type ExportFlags, exporting } from "../../recipes/08_export.ts";
-import { piecesFor } from "../../recipes/12_offload.ts";
 import { EMBEDDED_MODEL } from "../../recipes/base/command_line.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
@@ -33,6 +32,7 @@ import { inFolder, withModelCopy } from "./folders.ts";
 import { goldenPath } from "./golden.ts";
 import { kontextOptions, withKontext } from "./golden_suite_kontext.ts";
 import { namesIn } from "./programs.ts";
+import { smallestPiecesFor } from "./smallest_pieces.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const SMALL = goldenPath("schnell-like");
@@ -91,8 +91,7 @@ export function exportSuite(target: TestDevice<GpuDevice>): void {
         assert.match(first.notes[0], /^no exported model is used: .* is not there: .*; building it$/);
         let expected: Uint8Array;
         {
-          const pieces = piecesFor(recipes); // as the programs load it, but the smallest ones
-          using model = await Model.load(SMALL, device, { pieces: pieces && { ...pieces, pieceBytes: 1 } });
+          using model = await Model.load(SMALL, device, { pieces: smallestPiecesFor(recipes) });
           const { plan, rgb } = await drawn(model, device, recipes);
           expected = rgb;
           await first.exported.write(plan);

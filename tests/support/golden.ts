@@ -1,3 +1,4 @@
+import assert from "node:assert/strict";
 import { fileURLToPath } from "node:url";
 import type { Device } from "../../ffi/device.ts";
 import { isDType } from "../../ffi/dtype.ts";
@@ -73,6 +74,17 @@ export async function valuesOf(tensor: Tensor): Promise<Float32Array> {
   const values = new Float32Array(tensor.size);
   bfloat16ToFloat32(new Uint16Array(buffer), values);
   return values;
+}
+
+/** All bytes of some weights, by name. */
+export async function bytesOf(weights: Weights): Promise<Map<string, string>> {
+  const bytes = new Map<string, string>();
+  for (const name of weights.names) {
+    const tensor = weights.get(name);
+    assert.ok(tensor.isContiguous, name);
+    bytes.set(name, `${tensor.dtype} ${(await tensor.device.download(tensor)).toBase64()}`);
+  }
+  return bytes;
 }
 
 /** Positions of a transformer's golden tokens, text first: `[tokens, 3]`. */

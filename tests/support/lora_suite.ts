@@ -13,7 +13,6 @@ import { compile } from "../../recipes/02_compile.ts";
 import { fuseQkv } from "../../recipes/03_fuse_qkv.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { exportedModel, exporting } from "../../recipes/08_export.ts";
-import { piecesFor } from "../../recipes/12_offload.ts";
 import { fusedBlocks } from "../../recipes/13_fused_blocks.ts";
 import { clipPooled, clipTextModel, endOfTextPositions } from "../../recipes/base/clip.ts";
 import { type LoraChoice, Loras } from "../../recipes/base/lora.ts";
@@ -21,11 +20,12 @@ import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "../../recipes/base/plan.ts";
 import { writeSafetensors } from "../../recipes/base/safetensors.ts";
-import { scaleName, type Weights } from "../../recipes/base/weights.ts";
+import { scaleName } from "../../recipes/base/weights.ts";
 import { assertClose, relativeError } from "./compare.ts";
 import { copyFolder, inFolder } from "./folders.ts";
-import { Golden, goldenPath, transformerVelocity, valuesOf } from "./golden.ts";
+import { bytesOf, Golden, goldenPath, transformerVelocity, valuesOf } from "./golden.ts";
 import { bflNames, kohyaNames, randomLora, readLora } from "./lora_files.ts";
+import { smallestPiecesFor } from "./smallest_pieces.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const MODELS = ["schnell-like", "dev-like"] as const;
@@ -56,24 +56,11 @@ function pooled(model: Model, { weights, ops, device }: Plan, golden: Golden): P
   return valuesOf(clipPooled(ops, hidden, endOfTextPositions(config, rows)));
 }
 
-/** All bytes of some weights, by name. */
-export async function bytesOf(weights: Weights): Promise<Map<string, string>> {
-  const bytes = new Map<string, string>();
-  for (const name of weights.names) {
-    const tensor = weights.get(name);
-    assert.ok(tensor.isContiguous, name);
-    bytes.set(name, `${tensor.dtype} ${(await tensor.device.download(tensor)).toBase64()}`);
-  }
-  return bytes;
-}
-
 export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = MODELS): void {
   const test = (name: string, body: (device: Device) => Promise<void>) =>
     testOn(target, `LoRA: ${name}`, body);
   const open = async (device: Device, folder: string, recipes: readonly Recipe[]) => {
-    // As the programs load it, but in the smallest pieces.
-    const pieces = piecesFor(recipes);
-    const model = await Model.load(folder, device, { pieces: pieces && { ...pieces, pieceBytes: 1 } });
+    const model = await Model.load(folder, device, { pieces: smallestPiecesFor(recipes) });
     return { model, plan: compose(eagerPlan(device, model.weights), ...recipes) };
   };
 

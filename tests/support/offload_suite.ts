@@ -9,16 +9,16 @@ import { channelsLast } from "../../recipes/04_channels_last.ts";
 import { float8 } from "../../recipes/06_float8.ts";
 import { tuning } from "../../recipes/07_tuning.ts";
 import { float8TextEncoder } from "../../recipes/11_float8_text_encoder.ts";
-import { offload, OFFLOADED, piecesFor } from "../../recipes/12_offload.ts";
+import { offload, OFFLOADED } from "../../recipes/12_offload.ts";
 import { depositOf } from "../../recipes/base/deposits.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import { Model } from "../../recipes/base/model.ts";
 import { FluxPipeline } from "../../recipes/base/pipeline.ts";
-import type { Pieces } from "../../recipes/base/pieces.ts";
+import { type Pieces, piecesFor } from "../../recipes/base/pieces.ts";
 import { COMPONENTS, compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { draw } from "./drawing.ts";
-import { goldenPath } from "./golden.ts";
-import { bytesOf } from "./lora_suite.ts";
+import { bytesOf, goldenPath } from "./golden.ts";
+import { smallestPiecesFor } from "./smallest_pieces.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
 
 const RECIPES: readonly (readonly Recipe[])[] = [
@@ -52,8 +52,7 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
           expected.push(result.images[0].rgb);
         }
         const all = [...recipes, offload];
-        // Pieces of one block each, where that is possible.
-        using model = await Model.load(folder, device, { pieces: { ...piecesFor(all)!, pieceBytes: 1 } });
+        using model = await Model.load(folder, device, { pieces: smallestPiecesFor(all) });
         const plan = compose(eagerPlan(device, model.weights), ...all);
         for (const component of COMPONENTS) {
           const deposited = depositOf(plan.weights[component]) !== undefined;
@@ -110,7 +109,7 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
       }
     };
     const atOnce = await load(undefined);
-    const inPieces = await load({ ...piecesFor(recipes)!, pieceBytes: 1 });
+    const inPieces = await load(smallestPiecesFor(recipes));
     assert.deepEqual(inPieces.bytes, atOnce.bytes);
     assert.ok(inPieces.most < atOnce.most, `${inPieces.most} bytes at most, at once ${atOnce.most}`);
   });
@@ -188,14 +187,7 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
   test("random weights are the same in pieces", async (device) => {
     const pictures: Uint8Array[] = [];
     for (const recipes of [[bfloat16, fuseQkv], [bfloat16, fuseQkv, offload]]) {
-      const pieces = piecesFor(recipes);
-      using model = await Model.random(
-        goldenPath("dev-like"),
-        device,
-        "bf16",
-        0,
-        pieces && { ...pieces, pieceBytes: 1 },
-      );
+      using model = await Model.random(goldenPath("dev-like"), device, "bf16", 0, smallestPiecesFor(recipes));
       const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), ...recipes));
       pictures.push((await pipeline.generate(OPTIONS)).images[0].rgb);
     }
@@ -212,7 +204,7 @@ export function littleMemorySuite(target: TestDevice<GpuDevice>): void {
       using model = await Model.load(folder, device);
       compose(eagerPlan(device, model.weights), bfloat16);
     }, OutOfMemoryError);
-    using model = await Model.load(folder, device, { pieces: { ...piecesFor(recipes)!, pieceBytes: 1 } });
+    using model = await Model.load(folder, device, { pieces: smallestPiecesFor(recipes) });
     const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), ...recipes));
     const { images } = await pipeline.generate({ ...OPTIONS, height: 16, width: 16, maxSequenceLength: 8 });
     assert.equal(images.length, 1);
