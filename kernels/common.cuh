@@ -104,14 +104,14 @@ template <int N, typename T> __device__ __forceinline__ void storeVec(T* p, cons
   }
 }
 
-// N floats, in parts of at most 16 bytes.
-template <int N> __device__ __forceinline__ void loadFloats(float* to, const float* p) {
-  constexpr int PART = N < 4 ? N : 4;
+// N elements of any dtype as floats, 16 bytes at a time.
+template <int N, typename X> __device__ __forceinline__ void loadWide(float (&to)[N], const X* p) {
+  constexpr int PART = N * sizeof(X) > 16 ? 16 / sizeof(X) : N;
 #pragma unroll
   for (int i = 0; i < N; i += PART) {
-    Vec<float, PART> part = loadVec<PART>(p + i);
+    const Vec<X, PART> part = loadVec<PART>(p + i);
 #pragma unroll
-    for (int k = 0; k < PART; k++) to[i + k] = part.v[k];
+    for (int k = 0; k < PART; k++) to[i + k] = toFloat(part.v[k]);
   }
 }
 

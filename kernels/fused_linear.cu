@@ -117,13 +117,6 @@ __device__ __forceinline__ float gelu(float x, float half) {
   return fmaf(scaled, turned, scaled);
 }
 
-template <typename X> __device__ __forceinline__ void loadWide(float (&to)[WIDTH], const X* p) {
-  const Vec<X, WIDTH> x = loadVec<WIDTH>(p);
-#pragma unroll
-  for (int i = 0; i < WIDTH; i++) to[i] = toFloat(x.v[i]);
-}
-template <> __device__ __forceinline__ void loadWide<float>(float (&to)[WIDTH], const float* p) { loadFloats<WIDTH>(to, p); }
-
 // Stores are not told to the compiler, so that it may move what the next rows need in front of them: nothing here reads what
 // it has written.
 __device__ __forceinline__ void store16(void* p, const unsigned (&w)[4]) {
@@ -304,7 +297,7 @@ __device__ __forceinline__ void storeQueryOrKey(bool key, int head, const Half& 
   const auto load = [&](int pair, Held& held) {
     const int row = min(at.row + 2 * pair + second, (int)s.rows - 1);
     if constexpr (FLOAT8) held.rowScale = s.rowScales[row];
-    loadFloats<WIDTH>(held.turns, turns + row * HEAD_DIM);
+    loadWide(held.turns, turns + row * HEAD_DIM);
   };
   const unsigned from = at.sums + second * SUM_PITCH + dim * 2;
   eachUnit<2, 2, Held>(at, from, 2 * SUM_PITCH, HEAD_DIM * 2, ROWS / 2, load, [&](int pair, const Held& held, float (&y)[2][WIDTH]) {
@@ -357,7 +350,7 @@ __device__ __forceinline__ void storeValues(int head, const Half& at, const Stre
         held.bias[0] = toFloat(pair.v[0]), held.bias[1] = toFloat(pair.v[1]);
       }
       held.scale[0] = held.scale[1] = 1.0f;
-      if constexpr (FLOAT8) loadFloats<2>(held.scale, s.columnScales + column);
+      if constexpr (FLOAT8) loadWide(held.scale, s.columnScales + column);
 #pragma unroll
       for (int i = 0; i < 16; i++) held.rowScale[i] = FLOAT8 ? s.rowScales[min(at.row + first + i, (int)s.rows - 1)] : 1.0f;
     };

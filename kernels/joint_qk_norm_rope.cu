@@ -113,8 +113,8 @@ jointQkNormRope(O* outQ, O* outK, T* outV, const T* q, const T* k, const T* v, c
   for (int j = 0; j < VECTORS; j++) {
     int at = (j * LANES + own.lane) * N;
     if (at >= headDim) continue;
-    loadFloats<N>(c[j], cosines + token * cosToken + at);
-    loadFloats<N>(s[j], sines + token * sinToken + at);
+    loadWide(c[j], cosines + token * cosToken + at);
+    loadWide(s[j], sines + token * sinToken + at);
   }
   turnHeads(turned, heldQ, weightQ, c, s, eps, own);
   if (TILES) storeTiles(outQ, turned, own, start + (int)token, tiles, false);

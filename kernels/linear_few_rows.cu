@@ -26,16 +26,6 @@ template <int COUNT> __device__ __forceinline__ void widen(float (&to)[COUNT], c
   }
 }
 
-template <int COUNT> __device__ __forceinline__ void loadWide(float (&to)[COUNT], const T* from) {
-  constexpr int VECTOR = COUNT * sizeof(T) > 16 ? 16 / sizeof(T) : COUNT;
-#pragma unroll
-  for (int i = 0; i < COUNT; i += VECTOR) {
-    const Vec<T, VECTOR> part = loadVec<VECTOR>(from + i);
-#pragma unroll
-    for (int e = 0; e < VECTOR; e++) to[i + e] = toFloat(part.v[e]);
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(BLOCK)
 linearFewRows(T* out, const T* x, const f8e4m3* weight, const float* scales, const T* bias, int rows, int features,
               int k, long long stride, int passes, int rowwise) {

@@ -20,8 +20,8 @@ rope(T* out, const T* x, const float* cosines, const float* sines, int tokens, i
   out += (long long)blockIdx.x * heads * headDim;
   for (int at = threadIdx.x % LANES * N; at < headDim; at += LANES * N) {
     float c[N], s[N];
-    loadFloats<N>(c, cosines + token * cosStride + at);
-    loadFloats<N>(s, sines + token * sinStride + at);
+    loadWide(c, cosines + token * cosStride + at);
+    loadWide(s, sines + token * sinStride + at);
     Vec<T, N> held[HEADS];
     T other[HEADS];  // the pair's other half where N = 1 splits the pairs
 #pragma unroll
