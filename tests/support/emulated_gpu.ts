@@ -43,27 +43,27 @@ import { type Float8Format, float8FormatOf } from "../../ffi/float8.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
 import { checkDownload } from "../../ffi/download.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
-import {
-  type AttentionPlan,
-  type ConvAddPlan,
-  type Deposit,
-  type Dim3,
-  Float,
-  type GpuActivity,
-  type GpuDevice,
-  type GpuEvent,
-  type GpuKernel,
-  type GpuLimits,
-  type GpuProfiler,
-  type Graph,
-  type KernelArgument,
-  type KernelSource,
-  type Launch,
-  type TensorMap,
+import type {
+  AttentionPlan,
+  ConvAddPlan,
+  Deposit,
+  Dim3,
+  GpuActivity,
+  GpuDevice,
+  GpuEvent,
+  GpuKernel,
+  GpuLimits,
+  GpuProfiler,
+  Graph,
+  KernelArgument,
+  KernelSource,
+  Launch,
+  TensorMap,
 } from "../../ffi/gpu.ts";
 import { type OpenedLibrary, openLibrary } from "../../ffi/library.ts";
 import { MemoryScopes } from "../../ffi/scope.ts";
 import { Tensor } from "../../ffi/tensor.ts";
+import { addressOf, packArguments } from "./emulated_arguments.ts";
 import { adoptKernels, type Architecture, compiledKernel, gpp, runtimeLibrary } from "./emulated_compiler.ts";
 
 /** What tests choose. */
@@ -659,10 +659,6 @@ function requireShape(op: string, what: string, tensor: Tensor, shape: readonly 
   throw new FfiError(`emulated GPU: ${op}: ${what} is ${tensor}, expected [${shape.join(", ")}]`);
 }
 
-function addressOf(buffer: ArrayBufferView<ArrayBuffer>): bigint {
-  return Deno.UnsafePointer.value(Deno.UnsafePointer.of(buffer));
-}
-
 // -- library work ------------------------------------------------------------------------------------------------
 
 /** The types that simt_runtime.cpp loads and stores, by their numbers there. */
@@ -727,53 +723,6 @@ type Sizes = readonly [number, number, number];
 function dim3(size: Dim3): Sizes {
   if (typeof size === "number") return [size, 1, 1];
   return [size[0], size[1], size[2] ?? 1];
-}
-
-/** Arguments in memory, and their addresses; compared with the kernel's parameters. */
-function packArguments(name: string, args: readonly KernelArgument[], parameters: Int32Array) {
-  if (args.length !== parameters.length) {
-    throw new FfiError(`${name} takes ${parameters.length} arguments, ${args.length} were given`);
-  }
-  const values = new DataView(new ArrayBuffer(8 * Math.max(1, args.length)));
-  const pointers = new BigUint64Array(Math.max(1, args.length));
-  const base = addressOf(values);
-  for (const [i, arg] of args.entries()) {
-    const [kind, elementBytes] = [String.fromCharCode(parameters[i] & 0xff), parameters[i] >> 8];
-    const given = kindOf(arg);
-    if (given !== kind) {
-      throw new FfiError(`${name}: argument ${i} is ${KINDS[given]}, the kernel takes ${KINDS[kind]}`);
-    }
-    if (arg instanceof Tensor && elementBytes > 0 && elementBytes !== dtypeBytes(arg.dtype)) {
-      throw new FfiError(
-        `${name}: argument ${i} is ${arg}, the kernel takes elements of ${elementBytes} bytes`,
-      );
-    }
-    pointers[i] = base + BigInt(8 * i);
-    if (arg instanceof Tensor) values.setBigUint64(8 * i, arg.pointer, true);
-    else if (arg instanceof Float) values.setFloat32(8 * i, arg.value, true);
-    else if (typeof arg === "bigint") values.setBigInt64(8 * i, arg, true);
-    else if (arg !== undefined) {
-      if (typeof arg !== "number" || !Number.isInteger(arg) || Math.abs(arg) >= 2 ** 31) {
-        throw new FfiError(`${name}: argument ${i} is ${arg}, no int; give a bigint or a Float`);
-      }
-      values.setInt32(8 * i, arg, true);
-    }
-  }
-  return { values, pointers };
-}
-
-/** Letters of simt.hpp's SimtParameter. */
-const KINDS: Readonly<Record<string, string>> = {
-  p: "a tensor or undefined (a pointer)",
-  i: "a whole number (int)",
-  l: "a bigint (long long)",
-  f: "a Float (float)",
-};
-
-function kindOf(arg: KernelArgument): string {
-  if (arg === undefined || arg instanceof Tensor) return "p";
-  if (arg instanceof Float) return "f";
-  return typeof arg === "bigint" ? "l" : "i";
 }
 
 function open<const S extends Deno.ForeignLibraryInterface>(path: string, symbols: S): OpenedLibrary<S> {

@@ -209,12 +209,6 @@ void onSignal(int number, siginfo_t* info, void* context) {
   else signal(number, SIG_DFL);  // it comes again, and ends the process
 }
 
-__attribute__((destructor)) void freeStacks() {
-  for (Fiber& fiber : fibers) {
-    if (fiber.stack) munmap(fiber.stack, STACK);
-  }
-}
-
 }  // namespace
 
 void simtSyncThreads() { wait(AT_BARRIER); }
