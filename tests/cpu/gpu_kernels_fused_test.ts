@@ -32,6 +32,7 @@ import { parallelBranchesSuite } from "../support/kernel_suites/parallel_branche
 import { forEachProvider, noise } from "../support/providers.ts";
 import { openReference } from "../support/reference_provider.ts";
 import { ownDevice, testOn } from "../support/test_device.ts";
+import { watchLaunches } from "../support/watch_launches.ts";
 
 fusedSuite();
 parallelBranchesSuite();
@@ -78,8 +79,7 @@ testOn(
     const library = device.attention.bind(device);
     device.attention = (plan) => (plans.push(plan), library(plan));
     let launches = 0;
-    const launch = device.launch.bind(device);
-    device.launch = (...args) => (launches++, launch(...args));
+    using _ = watchLaunches(device, () => launches++);
     const products: MatmulPlan[] = [];
     const matmul = device.matmul.bind(device);
     device.matmul = (plan) => (products.push(plan), matmul(plan));

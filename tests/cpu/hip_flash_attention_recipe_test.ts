@@ -14,6 +14,7 @@ import { TEST_GPU } from "../support/gpu_devices.ts";
 import { sample } from "../support/kernel_suites/samples.ts";
 import { noise } from "../support/providers.ts";
 import { testOn } from "../support/test_device.ts";
+import { watchLaunches } from "../support/watch_launches.ts";
 
 function planOf(device: GpuDevice): Plan {
   const weight = Tensor.empty(device, [1], "bf16");
@@ -85,11 +86,7 @@ testOn(
     assert.ok(!attendsInFloat8(auto) && !attendsInFloat8(own));
     seen.length = 0;
     const launched: string[] = [];
-    const { launch } = device;
-    device.launch = (kernel, ...rest) => {
-      launched.push(kernel.name);
-      launch.call(device, kernel, ...rest);
-    };
+    using _ = watchLaunches(device, ({ name }) => launched.push(name));
     const actual = await attend(device, own);
     assert.deepEqual(seen, [], "no library is asked");
     assert.ok(launched.includes("portable_attention.cu:portableAttention"));

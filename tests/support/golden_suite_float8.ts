@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import type { Device } from "../../ffi/device.ts";
-import { type GpuDevice, isGpu } from "../../ffi/gpu.ts";
+import { isGpu } from "../../ffi/gpu.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
 import { compile } from "../../recipes/02_compile.ts";
@@ -17,6 +17,7 @@ import { assertClose, relativeError } from "./compare.ts";
 import { draw } from "./drawing.ts";
 import { Golden, goldenPath, transformerVelocity, valuesOf } from "./golden.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
+import { watchLaunches } from "./watch_launches.ts";
 
 const GRANULARITIES = ["row", "tensor"] as const;
 /** Weights of a block that are quantized, and some that are not. */
@@ -45,16 +46,6 @@ const MODULATIONS = [
   "transformer_blocks.0.norm1_context.linear",
   "single_transformer_blocks.0.norm.linear",
 ];
-
-/** Calls `seen` for each launch of a kernel, until the returned function is called. */
-function countLaunches(device: GpuDevice, entry: string, seen: () => void): () => void {
-  const { launch } = device;
-  device.launch = (kernel, ...args) => {
-    if (kernel.name.endsWith(`:${entry}`)) seen();
-    launch.call(device, kernel, ...args);
-  };
-  return () => device.launch = launch;
-}
 
 /** The transformer's output for a golden file's inputs. */
 function run(model: Model, { weights, ops, device }: Plan, golden: Golden): Promise<Float32Array> {
@@ -122,9 +113,10 @@ export function float8RecipeSuite(target: TestDevice, rest: readonly Recipe[] = 
     const apart = { adaLayerNorm, feedForward, gatedAdaLayerNorm, parallelBranches };
     const passes = async (ops: Partial<Ops>) => {
       let count = 0;
-      const done = isGpu(device) ? countLaunches(device, "quantizeRows", () => count++) : () => {};
+      using _ = isGpu(device)
+        ? watchLaunches(device, ({ name }) => count += Number(name.endsWith(":quantizeRows")))
+        : undefined;
       const output = await run(model, { ...plan, ops: { ...plan.ops, ...ops } }, golden);
-      done();
       return { output, count };
     };
     const [fused, separate] = [await passes({}), await passes(apart)];

@@ -27,6 +27,7 @@ import { bytesOf, Golden, goldenPath, transformerVelocity, valuesOf } from "./go
 import { bflNames, kohyaNames, randomLora, readLora } from "./lora_files.ts";
 import { smallestPiecesFor } from "./smallest_pieces.ts";
 import { type TestDevice, testOn } from "./test_device.ts";
+import { watchLaunches } from "./watch_launches.ts";
 
 const MODELS = ["schnell-like", "dev-like"] as const;
 type GoldenModel = (typeof MODELS)[number];
@@ -315,12 +316,9 @@ export function loraSuite(target: TestDevice, models: readonly GoldenModel[] = M
     own.defer(() => Object.assign(device.limits, { architecture }));
     Object.assign(device.limits, { architecture: "sm_90a" }); // the recipe is made there, and nothing is drawn
     const seen = new Map<Tensor, KernelArgument[]>();
-    const { launch } = device;
-    own.defer(() => device.launch = launch);
-    device.launch = (kernel, size, args) => {
-      if (kernel.name.endsWith(":layerBound")) seen.set(args[0] as Tensor, [...args]);
-      launch.call(device, kernel, size, args);
-    };
+    own.use(watchLaunches(device, ({ name }, _size, args) => {
+      if (name.endsWith(":layerBound")) seen.set(args[0] as Tensor, [...args]);
+    }));
     const { model, plan } = await open(device, goldenPath("schnell-like"), [
       bfloat16,
       compile,

@@ -13,6 +13,7 @@ import {
   wholeNumber,
 } from "../../../recipes/base/command_line.ts";
 import { loadModel, openChosen } from "../../../recipes/base/loading.ts";
+import { statistics } from "../../../recipes/base/measure.ts";
 import { FluxPipeline } from "../../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "../../../recipes/base/plan.ts";
 import { psnr } from "../../../recipes/base/psnr.ts";
@@ -33,16 +34,6 @@ function prompts(count: number): string[] {
     const { names: [name] } = nouns[Math.floor(i * nouns.length / count)];
     return SCENES[i % SCENES.length](name);
   });
-}
-
-function mean(values: readonly number[]): number {
-  return values.reduce((sum, value) => sum + value, 0) / values.length;
-}
-
-/** How far the mean is from that of all pictures, by the values' spread. */
-function standardError(values: readonly number[]): number {
-  const middle = mean(values);
-  return Math.sqrt(mean(values.map((value) => (value - middle) ** 2)) / values.length);
 }
 
 async function main(args: string[]): Promise<void> {
@@ -77,12 +68,12 @@ async function main(args: string[]): Promise<void> {
       const pictures = await draw(recipes);
       const distances = pictures.map((picture, i) => psnr(picture, expected[i]));
       before ??= distances;
-      const difference = distances.map((distance, i) => distance - before![i]);
+      const { mean, variance } = statistics(distances.map((distance, i) => distance - before![i]));
       rows.push([
         disable_quant ? "no" : "yes",
         t5_float8,
-        mean(distances).toFixed(2),
-        `${mean(difference).toFixed(2)} ± ${standardError(difference).toFixed(2)}`,
+        statistics(distances).mean.toFixed(2),
+        `${mean.toFixed(2)} ± ${Math.sqrt(variance / distances.length).toFixed(2)}`, // the mean's standard error
       ]);
     }
   }

@@ -42,6 +42,7 @@ import {
   sample,
   seeds,
 } from "./samples.ts";
+import { watchLaunches } from "../watch_launches.ts";
 
 /** How `[batch, tokens, hidden]` lies in memory; only the last one has no dense rows. */
 export const layouts = fc.constantFrom("dense", "odd", "columns", "tokens", "transposed");
@@ -86,13 +87,8 @@ export function modulation(
 /** How many kernels `body` launches. */
 export function launchesOf(device: GpuDevice, body: () => void): number {
   let launches = 0;
-  const { launch } = device;
-  device.launch = (...args) => (launches++, launch.apply(device, args));
-  try {
-    device.scope(body);
-  } finally {
-    device.launch = launch;
-  }
+  using _ = watchLaunches(device, () => launches++);
+  device.scope(body);
   return launches;
 }
 

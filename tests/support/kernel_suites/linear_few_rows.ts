@@ -11,6 +11,7 @@ import { FEW_ROWS, linearFewRows, linearFewRowsReference } from "../../../kernel
 import { forEachGpu } from "../gpu_devices.ts";
 import { noise } from "../providers.ts";
 import { check, columns, dtypes, NONE, property, sample, starts } from "./samples.ts";
+import { watchLaunches } from "../watch_launches.ts";
 
 /** What a sum in f32 may lose, as a part of the sum of its terms' absolute values. */
 const F32_SUMS = 2e-6;
@@ -125,19 +126,11 @@ export function linearFewRowsSuite(): void {
       device.scope(() => {
         const { matrix } = float8Weight(device, [32, 64], true, noise(1), 0);
         const launched: string[] = [];
-        const { launch } = device;
-        device.launch = (kernel, ...args) => {
-          launched.push(kernel.name.split(":").at(-1)!);
-          launch.call(device, kernel, ...args);
-        };
-        try {
-          for (const rows of [FEW_ROWS, FEW_ROWS + 1]) {
-            linearFloat8Weight(sample(device, [rows, 64], "bf16", noise(2)).tensor, matrix);
-          }
-          linearFloat8Weight(sample(device, [1, 64], "bf16", noise(2)).tensor, matrix, undefined, "geluTanh");
-        } finally {
-          device.launch = launch;
+        using _ = watchLaunches(device, ({ name }) => launched.push(name.split(":").at(-1)!));
+        for (const rows of [FEW_ROWS, FEW_ROWS + 1]) {
+          linearFloat8Weight(sample(device, [rows, 64], "bf16", noise(2)).tensor, matrix);
         }
+        linearFloat8Weight(sample(device, [1, 64], "bf16", noise(2)).tensor, matrix, undefined, "geluTanh");
         assert.deepEqual(launched, ["linearFewRows", "dequantize", "dequantize"]);
       }));
 
