@@ -10,10 +10,12 @@
 // innermost only, and k's rows are permuted within groups of 16: then the sums of q k^T that a thread holds are, in float8,
 // just the piece of P that it has to give for P v, without exchange between threads. In bfloat16 both lie as they are.
 //
-// A block has 128 queries of one head: one warp brings tiles, two warpgroups compute 64 queries each. A warpgroup issues
-// the product of the next keys before the softmax of these, so that the matrix units have work meanwhile; the other
-// warpgroup fills what gaps are left (Shah et al. 2024, FlashAttention-3).
-// P is exp2(RANGE + scale * log2(e) * (s - largest)): up to 256 in float8, so that it has all its exponents for small weights.
+// A block has 128 queries of one head: one warp brings tiles, two warpgroups compute 64 queries each. A warpgroup computes P of
+// some keys while the product of P and v of the keys before runs; the other warpgroup fills what gaps are left (Shah et al.
+// 2024, FlashAttention-3).
+// P is exp2(scale * log2(e) * s + shift). A row's shift follows from the largest logit of the first keys, and is only lowered
+// where a thread's sum of P says that E4M3 may not hold it: so logits are neither compared nor sums rescaled at each tile.
+// Should logits leap by so much that a float overflows, the block begins again, carefully: with a new shift for each tile.
 // A block a multiprocessor: the last tiles would leave most of them idle. So the tiles from `whole` on are split among
 // `parts` blocks by their keys, which leave sums, largest logits and sums of P for mergeParts.
 // FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352: 0.118 ms at 1979 TFLOP/s in float8, 0.236 in
@@ -27,7 +29,10 @@
 constexpr int HEAD_DIM = 128, KEYS = 128, QUERIES = 128, ROWS = 64;
 // In bfloat16 a tile is two halves of 64 columns.
 constexpr int HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
-constexpr float RANGE = BYTES == 1 ? 8.0f : 0.0f;
+// Weights start at 2^RANGE for the largest logit of the first keys. A thread's 32 of a row may sum to LIMIT, which in E4M3 no
+// single one may exceed; where they would, they are brought to 2^TARGET to twice that.
+constexpr float RANGE = BYTES == 1 ? 7.0f : 0.0f, LIMIT = BYTES == 1 ? 448.0f : 1.8446744e19f;
+constexpr int TARGET = BYTES == 1 ? 6 : 0;
 // Products of q and k sum 32 bytes of a row at a time; those of P and v as many keys: 32 in float8, 16 in bfloat16.
 constexpr int LOGIT_STEPS = 4 * BYTES, SUM_STEPS = 4 * BYTES;
 
@@ -82,28 +87,48 @@ __device__ __forceinline__ float rowLargest(float x) {
   return fmaxf(x, shuffleXor(x, 2));
 }
 
-// What a thread knows of its two rows, 8 apart: the largest logit, and its part of the sum of P.
-struct Rows { float largest[2], sum[2]; };
+// What a thread knows of its two rows, 8 apart: P is exp2(scale * s + shift), and its part of the sum of P.
+struct Rows { float shift[2], sum[2]; };
 
-// Turns logits into P, and says by how much what was summed before has shrunk.
-__device__ __forceinline__ void softmax(float (&s)[64], Rows& rows, float (&shrink)[2], float scale) {
+// Lets the largest logit of these keys and those before become 2^RANGE, and says by how much what was summed shrinks.
+__device__ __forceinline__ void shiftToLargest(const float (&s)[64], Rows& rows, float (&shrink)[2], float scale) {
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    float largest = rows.largest[row];
+    float largest = -3.402823466e38f;
 #pragma unroll
     for (int i = 2 * row; i < 64; i += 4) largest = fmaxf(largest, fmaxf(s[i], s[i + 1]));
-    largest = rowLargest(largest);
-    shrink[row] = exp2Fast((rows.largest[row] - largest) * scale);
-    rows.largest[row] = largest;
-    const float shift = RANGE - largest * scale;
-    float sum = 0.0f;
+    const float shift = fminf(rows.shift[row], RANGE - rowLargest(largest) * scale);
+    shrink[row] = exp2Fast(shift - rows.shift[row]);
+    rows.shift[row] = shift;
+    rows.sum[row] *= shrink[row];
+  }
+}
+
+// Turns logits into P, and sums a thread's.
+__device__ __forceinline__ void weigh(float (&s)[64], const Rows& rows, float (&sum)[2], float scale) {
 #pragma unroll
-    for (int i = 2 * row; i < 64; i += 4) {
-      s[i] = exp2Fast(fmaf(s[i], scale, shift));
-      s[i + 1] = exp2Fast(fmaf(s[i + 1], scale, shift));
-      sum += s[i] + s[i + 1];
-    }
-    rows.sum[row] = rows.sum[row] * shrink[row] + sum;
+  for (int row = 0; row < 2; row++) sum[row] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 64; i += 2) {
+    const int row = i / 2 % 2;
+    s[i] = exp2Fast(fmaf(s[i], scale, rows.shift[row]));
+    s[i + 1] = exp2Fast(fmaf(s[i + 1], scale, rows.shift[row]));
+    sum[row] += s[i] + s[i + 1];
+  }
+}
+
+// Brings rows whose sums are above LIMIT below it, and says by which power of 2.
+__device__ __forceinline__ void lower(float (&s)[64], Rows& rows, float (&sum)[2], float (&shrink)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    const float most = rowLargest(sum[row]);
+    const int exponent = TARGET + 127 - (int)(__float_as_uint(most) >> 23);
+    shrink[row] = most > LIMIT ? __uint_as_float((unsigned)(127 + exponent) << 23) : 1.0f;
+    rows.shift[row] += most > LIMIT ? (float)exponent : 0.0f;
+    rows.sum[row] *= shrink[row];
+    sum[row] *= shrink[row];
+#pragma unroll
+    for (int i = 2 * row; i < 64; i += 4) s[i] *= shrink[row], s[i + 1] *= shrink[row];
   }
 }
 
@@ -122,6 +147,14 @@ __device__ __forceinline__ void packRows(unsigned (&p)[4 * SUM_STEPS], const flo
       }
     }
   }
+}
+
+// Whether it holds for any thread of the block; its warps come here from different places.
+__device__ __forceinline__ bool anyInBlock(bool holds) {
+  unsigned any;
+  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.or.pred q, 3, 384, p; selp.u32 %0, 1, 0, q; }"
+               : "=r"(any) : "r"((unsigned)holds) : "memory");
+  return any;
 }
 
 // What a query's results are divided by before they are rounded.
@@ -156,21 +189,26 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
   }
   __syncthreads();
 
+  const int tiles = endKeys - firstKeys;
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 0) {
-      bringTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
-      const unsigned char* kTile = k + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
-      const unsigned char* vTile = v + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
-      for (int i = 0; i < endKeys - firstKeys; i++, kTile += TILE_BYTES, vTile += TILE_BYTES) {
-        const int stage = i % STAGES;
-        const unsigned before = i / STAGES % 2 ^ 1;
-        wait(kEmpty + 8 * stage, before);
-        bringTile(kTiles + stage * TILE_BYTES, kTile, kFull + 8 * stage);
-        wait(vEmpty + 8 * stage, before);
-        bringTile(vTiles + stage * TILE_BYTES, vTile, vFull + 8 * stage);
+    int sent = 0;
+    do {
+      if (threadIdx.x == 0) {
+        if (sent == 0) bringTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
+        const unsigned char* kTile = k + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
+        const unsigned char* vTile = v + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
+        for (const int end = sent + tiles; sent < end; sent++, kTile += TILE_BYTES, vTile += TILE_BYTES) {
+          const int stage = sent % STAGES;
+          const unsigned before = sent / STAGES % 2 ^ 1;
+          wait(kEmpty + 8 * stage, before);
+          bringTile(kTiles + stage * TILE_BYTES, kTile, kFull + 8 * stage);
+          wait(vEmpty + 8 * stage, before);
+          bringTile(vTiles + stage * TILE_BYTES, vTile, vFull + 8 * stage);
+        }
       }
-    }
+      __syncwarp();
+    } while (anyInBlock(false));
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -182,13 +220,16 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
     constexpr unsigned long long NEXT_KEYS = BYTES == 1 ? 2 : 16 * ROW_BYTES / 16;
     float s[64], o[64];
     unsigned p[4 * SUM_STEPS];
-    Rows rows = {{-3.402823466e38f, -3.402823466e38f}, {0.0f, 0.0f}};
-    float shrink[2];
+    Rows rows;
+    float sum[2] = {0.0f, 0.0f}, shrink[2];
+    // Whether rows follow their largest logits at each tile, and what this block's tiles are counted from.
+    bool careful = false;
+    int base = 0;
 
     // Tiles are counted from this block's first.
     auto issueLogits = [&](int tile) {
-      const int stage = tile % STAGES;
-      wait(kFull + 8 * stage, tile / STAGES % 2);
+      const int stage = (base + tile) % STAGES;
+      wait(kFull + 8 * stage, (base + tile) / STAGES % 2);
       hold(s);
       fenceProducts();
 #pragma unroll
@@ -199,8 +240,8 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       commitProducts();
     };
     auto issueSums = [&](int tile) {
-      const int stage = tile % STAGES;
-      wait(vFull + 8 * stage, tile / STAGES % 2);
+      const int stage = (base + tile) % STAGES;
+      wait(vFull + 8 * stage, (base + tile) / STAGES % 2);
       hold(o);
       fenceProducts();
 #pragma unroll
@@ -221,34 +262,67 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
         if (key >= keys) s[i] = -3.402823466e38f;
       }
     };
+    // In bfloat16 warpgroups take turns to issue products; barrier `group` says that it is this one's. Nothing gained in float8.
+    auto awaitTurn = [&] {
+      if constexpr (BYTES == 2) asm volatile("bar.sync %0, 256;" : : "r"(group) : "memory");
+    };
+    auto passTurn = [&] {
+      if constexpr (BYTES == 2) asm volatile("bar.arrive %0, 256;" : : "r"(3 - group) : "memory");
+    };
+    // Whether this warp has a row whose weights are too large.
+    auto tooLarge = [&] { return __any_sync(0xffffffffu, fmaxf(sum[0], sum[1]) > LIMIT); };
 
+    if (group == 2) passTurn();
     wait(qFull, 0);
-    issueLogits(0);
-    waitProducts<0>();
-    hold(s);
-    if (elected) arrive(kEmpty);
-    mask(0);
-    softmax(s, rows, shrink, scale);
-    packRows(p, s);
-    const int tiles = endKeys - firstKeys;
-    for (int tile = 1; tile < tiles; tile++) {
-      issueLogits(tile);
-      issueSums(tile - 1);
-      waitProducts<1>();
+    for (;;) {
+      issueLogits(0);
+      waitProducts<0>();
       hold(s);
-      if (elected) arrive(kEmpty + 8 * (tile % STAGES));
-      mask(tile);
-      softmax(s, rows, shrink, scale);
+      if (elected) arrive(kEmpty + 8 * (base % STAGES));
+      mask(0);
+      rows = {{3.402823466e38f, 3.402823466e38f}, {0.0f, 0.0f}};
+      shiftToLargest(s, rows, shrink, scale);
+      weigh(s, rows, sum, scale);
+      if (!careful && tooLarge()) lower(s, rows, sum, shrink);
+      packRows(p, s);
+      for (int tile = 1; tile < tiles; tile++) {
+        rows.sum[0] += sum[0], rows.sum[1] += sum[1];
+        awaitTurn();
+        issueLogits(tile);
+        issueSums(tile - 1);
+        passTurn();
+        waitProducts<1>();
+        hold(s);
+        if (elected) arrive(kEmpty + 8 * ((base + tile) % STAGES));
+        mask(tile);
+        if (careful) shiftToLargest(s, rows, shrink, scale);
+        weigh(s, rows, sum, scale);
+        bool shrinks = careful;
+        if (!careful && tooLarge()) {
+          lower(s, rows, sum, shrink);
+          shrinks = true;
+        }
+        // Behind a branch, since the compiler would move it in front of the exponentials.
+        waitProducts<0>();
+        hold(o);
+        if (elected) arrive(vEmpty + 8 * ((base + tile - 1) % STAGES));
+        if (shrinks) {
+#pragma unroll
+          for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
+        }
+        packRows(p, s);
+      }
+      rows.sum[0] += sum[0], rows.sum[1] += sum[1];
+      issueSums(tiles - 1);
       waitProducts<0>();
       hold(o);
-      if (elected) arrive(vEmpty + 8 * ((tile - 1) % STAGES));
-#pragma unroll
-      for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
-      packRows(p, s);
+      if (elected) arrive(vEmpty + 8 * ((base + tiles - 1) % STAGES));
+      base += tiles;
+      // What has overflowed is infinite or NaN from there on, and so is its difference from itself not 0.
+      const bool finite = rows.sum[0] - rows.sum[0] == 0.0f && rows.sum[1] - rows.sum[1] == 0.0f;
+      if (!anyInBlock(!careful && !finite)) break;
+      careful = true;
     }
-    issueSums(tiles - 1);
-    waitProducts<0>();
-    hold(o);
 
     const int row0 = (group - 1) * ROWS + thread / 32 * 16 + lane / 4;
     out += head / heads * outBatch + head % heads * outHead;
@@ -260,7 +334,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       const int inTile = row0 + 8 * row, query = queryTile % queryTiles * QUERIES + inTile;
       if (split >= 0) {
         const long long at = (long long)split * QUERIES + inTile;
-        if (lane % 4 == 0) moments[2 * at] = rows.largest[row], moments[2 * at + 1] = sum;
+        if (lane % 4 == 0) moments[2 * at] = -rows.shift[row], moments[2 * at + 1] = sum;
 #pragma unroll
         for (int block = 0; block < 16; block++) {
           Vec<float, 2> pair = {{o[4 * block + 2 * row], o[4 * block + 2 * row + 1]}};
@@ -307,7 +381,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
 // The rows of split tiles from their parts: a warp a row. Grid: split tiles, 16; 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
 mergeParts(O* out, const float* outScales, const float* partial, const float* moments, int queries, int queryTiles, int heads, int whole,
-           int parts, long long outBatch, long long outToken, long long outHead, float scale) {
+           int parts, long long outBatch, long long outToken, long long outHead) {
   const int queryTile = whole + blockIdx.x, inTile = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head = queryTile / queryTiles, query = queryTile % queryTiles * QUERIES + inTile;
   if (query >= queries) return;
@@ -316,7 +390,7 @@ mergeParts(O* out, const float* outScales, const float* partial, const float* mo
   for (int part = 1; part < parts; part++) largest = fmaxf(largest, moments[2 * (at + part * QUERIES)]);
   float sum = 0.0f, o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   for (int part = 0; part < parts; part++, at += QUERIES) {
-    const float weight = exp2Fast((moments[2 * at] - largest) * scale);
+    const float weight = exp2Fast(moments[2 * at] - largest);
     sum = fmaf(moments[2 * at + 1], weight, sum);
     const Vec<float, 4> values = loadVec<4>(partial + at * HEAD_DIM + lane * 4);
     for (int i = 0; i < 4; i++) o[i] = fmaf(values.v[i], weight, o[i]);

@@ -65,7 +65,6 @@ export function flashAttention(
     const partial = rows === 0 ? undefined : Tensor.empty(gpu, [rows, TILE], "f32");
     const moments = rows === 0 ? undefined : Tensor.empty(gpu, [rows, 2], "f32");
     const steps = out.strides.slice(0, 3).map(BigInt);
-    const factor = new Float(scale * Math.LOG2E);
     const kernel = { types: { O: out.dtype }, constants: { BYTES: bytes, STAGES: stages } };
     launch(gpu, SOURCE, {
       entry: "flashAttention",
@@ -89,7 +88,7 @@ export function flashAttention(
         whole,
         parts,
         ...steps,
-        factor,
+        new Float(scale * Math.LOG2E),
       ],
     });
     if (split === 0) return;
@@ -98,7 +97,7 @@ export function flashAttention(
       ...kernel,
       grid: [split, TILE / MERGED_ROWS],
       block: 32 * MERGED_ROWS,
-      args: [out, outScales, partial, moments, queries, queryTiles, heads, whole, parts, ...steps, factor],
+      args: [out, outScales, partial, moments, queries, queryTiles, heads, whole, parts, ...steps],
     });
   });
 }

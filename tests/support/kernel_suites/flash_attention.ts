@@ -92,6 +92,23 @@ export function flashAttentionSuite(): void {
       }
     });
 
+    test("keeps up with logits that grow from key to key, or leap", async (device) => {
+      if (!hasFlashAttention(device)) return;
+      const sizes = { batch: 1, queries: 130, keys: 700, heads: 1, spread: 1 };
+      // In float8 the units keep some 13 bits of a sum: a logit of 300 is good to 0.04 or so, and its weight to 4 %.
+      const allowed = (dtype: AttentionDType, growth: number) =>
+        dtype === "bf16" ? 0.004 : 0.03 + Math.abs(growth) * 2 ** -11;
+      for (const dtype of ["f8e4m3", "bf16"] as const) {
+        for (const growth of [-300, 3, 30, 300, 600]) {
+          const error = await attentionError(device, dtype, { ...sizes, growth });
+          assert.ok(error <= allowed(dtype, growth), `relative error ${error} in ${dtype}, growth ${growth}`);
+        }
+        // Split by keys.
+        const error = await attentionError(device, dtype, { ...sizes, queries: 8, heads: 140, growth: 600 });
+        assert.ok(error <= allowed(dtype, 600), `relative error ${error} in ${dtype}, split`);
+      }
+    });
+
     test("refuses what does not fit", (device) => {
       if (!hasFlashAttention(device)) return;
       device.scope(() => {
@@ -194,16 +211,25 @@ interface Sizes {
   readonly heads: number;
   /** Of q's values: large ones make the softmax sharp. */
   readonly spread: number;
+  /** By how much logits grow, beside their spread, from the first key to the last. */
+  readonly growth?: number;
 }
+
+/** The first dimension of queries where logits grow. */
+const GROWING = 32;
 
 /** Relative error of attention from tiles against the reference on the same rounded inputs. */
 async function attentionError(
   device: GpuDevice,
   dtype: AttentionDType,
-  { batch, queries, keys, heads, spread }: Sizes,
+  { batch, queries, keys, heads, spread, growth = 0 }: Sizes,
 ): Promise<number> {
   const draw = (kind: TileKind, tokens: number, seed: number, size: number) => {
     const values = new Float32Array(batch * tokens * heads * TILE).map((_, i) => 2 * size * noise(seed)(i));
+    for (let i = 0; growth !== 0 && kind !== "value" && i < values.length; i += TILE) {
+      const token = Math.floor(i / (heads * TILE)) % tokens;
+      values[i] = kind === "query" ? GROWING : growth / GROWING * TILE ** 0.5 * token / tokens;
+    }
     const tiles = emptyTiles(device, [batch, tokens, heads], dtype);
     const bytes = new Uint8Array(tiles.byteLength);
     attentionTilesReference(bytes, values, kind, tokens, heads, dtype);
