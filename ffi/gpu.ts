@@ -162,6 +162,14 @@ export interface GpuLimits {
   readonly convAddsBias?: boolean;
 }
 
+/** What a GPU says of itself while it works; NaN for what it does not tell. */
+export interface PowerMeter extends Disposable {
+  /** What it has taken since its driver was loaded; the number changes some ten times a second. */
+  joules(): number;
+  /** The multiprocessors' clock now. */
+  megahertz(): number;
+}
+
 export interface GpuDevice extends Device {
   readonly kind: "cuda" | "hip";
   readonly limits: GpuLimits;
@@ -196,6 +204,9 @@ export interface GpuDevice extends Device {
    * {@link FfiError} where the library that the plan names is not installed.
    */
   attention(plan: AttentionPlan): boolean;
+
+  /** Undefined where nothing measures it. */
+  powerMeter(): PowerMeter | undefined;
 
   /**
    * Runs `body`. Where a library proposes several algorithms for work that it has not done before, they are timed on the

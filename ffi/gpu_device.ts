@@ -18,6 +18,7 @@ import {
   type KernelArgument,
   type KernelSource,
   type Launch,
+  type PowerMeter,
   TensorMap,
 } from "./gpu.ts";
 import type { GpuContext } from "./gpu_context.ts";
@@ -160,6 +161,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   abstract conv(plan: ConvPlan): void;
   abstract convAdd(plan: ConvAddPlan): boolean;
   abstract attention(plan: AttentionPlan): boolean;
+  abstract powerMeter(): PowerMeter | undefined;
   abstract tensorMap(matrix: Tensor, rows: number): TensorMap;
   abstract openProfiler(): Promise<GpuProfiler>;
 

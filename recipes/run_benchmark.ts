@@ -34,6 +34,7 @@ import {
   measure,
   type PartStatistics,
   partStatistics,
+  type Power,
   RUNS,
   type Statistics,
   WARMUPS,
@@ -135,7 +136,7 @@ async function benchmark(
   const pipeline = new FluxPipeline(model, plan);
   const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
   const bar = new Progress("drawing", warmups + runs, "pictures");
-  const { times, first, picture, settings } = await measure(pipeline, drawing, {
+  const { times, first, picture, settings, power } = await measure(pipeline, drawing, {
     warmups,
     runs,
     onPicture: (done) => bar.update(done),
@@ -172,6 +173,7 @@ async function benchmark(
       ...(floor && { floor: { ...floor, share: floor.milliseconds / parts.step.median } }),
     },
     memory: { weights: memory.weights, peak: memory.peak, reserved: memory.reserved },
+    ...(power && { power }),
   };
   const printed = describe(report);
   printLine(flags.json ? JSON.stringify(report) : printed);
@@ -225,6 +227,8 @@ interface Report extends Omit<GenerateResult["settings"], "seed"> {
   };
   /** In bytes. */
   readonly memory: { readonly weights: number; readonly peak: number; readonly reserved: number };
+  /** Of the GPU while pictures were timed: watts on average, and the multiprocessors' clock. */
+  readonly power?: Power;
 }
 
 function describe(report: Report): string {
@@ -256,6 +260,7 @@ function describe(report: Report): string {
     } in attention: ` +
     `${report.step.teraflopsPerSecond.toPrecision(4)} TFLOP/s`,
     ...describeFloor(report.step.floor),
+    ...describePower(report.power),
     `loading: ${load.toFixed(0)} ms; first picture: ${first.toFixed(0)} ms; memory: weights ${
       gigabytes(memory.weights)
     } GB, ` +
@@ -271,6 +276,16 @@ function describeFloor(floor: Report["step"]["floor"]): string[] {
     `at the rate of large products here (TFLOP/s: ${rates.join(", ")}) it would take ` +
     `${floor.milliseconds.toPrecision(3)} ms, ${(100 * floor.share).toFixed(0)} % of its time`,
   ];
+}
+
+function describePower({ watts, megahertz }: Power = {}): string[] {
+  const parts = [
+    watts === undefined ? undefined : `${watts.toFixed(0)} W`,
+    megahertz === undefined
+      ? undefined
+      : `${megahertz.median.toFixed(0)} MHz (${megahertz.min.toFixed(0)} to ${megahertz.max.toFixed(0)})`,
+  ].filter((part) => part !== undefined);
+  return parts.length === 0 ? [] : [`the GPU while pictures were timed: ${parts.join(", ")}`];
 }
 
 /** What a plan multiplies in: a GPU's float8 units only where recipes use them; elsewhere float8 is emulated. */

@@ -7,6 +7,7 @@ import {
   type ConvAddPlan,
   type GpuProfiler,
   type KernelSource,
+  type PowerMeter,
   TensorMap,
 } from "../gpu.ts";
 import { gibibytes, type Hardware, RuntimeDevice, RuntimeKernel, versionOr } from "../gpu_device.ts";
@@ -19,7 +20,7 @@ import { Cupti } from "./cupti.ts";
 import type { Driver } from "./driver.ts";
 import { HEADER } from "./driver_header.ts";
 import { FlashAttention3 } from "./flash_attn3.ts";
-import { askNvml } from "./nvml.ts";
+import { askNvml, openPowerMeter } from "./nvml.ts";
 import { architecture, Nvrtc } from "./nvrtc.ts";
 
 /** One NVIDIA GPU: the driver, and NVIDIA's libraries. */
@@ -30,6 +31,7 @@ export class CudaDevice extends RuntimeDevice<Driver> {
   #cublasLt: CublasLt | undefined;
   #cudnn: Cudnn | undefined;
   readonly #flashAttention3: FlashAttention3;
+  readonly #pciBusId: string;
   #cupti: Cupti | undefined;
 
   /**
@@ -47,7 +49,13 @@ export class CudaDevice extends RuntimeDevice<Driver> {
     const { capability, ...hardware } = takeGpu(driver, index);
     super(driver, hardware, cache, onMeasured);
     this.context = { ...this.baseContext(), capability };
+    this.#pciBusId = driver.deviceGetPciBusId(driver.deviceGet(index));
     this.#flashAttention3 = new FlashAttention3(this.context);
+  }
+
+  powerMeter(): PowerMeter | undefined {
+    this.checkOpen();
+    return unlessMissing(() => openPowerMeter(this.#pciBusId));
   }
 
   /** Opens the libraries that it names, to ask for their versions; FlashAttention-3 is in it where it was opened before. */
@@ -233,8 +241,13 @@ function takeGpu(
 
 /** The driver's version, e.g. `"580.159.04"`; undefined without NVML. */
 function driverVersion(): string | undefined {
+  return unlessMissing(() => askNvml().driverVersion);
+}
+
+/** What `ask` returns; undefined without the library that it opens. */
+function unlessMissing<T>(ask: () => T): T | undefined {
   try {
-    return askNvml().driverVersion;
+    return ask();
   } catch (error) {
     if (!(error instanceof LibraryNotFoundError)) throw error;
     return undefined;

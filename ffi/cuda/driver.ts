@@ -153,6 +153,13 @@ export class Driver implements GpuRuntime {
     return new TextDecoder().decode(name.subarray(0, name.indexOf(0)));
   }
 
+  /** E.g. `"0000:18:00.0"`. */
+  deviceGetPciBusId(device: number): string {
+    const id = new Uint8Array(32);
+    this.#check(this.#cu.cuDeviceGetPCIBusId(id, id.length, device), "cuDeviceGetPCIBusId");
+    return new TextDecoder().decode(id.subarray(0, id.indexOf(0)));
+  }
+
   /** Bytes. */
   deviceTotalMem(device: number): number {
     this.#check(this.#cu.cuDeviceTotalMem_v2(this.#out, device), "cuDeviceTotalMem");

@@ -20,6 +20,8 @@ export const CUDA = {
   cuDeviceGet: { parameters: ["buffer", "i32"], result: "i32" },
   // CUresult cuDeviceGetName(char *name, int len, CUdevice dev)
   cuDeviceGetName: { parameters: ["buffer", "i32", "i32"], result: "i32" },
+  // CUresult cuDeviceGetPCIBusId(char *pciBusId, int len, CUdevice dev)
+  cuDeviceGetPCIBusId: { parameters: ["buffer", "i32", "i32"], result: "i32" },
   // CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice dev)
   cuDeviceTotalMem_v2: { parameters: ["buffer", "i32"], result: "i32" },
   // CUresult cuDeviceGetAttribute(int *pi, CUdevice_attribute attrib, CUdevice dev)

@@ -1,4 +1,5 @@
 /** NVML, the driver's management library: what the CUDA driver does not tell of itself. */
+import type { PowerMeter } from "../gpu.ts";
 import { openLibrary, pinLibrary } from "../library.ts";
 
 const NVML = {
@@ -6,9 +7,17 @@ const NVML = {
   nvmlInit_v2: { parameters: [], result: "i32" },
   // nvmlReturn_t nvmlSystemGetDriverVersion(char *version, unsigned int length)
   nvmlSystemGetDriverVersion: { parameters: ["buffer", "u32"], result: "i32" },
+  // nvmlReturn_t nvmlDeviceGetHandleByPciBusId_v2(const char *pciBusId, nvmlDevice_t *device)
+  nvmlDeviceGetHandleByPciBusId_v2: { parameters: ["buffer", "buffer"], result: "i32" },
+  // nvmlReturn_t nvmlDeviceGetTotalEnergyConsumption(nvmlDevice_t device, unsigned long long *energy)
+  nvmlDeviceGetTotalEnergyConsumption: { parameters: ["u64", "buffer"], result: "i32" },
+  // nvmlReturn_t nvmlDeviceGetClockInfo(nvmlDevice_t device, nvmlClockType_t type, unsigned int *clock)
+  nvmlDeviceGetClockInfo: { parameters: ["u64", "u32", "buffer"], result: "i32" },
   // nvmlReturn_t nvmlShutdown(void)
   nvmlShutdown: { parameters: [], result: "i32" },
 } as const satisfies Deno.ForeignLibraryInterface;
+
+const NVML_CLOCK_SM = 1;
 
 /**
  * Where the library is, and the driver's version, e.g. `"580.159.04"`; undefined where it does not tell.
@@ -26,4 +35,39 @@ export function askNvml(): { readonly path: string; readonly driverVersion: stri
     ? new TextDecoder().decode(text.subarray(0, text.indexOf(0)))
     : undefined;
   return { path, driverVersion };
+}
+
+/**
+ * What the GPU at this place draws, and its clock; undefined where NVML does not say (in some virtual machines).
+ *
+ * @param pciBusId as cuDeviceGetPCIBusId has it.
+ * @throws {LibraryNotFoundError}
+ */
+export function openPowerMeter(pciBusId: string): PowerMeter | undefined {
+  const { path, symbols } = openLibrary("NVML", NVML, { sonames: ["libnvidia-ml.so.1"] });
+  pinLibrary(path);
+  const device = new BigUint64Array(1);
+  const id = new TextEncoder().encode(`${pciBusId}\0`);
+  if (symbols.nvmlInit_v2() !== 0) return undefined;
+  const [millijoules, megahertz] = [new BigUint64Array(1), new Uint32Array(1)];
+  const meter = {
+    joules: () => {
+      const status = symbols.nvmlDeviceGetTotalEnergyConsumption(device[0], bytesOf(millijoules));
+      return status === 0 ? Number(millijoules[0]) / 1000 : NaN;
+    },
+    megahertz: () => {
+      const status = symbols.nvmlDeviceGetClockInfo(device[0], NVML_CLOCK_SM, bytesOf(megahertz));
+      return status === 0 ? megahertz[0] : NaN;
+    },
+    [Symbol.dispose]: () => void symbols.nvmlShutdown(),
+  };
+  if (symbols.nvmlDeviceGetHandleByPciBusId_v2(id, bytesOf(device)) === 0) return meter;
+  meter[Symbol.dispose]();
+  return undefined;
+}
+
+function bytesOf(
+  { buffer }: BigUint64Array<ArrayBuffer> | Uint32Array<ArrayBuffer>,
+): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(buffer);
 }

@@ -114,6 +114,8 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
     throw new FfiError(`${this.name}: AMD GPUs have no bulk copies of tiles, which are Hopper's`);
   }
 
+  powerMeter(): undefined {}
+
   openProfiler(): Promise<GpuProfiler> {
     return Promise.reject(
       new FfiError(`${this.name}: kernels in traces are for NVIDIA GPUs so far`, {

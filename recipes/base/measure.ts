@@ -1,4 +1,5 @@
 /** Times of whole pictures, and of their parts. */
+import { isGpu, type PowerMeter } from "../../ffi/gpu.ts";
 import { UsageError } from "./errors.ts";
 import type { FluxPipeline, GenerateOptions, GenerateResult, Picture } from "./pipeline.ts";
 
@@ -68,6 +69,39 @@ export interface Measurement {
   readonly picture: Picture;
   /** What was used, all defaults filled in. */
   readonly settings: GenerateResult["settings"];
+  /** What the GPU did while pictures were timed. */
+  readonly power?: Power;
+}
+
+/** A GPU at work. */
+export interface Power {
+  /** On average; undefined where work was too short for the meter. */
+  readonly watts?: number;
+  /** Of the multiprocessors' clock, in MHz; undefined where it was never read. */
+  readonly megahertz?: Statistics;
+}
+
+/** Milliseconds between looks at a clock. */
+const CLOCK_INTERVAL = 20;
+/** Milliseconds that make a mean of watts: a meter's joules change every 100 or so. */
+const METERED = 1000;
+
+/** Reads a meter until it is stopped. */
+function watchPower(meter: PowerMeter): () => Power {
+  const megahertz: number[] = [];
+  const timer = setInterval(() => megahertz.push(meter.megahertz()), CLOCK_INTERVAL);
+  const [joules, start] = [meter.joules(), performance.now()];
+  return () => {
+    clearInterval(timer);
+    const milliseconds = performance.now() - start;
+    const watts = 1000 * (meter.joules() - joules) / milliseconds;
+    meter[Symbol.dispose]();
+    const known = megahertz.filter((clock) => !Number.isNaN(clock));
+    return {
+      ...(milliseconds >= METERED && !Number.isNaN(watts) && { watts }),
+      ...(known.length > 0 && { megahertz: statistics(known) }),
+    };
+  };
 }
 
 /**
@@ -84,22 +118,32 @@ export async function measure(
   const times: PictureTimes[] = [];
   let last: GenerateResult | undefined;
   let first = NaN;
+  let stop: (() => Power) | undefined;
+  let power: Power | undefined;
   onPicture?.(0);
-  for (let run = 0; run < warmups + runs; run++) {
-    await device.synchronize();
-    const start = performance.now();
-    last = await pipeline.generate(drawing);
-    await device.synchronize();
-    const end = performance.now();
-    const { text, image, steps, decode, pixels } = last.milliseconds;
-    if (run === 0) first = end - start;
-    if (run >= warmups) {
-      times.push({ whole: end - start, text, image, steps, decode: decode - pixels, postprocess: pixels });
+  try {
+    for (let run = 0; run < warmups + runs; run++) {
+      await device.synchronize();
+      if (run === warmups) {
+        const meter = isGpu(device) ? device.powerMeter() : undefined;
+        stop = meter && watchPower(meter);
+      }
+      const start = performance.now();
+      last = await pipeline.generate(drawing);
+      await device.synchronize();
+      const end = performance.now();
+      const { text, image, steps, decode, pixels } = last.milliseconds;
+      if (run === 0) first = end - start;
+      if (run >= warmups) {
+        times.push({ whole: end - start, text, image, steps, decode: decode - pixels, postprocess: pixels });
+      }
+      onPicture?.(run + 1);
     }
-    onPicture?.(run + 1);
+  } finally {
+    power = stop?.();
   }
   if (last === undefined || times.length === 0) throw new UsageError("measure: give one run or more");
-  return { times, first, picture: last.images[0], settings: last.settings };
+  return { times, first, picture: last.images[0], settings: last.settings, ...(power && { power }) };
 }
 
 /** {@link Statistics} of each part of a picture, in milliseconds. */

@@ -14,6 +14,7 @@ import { compose, eagerPlan, type Plan } from "../../recipes/base/plan.ts";
 import { psnr } from "../../recipes/base/psnr.ts";
 import { markdownLines, numberLines, tableLines } from "../../recipes/base/table.ts";
 import { transformerConfigSchema } from "../../recipes/base/transformer.ts";
+import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { goldenPath } from "../support/golden.ts";
 
 /** Runs `body` with a pipeline on the CPU; `change` may replace what it counts. */
@@ -82,6 +83,44 @@ Deno.test("measure draws the warm-ups and the runs, and its parts add up to no m
       name: "UsageError",
     });
   }));
+
+Deno.test("measure reads a GPU's clock and power while timed pictures are drawn, and lets go of the meter", async () => {
+  await withPipeline(goldenPath("schnell-like"), (plan) => plan, async (pipeline) => {
+    const drawing = { prompt: "a", height: 32, width: 32, numInferenceSteps: 2 };
+    assert.equal((await measure(pipeline, drawing, { warmups: 0, runs: 1 })).power, undefined); // the CPU
+  });
+  using device = openEmulatedGpu();
+  let open = 0;
+  device.powerMeter = () => {
+    open++;
+    return {
+      joules: () => 0.3 * performance.now(),
+      megahertz: () => 1500,
+      [Symbol.dispose]: () => void open--,
+    };
+  };
+  const milliseconds = { text: 1, image: 0, steps: [1], decode: 1, pixels: 1 };
+  // Only what is measured matters here: a picture that takes as long as it is told to.
+  const drawing = (length: number) => {
+    const generate = async () => {
+      await new Promise((resolve) => setTimeout(resolve, length));
+      return { milliseconds, images: [{}], settings: {} };
+    };
+    return { plan: { device }, generate } as unknown as FluxPipeline;
+  };
+  const { power } = await measure(drawing(300), { prompt: "a" }, { warmups: 1, runs: 4 });
+  assert.ok(Math.abs(power!.watts! - 300) < 1, `${power?.watts} W`);
+  assert.deepEqual([power!.megahertz!.min, power!.megahertz!.max], [1500, 1500]);
+  assert.equal(open, 0);
+  const short = await measure(drawing(1), { prompt: "a" }, { warmups: 0, runs: 1 });
+  assert.equal(short.power!.watts, undefined);
+  const failing = { ...drawing(1), generate: () => Promise.reject(new Error("lost")) };
+  await assert.rejects(
+    measure(failing as unknown as FluxPipeline, { prompt: "a" }, { warmups: 0, runs: 1 }),
+    /lost/,
+  );
+  assert.equal(open, 0);
+});
 
 Deno.test("FLUX.1's step has 56.2 TFLOP in Linear layers and 13.3 in attention", () => {
   const config = transformerConfigSchema.parse({});

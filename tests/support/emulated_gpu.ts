@@ -58,6 +58,7 @@ import type {
   KernelArgument,
   KernelSource,
   Launch,
+  PowerMeter,
   TensorMap,
 } from "../../ffi/gpu.ts";
 import { type OpenedLibrary, openLibrary } from "../../ffi/library.ts";
@@ -441,6 +442,10 @@ class EmulatedGpu implements GpuDevice {
 
   tensorMap(): TensorMap {
     throw new FfiError(`${this.name} has no copies of tiles`);
+  }
+
+  powerMeter(): PowerMeter | undefined {
+    return undefined;
   }
 
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void {

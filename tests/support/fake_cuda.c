@@ -239,6 +239,11 @@ int cuDeviceGetName(char *name, int length, int device) {
   snprintf(name, (size_t)length, "Fake GPU %d", device);
   return OK;
 }
+int cuDeviceGetPCIBusId(char *id, int length, int device) {
+  ENTER(0);
+  snprintf(id, (size_t)length, "0000:%02x:00.0", device);
+  return OK;
+}
 int cuDeviceTotalMem_v2(u64 *bytes, int device) { ENTER(0); (void)device; *bytes = total; return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   ENTER(0);
