@@ -13,9 +13,11 @@
 // A block has 128 queries of one head: one warp brings tiles, two warpgroups compute 64 queries each. A warpgroup computes P of
 // some keys while the product of P and v of the keys before runs; the other warpgroup fills what gaps are left (Shah et al.
 // 2024, FlashAttention-3).
-// P is exp2(scale * log2(e) * s + shift). A row's shift follows from the largest logit of the first keys, and is only lowered
-// where a thread's sum of P says that E4M3 may not hold it: so logits are neither compared nor sums rescaled at each tile.
-// Should logits leap by so much that a float overflows, the block begins again, carefully: with a new shift for each tile.
+// P is exp2(scale * log2(e) * s + shift). In float8 a row's shift follows its largest logit from tile to tile, which becomes 2^RANGE:
+// so P has all its exponents for small weights, and the largest, which matters most, is rounded to itself. bfloat16 has
+// exponents enough: there the shift follows from the first keys, and is only lowered where a thread's sum of P passes LIMIT,
+// so that logits are neither compared nor sums rescaled at each tile. Should logits leap by so much that a float overflows,
+// the block begins again, carefully: with a new shift for each tile.
 // A block a multiprocessor: the last tiles would leave most of them idle. So the tiles from `whole` on are split among
 // `parts` blocks by their keys, which leave sums, largest logits and sums of P for mergeParts.
 // FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352: 0.118 ms at 1979 TFLOP/s in float8, 0.236 in
@@ -29,10 +31,11 @@
 constexpr int HEAD_DIM = 128, KEYS = 128, QUERIES = 128, ROWS = 64;
 // In bfloat16 a tile is two halves of 64 columns.
 constexpr int HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
-// Weights start at 2^RANGE for the largest logit of the first keys. A thread's 32 of a row may sum to LIMIT, which in E4M3 no
-// single one may exceed; where they would, they are brought to 2^TARGET to twice that.
-constexpr float RANGE = BYTES == 1 ? 7.0f : 0.0f, LIMIT = BYTES == 1 ? 448.0f : 1.8446744e19f;
-constexpr int TARGET = BYTES == 1 ? 6 : 0;
+// Whether shifts follow at each tile.
+constexpr bool FOLLOWS = BYTES == 1;
+constexpr float RANGE = BYTES == 1 ? 8.0f : 0.0f;
+// Where shifts do not follow, a thread's 32 weights of a row may sum to this; beyond, they are brought to between 1 and 2.
+constexpr float LIMIT = 1.8446744e19f;
 // Products of q and k sum 32 bytes of a row at a time; those of P and v as many keys: 32 in float8, 16 in bfloat16.
 constexpr int LOGIT_STEPS = 4 * BYTES, SUM_STEPS = 4 * BYTES;
 
@@ -122,7 +125,7 @@ __device__ __forceinline__ void lower(float (&s)[64], Rows& rows, float (&sum)[2
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     const float most = rowLargest(sum[row]);
-    const int exponent = TARGET + 127 - (int)(__float_as_uint(most) >> 23);
+    const int exponent = 127 - (int)(__float_as_uint(most) >> 23);
     shrink[row] = most > LIMIT ? __uint_as_float((unsigned)(127 + exponent) << 23) : 1.0f;
     rows.shift[row] += most > LIMIT ? (float)exponent : 0.0f;
     rows.sum[row] *= shrink[row];
@@ -208,7 +211,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
         }
       }
       __syncwarp();
-    } while (anyInBlock(false));
+    } while (!FOLLOWS && anyInBlock(false));
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -223,7 +226,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
     Rows rows;
     float sum[2] = {0.0f, 0.0f}, shrink[2];
     // Whether rows follow their largest logits at each tile, and what this block's tiles are counted from.
-    bool careful = false;
+    bool careful = FOLLOWS;
     int base = 0;
 
     // Tiles are counted from this block's first.
@@ -320,7 +323,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       base += tiles;
       // What has overflowed is infinite or NaN from there on, and so is its difference from itself not 0.
       const bool finite = rows.sum[0] - rows.sum[0] == 0.0f && rows.sum[1] - rows.sum[1] == 0.0f;
-      if (!anyInBlock(!careful && !finite)) break;
+      if (FOLLOWS || !anyInBlock(!careful && !finite)) break;
       careful = true;
     }
 
