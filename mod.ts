@@ -60,7 +60,14 @@ export { encodePng, type Parameters, parametersText, readPngText } from "./recip
 export { preferredSize, type Size } from "./recipes/base/kontext.ts";
 export type { ModelChoice } from "./recipes/base/loading.ts";
 export { type LoraChoice, Loras } from "./recipes/base/lora.ts";
-export { measure, type Measurement, type MeasureOptions, type PictureTimes } from "./recipes/base/measure.ts";
+export {
+  measure,
+  type Measurement,
+  type MeasureOptions,
+  type PictureTimes,
+  type Power,
+  type Statistics,
+} from "./recipes/base/measure.ts";
 export { type LoadOptions, Model } from "./recipes/base/model.ts";
 export type { ModelConfigs } from "./recipes/base/model_parts.ts";
 export { type Displayable, showPicture, showPictures, showSvg } from "./recipes/base/notebook.ts";

@@ -9,11 +9,15 @@ export const RUNS = 10;
 
 /** What several times have in common, in their own unit. */
 export interface Statistics {
+  /** Their sum, divided by how many they are. */
   readonly mean: number;
   /** Of the sample, divided by one less than its size, as torch has it; 0 for a single value. */
   readonly variance: number;
+  /** The middle one, or the mean of the two in the middle. */
   readonly median: number;
+  /** The smallest. */
   readonly min: number;
+  /** The largest. */
   readonly max: number;
 }
 
