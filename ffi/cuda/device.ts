@@ -31,7 +31,6 @@ export class CudaDevice extends RuntimeDevice<Driver> {
   #cublasLt: CublasLt | undefined;
   #cudnn: Cudnn | undefined;
   readonly #flashAttention3: FlashAttention3;
-  readonly #pciBusId: string;
   #cupti: Cupti | undefined;
 
   /**
@@ -49,13 +48,13 @@ export class CudaDevice extends RuntimeDevice<Driver> {
     const { capability, ...hardware } = takeGpu(driver, index);
     super(driver, hardware, cache, onMeasured);
     this.context = { ...this.baseContext(), capability };
-    this.#pciBusId = driver.deviceGetPciBusId(driver.deviceGet(index));
     this.#flashAttention3 = new FlashAttention3(this.context);
   }
 
   powerMeter(): PowerMeter | undefined {
     this.checkOpen();
-    return unlessMissing(() => openPowerMeter(this.#pciBusId));
+    const { driver, index } = this.context;
+    return unlessMissing(() => openPowerMeter(driver.deviceGetPciBusId(driver.deviceGet(index))));
   }
 
   /** Opens the libraries that it names, to ask for their versions; FlashAttention-3 is in it where it was opened before. */

@@ -19,14 +19,19 @@ const NVML = {
 
 const NVML_CLOCK_SM = 1;
 
+function openNvml() {
+  const library = openLibrary("NVML", NVML, { sonames: ["libnvidia-ml.so.1"] });
+  pinLibrary(library.path); // it is not made to be unmapped before the process ends
+  return library;
+}
+
 /**
  * Where the library is, and the driver's version, e.g. `"580.159.04"`; undefined where it does not tell.
  *
  * @throws {LibraryNotFoundError}
  */
 export function askNvml(): { readonly path: string; readonly driverVersion: string | undefined } {
-  const { path, symbols } = openLibrary("NVML", NVML, { sonames: ["libnvidia-ml.so.1"] });
-  pinLibrary(path); // it is not made to be unmapped before the process ends
+  const { path, symbols } = openNvml();
   if (symbols.nvmlInit_v2() !== 0) return { path, driverVersion: undefined };
   const text = new Uint8Array(80);
   const status = symbols.nvmlSystemGetDriverVersion(text, text.length);
@@ -44,8 +49,7 @@ export function askNvml(): { readonly path: string; readonly driverVersion: stri
  * @throws {LibraryNotFoundError}
  */
 export function openPowerMeter(pciBusId: string): PowerMeter | undefined {
-  const { path, symbols } = openLibrary("NVML", NVML, { sonames: ["libnvidia-ml.so.1"] });
-  pinLibrary(path);
+  const { symbols } = openNvml();
   const device = new BigUint64Array(1);
   const id = new TextEncoder().encode(`${pciBusId}\0`);
   if (symbols.nvmlInit_v2() !== 0) return undefined;
