@@ -14,7 +14,8 @@ import {
 } from "../../kernels/random_fill.ts";
 import { rowLaunch, rowsOf } from "../../kernels/rows.ts";
 import { assertClose } from "../support/compare.ts";
-import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
+import { missingCompiler } from "../support/emulated_compiler.ts";
+import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { valuesOf } from "../support/golden.ts";
 import { normsSuite } from "../support/kernel_suites/norms.ts";
 import { noise } from "../support/providers.ts";

@@ -6,7 +6,8 @@ import { add } from "../../kernels/add.ts";
 import { graphExecute } from "../../recipes/base/graph_execute.ts";
 import { eagerPlan } from "../../recipes/base/plan.ts";
 import { weightsFrom } from "../../recipes/base/weights.ts";
-import { missingCompiler, openEmulatedGpu } from "../support/emulated_gpu.ts";
+import { missingCompiler } from "../support/emulated_compiler.ts";
+import { openEmulatedGpu } from "../support/emulated_gpu.ts";
 import { valuesOf } from "../support/golden.ts";
 import { ownDevice, testOn } from "../support/test_device.ts";
 

@@ -7,7 +7,7 @@ import { decodePicture } from "../../recipes/base/read_picture.ts";
 import { inFolder } from "../support/folders.ts";
 import { goldenPath } from "../support/golden.ts";
 import { withKontext } from "../support/golden_suite_kontext.ts";
-import { missingCompiler } from "../support/emulated_gpu.ts";
+import { missingCompiler } from "../support/emulated_compiler.ts";
 import {
   missingJupyter,
   notebookPath,

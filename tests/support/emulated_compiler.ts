@@ -4,6 +4,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { CompileError, FfiError } from "../../ffi/errors.ts";
 import type { KernelSource } from "../../ffi/gpu.ts";
+import { type OpenedLibrary, openLibrary } from "../../ffi/library.ts";
 
 /** Whose GPU: NVIDIA's, or one of AMD's. */
 export type Architecture = "emulated" | "gfx942" | "gfx950";
@@ -104,8 +105,29 @@ export function adoptKernels(prepared: ReadonlyMap<string, Uint8Array<ArrayBuffe
   }
 }
 
+/** Opens what g++ made. */
+export function openCompiled<const S extends Deno.ForeignLibraryInterface>(
+  path: string,
+  symbols: S,
+): OpenedLibrary<S> {
+  return openLibrary("emulated GPU", symbols, { sonames: [path], search: "system" });
+}
+
+/** Why the emulated GPU does not run here, or undefined where it does. */
+export function missingCompiler(): string | undefined {
+  if (Deno.build.os !== "linux") return "the emulated GPU runs on Linux only";
+  try {
+    const { success } = gpp(["--version"]);
+    return success ? undefined : "g++ does not start";
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return "no g++";
+    if (error instanceof Deno.errors.NotCapable) return "this process may not run g++";
+    throw error;
+  }
+}
+
 /** Runs g++. It gets no LD_LIBRARY_PATH: Deno starts a program with one only where all programs may be started. */
-export function gpp(args: readonly string[]): Deno.CommandOutput {
+function gpp(args: readonly string[]): Deno.CommandOutput {
   const env = { PATH: Deno.env.get("PATH") ?? "/usr/bin:/bin" };
   return new Deno.Command("g++", { args: [...args], env, clearEnv: true }).outputSync();
 }

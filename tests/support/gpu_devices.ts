@@ -2,7 +2,8 @@ import { FfiError } from "../../ffi/errors.ts";
 import { type GpuDevice, isGpu } from "../../ffi/gpu.ts";
 import { openDevice } from "../../ffi/open.ts";
 import { defaultCacheDir } from "../../recipes/base/command_line.ts";
-import { missingCompiler, openEmulatedGpu } from "./emulated_gpu.ts";
+import { missingCompiler } from "./emulated_compiler.ts";
+import { openEmulatedGpu } from "./emulated_gpu.ts";
 import { findCudaLibraries, useHipShim } from "./hip_shim.ts";
 import { ownDevice, type TestDevice, testOn } from "./test_device.ts";
 

@@ -63,7 +63,7 @@ struct SimtLaunch {
   int sharedBytes;
   void** arguments;
 };
-// Where it failed, and how: see FAULTS in emulated_gpu.ts.
+// Where it failed, and how: see FAULTS in emulated_kernel.ts.
 struct SimtFault {
   int code;
   int block[3], thread[3];
@@ -292,7 +292,7 @@ inline bool isfinite(float x) { return __builtin_isfinite(x); }
 
 // -- the trampoline ----------------------------------------------------------------------------------------------
 
-// What emulated_gpu.ts compares with the arguments: the letter of a parameter's type, with a pointer's element size
+// What emulated_arguments.ts compares with the arguments: the letter of a parameter's type, with a pointer's element size
 // in bits 8 and up (0 where any tensor fits).
 template <typename T> struct SimtParameter;
 template <> struct SimtParameter<int> { static const int code = 'i'; };

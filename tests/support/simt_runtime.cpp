@@ -270,7 +270,7 @@ void simtRun(const SimtLaunch* launch, SimtFault* fault, void (*body)(void**), c
 
 namespace {
 
-// A strided tensor of up to four dimensions. Element types: see DTYPES in emulated_gpu.ts.
+// A strided tensor of up to four dimensions. Element types: see DTYPES in emulated_libraries.ts.
 struct View {
   char* pointer;
   long long type;
