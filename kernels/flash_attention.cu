@@ -13,11 +13,10 @@
 // A block has 128 queries of one head: one warp brings tiles, two warpgroups compute 64 queries each. A warpgroup computes P of
 // some keys while the product of P and v of the keys before runs; the other warpgroup fills what gaps are left (Shah et al.
 // 2024, FlashAttention-3).
-// P is exp2(scale * log2(e) * s + shift). In float8 a row's shift follows its largest logit from tile to tile, which becomes 2^RANGE:
-// so P has all its exponents for small weights, and the largest, which matters most, is rounded to itself. bfloat16 has
-// exponents enough: there the shift follows from the first keys, and is only lowered where a thread's sum of P passes LIMIT,
-// so that logits are neither compared nor sums rescaled at each tile. Should logits leap by so much that a float overflows,
-// the block begins again, carefully: with a new shift for each tile.
+// P is exp2(scale * log2(e) * s + shift). A row's shift follows from the first keys, whose largest weight becomes 2^RANGE, and
+// is only lowered where a thread's sum of P passes LIMIT, so that logits are neither compared nor sums rescaled at each tile.
+// It is lowered by whole powers of 2, so that what was rounded to itself still is. Should logits leap by so much that a float
+// overflows, the block begins again, carefully: with a new shift for each tile.
 // A block a multiprocessor: the last tiles would leave most of them idle. So the tiles from `whole` on are split among
 // `parts` blocks by their keys, which leave sums, shifts (negated) and sums of P for mergeParts.
 // FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352: 0.118 ms at 1979 TFLOP/s in float8, 0.236 in
@@ -31,11 +30,11 @@
 constexpr int HEAD_DIM = 128, KEYS = 128, QUERIES = 128, ROWS = 64;
 // In bfloat16 a tile is two halves of 64 columns.
 constexpr int HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
-// Whether shifts follow at each tile.
-constexpr bool FOLLOWS = BYTES == 1;
-constexpr float RANGE = BYTES == 1 ? 8.0f : 0.0f;
-// Where shifts do not follow, a thread's 32 weights of a row may sum to this; beyond, they are brought to between 1 and 2.
-constexpr float LIMIT = 1.8446744e19f;
+// In float8 there is room for small weights below, down to 2^-9, and for larger ones above.
+constexpr int RANGE = BYTES == 1 ? 6 : 0;
+// What a thread's 32 weights of a row may sum to: no weight is larger than E4M3's largest. Beyond, the sum is brought to between 2^RANGE
+// and twice that.
+constexpr float LIMIT = BYTES == 1 ? 448.0f : 1.8446744e19f;
 // Products of q and k sum 32 bytes of a row at a time; those of P and v as many keys: 32 in float8, 16 in bfloat16.
 constexpr int LOGIT_STEPS = 4 * BYTES, SUM_STEPS = 4 * BYTES;
 
@@ -125,7 +124,7 @@ __device__ __forceinline__ void lower(float (&s)[64], Rows& rows, float (&sum)[2
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     const float most = rowLargest(sum[row]);
-    const int exponent = 127 - (int)(__float_as_uint(most) >> 23);
+    const int exponent = RANGE + 127 - (int)(__float_as_uint(most) >> 23);
     shrink[row] = most > LIMIT ? __uint_as_float((unsigned)(127 + exponent) << 23) : 1.0f;
     rows.shift[row] += most > LIMIT ? (float)exponent : 0.0f;
     rows.sum[row] *= shrink[row];
@@ -152,14 +151,6 @@ __device__ __forceinline__ void packRows(unsigned (&p)[4 * SUM_STEPS], const flo
   }
 }
 
-// Whether it holds for any thread of the block; its warps come here from different places.
-__device__ __forceinline__ bool anyInBlock(bool holds) {
-  unsigned any;
-  asm volatile("{ .reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.or.pred q, 3, 384, p; selp.u32 %0, 1, 0, q; }"
-               : "=r"(any) : "r"((unsigned)holds) : "memory");
-  return any;
-}
-
 // What a query's results are divided by before they are rounded.
 __device__ __forceinline__ float scaleOfRow(const float* scales, int query) { return scales == nullptr ? 1.0f : scales[query]; }
 
@@ -168,12 +159,14 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
                const unsigned char* v, int queries, int queryTiles, int keys, int keyTiles, int heads, int whole, int parts,
                long long outBatch, long long outToken, long long outHead, float scale) {
   extern __shared__ unsigned char dynamicShared[];
-  __shared__ unsigned long long barriers[1 + 4 * STAGES];
+  __shared__ unsigned long long barriers[2 + 4 * STAGES];
+  __shared__ int overflows;
   const unsigned shared = (sharedAddress(dynamicShared) + 1023u) & ~1023u;  // tiles start at multiples of 1024
   const unsigned qTile = shared, kTiles = shared + TILE_BYTES, vTiles = kTiles + STAGES * TILE_BYTES;
   const unsigned qFull = sharedAddress(barriers), kFull = qFull + 8, kEmpty = kFull + 8 * STAGES;
-  const unsigned vFull = kEmpty + 8 * STAGES, vEmpty = vFull + 8 * STAGES;
-  const int group = threadIdx.x / 128;
+  const unsigned vFull = kEmpty + 8 * STAGES, vEmpty = vFull + 8 * STAGES, judged = vEmpty + 8 * STAGES;
+  // Shuffled, so that the compiler knows it to be the same in a warp (fused_linear.cu).
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   // This block's tile of queries, counted through all heads, and its keys.
   const int split = (int)blockIdx.x - whole;  // below 0 for all keys
   const int queryTile = split < 0 ? blockIdx.x : whole + split / parts;
@@ -188,17 +181,24 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       initBarrier(kEmpty + 8 * stage, 2);  // both warpgroups are done with it
       initBarrier(vEmpty + 8 * stage, 2);
     }
+    initBarrier(judged, 256);  // all that compute have said whether their sums overflow
+    overflows = 0;
     fenceBarriers();
   }
   __syncthreads();
 
   const int tiles = endKeys - firstKeys;
+  // Whether the block has to begin again.
+  auto overflowed = [&] {
+    wait(judged, 0);
+    return *(volatile int*)&overflows != 0;
+  };
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    int sent = 0;
-    do {
-      if (threadIdx.x == 0) {
-        if (sent == 0) bringTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
+    if (threadIdx.x == 0) {
+      bringTile(qTile, q + (long long)queryTile * TILE_BYTES, qFull);
+      int sent = 0;
+      do {
         const unsigned char* kTile = k + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
         const unsigned char* vTile = v + ((long long)head * keyTiles + firstKeys) * TILE_BYTES;
         for (const int end = sent + tiles; sent < end; sent++, kTile += TILE_BYTES, vTile += TILE_BYTES) {
@@ -209,9 +209,8 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
           wait(vEmpty + 8 * stage, before);
           bringTile(vTiles + stage * TILE_BYTES, vTile, vFull + 8 * stage);
         }
-      }
-      __syncwarp();
-    } while (!FOLLOWS && anyInBlock(false));
+      } while (sent == tiles && overflowed());
+    }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int thread = threadIdx.x % 128, lane = thread % 32;
@@ -226,7 +225,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
     Rows rows;
     float sum[2] = {0.0f, 0.0f}, shrink[2];
     // Whether rows follow their largest logits at each tile, and what this block's tiles are counted from.
-    bool careful = FOLLOWS;
+    bool careful = false;
     int base = 0;
 
     // Tiles are counted from this block's first.
@@ -320,11 +319,14 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       waitProducts<0>();
       hold(o);
       if (elected) arrive(vEmpty + 8 * ((base + tiles - 1) % STAGES));
-      base += tiles;
+      if (careful) break;
       // What has overflowed is infinite or NaN from there on, and so is its difference from itself not 0.
       const bool finite = rows.sum[0] - rows.sum[0] == 0.0f && rows.sum[1] - rows.sum[1] == 0.0f;
-      if (FOLLOWS || !anyInBlock(!careful && !finite)) break;
+      if (!finite) atomicOr(&overflows, 1);
+      arrive(judged);
+      if (!overflowed()) break;
       careful = true;
+      base = tiles;
     }
 
     const int row0 = (group - 1) * ROWS + thread / 32 * 16 + lane / 4;
