@@ -117,6 +117,18 @@ __device__ __forceinline__ float gelu(float x, float half) {
   return fmaf(scaled, turned, scaled);
 }
 
+// By the units' own approximations, which are good to 2^-22: the compiler's divisions have branches for what is not normal.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverseRoot(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Stores are not told to the compiler, so that it may move what the next rows need in front of them: nothing here reads what
 // it has written.
 __device__ __forceinline__ void store16(void* p, const unsigned (&w)[4]) {
@@ -269,7 +281,7 @@ __device__ __forceinline__ void storeGelu(const Half& at, const Stream& s, const
   };
   eachRow<4, Held>(at, count, load, [&](int i, const Held& held, float (&y)[WIDTH]) {
     own.finish(y, held.rowScale);
-    const float half = FLOAT8 ? 0.5f * __frcp_rn(held.outScale) : 0.5f;
+    const float half = FLOAT8 ? 0.5f * reciprocal(held.outScale) : 0.5f;
 #pragma unroll
     for (int e = 0; e < WIDTH; e++) y[e] = gelu(y[e], half);
     storeElements<BYTES>(out + i * joint.outRow * BYTES, y);
@@ -315,7 +327,7 @@ __device__ __forceinline__ void storeQueryOrKey(bool key, int head, const Half& 
     for (int mask = 1; mask < 8; mask *= 2) sum += shuffleXor(sum, mask);
     const int i = 2 * pair + second;
     // Behind the last token there are zeros.
-    const float mine = i < rows ? rsqrtf(fmaf(sum, 1.0f / HEAD_DIM, at.eps)) : 0.0f, other = shuffleXor(mine, 8);
+    const float mine = i < rows ? inverseRoot(fmaf(sum, 1.0f / HEAD_DIM, at.eps)) : 0.0f, other = shuffleXor(mine, 8);
     int row = firstToken % TILE_M + i;
     if (key && TILED_BYTES == 1) row = row / 16 * 16 + row % 4 / 2 * 8 + row % 16 / 4 * 2 + row % 2;
 #pragma unroll
@@ -341,7 +353,7 @@ __device__ __forceinline__ void storeValues(int head, const Half& at, const Stre
   if constexpr (TILED_BYTES == 1) {
     // The tile is transposed: a thread makes pieces of 16 tokens for two of its dimensions, from words of both.
     constexpr int PARTS = TILE_N / 64, UNITS = ROWS / 16 * PARTS;
-    struct Held { float bias[2], scale[2], rowScale[16]; };
+    struct Held { float bias[2], scale[2], rowScale; };
     const auto load = [&](int unit, Held& held) {
       const int column = at.firstColumn + unit % PARTS * 64 + 2 * at.lane, first = unit / PARTS * 16;
       held.bias[0] = held.bias[1] = 0.0f;
@@ -351,8 +363,7 @@ __device__ __forceinline__ void storeValues(int head, const Half& at, const Stre
       }
       held.scale[0] = held.scale[1] = 1.0f;
       if constexpr (FLOAT8) loadWide(held.scale, s.columnScales + column);
-#pragma unroll
-      for (int i = 0; i < 16; i++) held.rowScale[i] = FLOAT8 ? s.rowScales[min(at.row + first + i, (int)s.rows - 1)] : 1.0f;
+      held.rowScale = FLOAT8 ? s.rowScales[min(at.row + first + at.lane % 16, (int)s.rows - 1)] : 1.0f;
     };
     const auto finish = [&](int unit, const Held& held) {
       const int column = unit % PARTS * 64 + 2 * at.lane, first = unit / PARTS * 16;
@@ -367,10 +378,11 @@ __device__ __forceinline__ void storeValues(int head, const Half& at, const Stre
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const bool inside = first + i + e < rows;
+          const float rowScale = __shfl_sync(0xffffffffu, held.rowScale, i + e);
           const float x[2] = {__uint_as_float(pairs[i + e] << 16), __uint_as_float(pairs[i + e] & 0xffff0000u)};
 #pragma unroll
           for (int d = 0; d < 2; d++) {
-            const float value = fmaf(x[d] * held.rowScale[i + e], held.scale[d], held.bias[d]);
+            const float value = fmaf(x[d] * rowScale, held.scale[d], held.bias[d]);
             y[d][e] = inside ? value : 0.0f;
           }
         }
@@ -448,7 +460,10 @@ fusedLinear(const __grid_constant__ TensorMap a0, const __grid_constant__ Tensor
   // Of a warpgroup's finished sums.
   const unsigned left = empty + 8 * STAGES, taken = left + 16;
   const unsigned rank = blockInCluster();
-  const int group = threadIdx.x / 128, work = pairs * columnTiles, step = gridDim.x / 2;
+  // Shuffled, so that the compiler knows it to be the same in a warp: or else it guards each shuffle and wait against threads that
+  // have taken another branch.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = warp / 4;
+  const int work = pairs * columnTiles, step = gridDim.x / 2;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; stage++) {
       initBarrier(full + 8 * stage, 1);
@@ -463,27 +478,28 @@ fusedLinear(const __grid_constant__ TensorMap a0, const __grid_constant__ Tensor
   meetCluster();
 
   if (group == 0) {
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) {
-      int stage = 0;
-      unsigned parity = 1;
-      for (int item = blockIdx.x / 2; item < work; item += step) {
-        const auto [pair, columnTile] = itemOf(item, pairs, slab, columnTiles);
-        const bool second = pair >= pairs0;
-        const TensorMap* a = second ? &a1 : &a0;
-        const TensorMap* b = second ? &b1 : &b0;
-        const int row = (2 * (second ? pair - pairs0 : pair) + rank) * TILE_M;
-        const int column = columnTile * TILE_N + rank * (TILE_N / 2);
-        for (int k = 0; k < kTiles; k++) {
-          const unsigned to = stages + stage * STAGE_BYTES, barrier = full + 8 * stage;
-          wait(empty + 8 * stage, parity);
-          arriveExpecting(barrier, STAGE_BYTES);
-          copyTile(to, a, k * ROW_BYTES, row, barrier);
-          copyTileTo(3, to + A_BYTES + rank * (B_BYTES / 2), b, k * ROW_BYTES, column, barrier);
-          if (++stage == STAGES) stage = 0, parity ^= 1;
+    if (warp == 0) {
+      if (threadIdx.x == 0) {
+        int stage = 0;
+        unsigned parity = 1;
+        for (int item = blockIdx.x / 2; item < work; item += step) {
+          const auto [pair, columnTile] = itemOf(item, pairs, slab, columnTiles);
+          const bool second = pair >= pairs0;
+          const TensorMap* a = second ? &a1 : &a0;
+          const TensorMap* b = second ? &b1 : &b0;
+          const int row = (2 * (second ? pair - pairs0 : pair) + rank) * TILE_M;
+          const int column = columnTile * TILE_N + rank * (TILE_N / 2);
+          for (int k = 0; k < kTiles; k++) {
+            const unsigned to = stages + stage * STAGE_BYTES, barrier = full + 8 * stage;
+            wait(empty + 8 * stage, parity);
+            arriveExpecting(barrier, STAGE_BYTES);
+            copyTile(to, a, k * ROW_BYTES, row, barrier);
+            copyTileTo(3, to + A_BYTES + rank * (B_BYTES / 2), b, k * ROW_BYTES, column, barrier);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+          }
         }
       }
-    } else if (warp > 0) {
+    } else {
       unsigned parity = 0;
       for (int item = blockIdx.x / 2; item < work; item += step, parity ^= 1) {
         const auto [pair, columnTile] = itemOf(item, pairs, slab, columnTiles);
@@ -541,11 +557,12 @@ fusedLinear(const __grid_constant__ TensorMap a0, const __grid_constant__ Tensor
 #pragma unroll 1
       for (int part = 0; part < 2; part++) {
         const Half at = {sums + part * ROWS * SUM_PITCH, left + 8 * part, leftParity, tile * TILE_M + part * ROWS, columnTile * TILE_N, columns,
-                         FINISHERS + (int)(threadIdx.x - 128) / 32, ALL_WARPS, thread % 32, eps};
+                         FINISHERS - 4 + warp, ALL_WARPS, thread % 32, eps};
         storeHalf(at, second ? s1 : s0, joint);
       }
       break;
     }
   }
+  __syncwarp();
   meetCluster();
 }
