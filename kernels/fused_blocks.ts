@@ -137,7 +137,7 @@ export function singleBlockFusedTakes(
   gpu: GpuDevice,
   weights: FusedWeights,
   { sum, normed }: Normed,
-  { q, k, v, mlp, heads }: ParallelLayers,
+  { q, k, v, mlp, out, heads }: ParallelLayers,
   { pairs }: JointTurn,
 ): boolean {
   const [batch, , hidden] = sum.shape;
@@ -145,16 +145,16 @@ export function singleBlockFusedTakes(
     ? normed.dtype === "bf16"
     : normed instanceof Float8Tensor && normed.lengths !== undefined;
   return hasFlashAttention(gpu) && pairs !== undefined && batch === 1 && hidden === heads * TILE && ready &&
-    alike(weights, [q, k, v, mlp]) && fusedQkvTakes(hidden, hidden) &&
+    alike(weights, [q, k, v, mlp, out]) && fusedQkvTakes(hidden, hidden) &&
     fusedGeluTakes(mlp.weight.shape[0], hidden) &&
     joinedLayer(weights, [q, k, v, mlp]) !== undefined;
 }
 
 /**
  * {@link singleBlock} with one product for q, k, v and the MLP, which gives the tiles of attention and, beside the place of
- * attention's output, GELU: so that the output projection reads both as they are.
+ * attention's output, GELU: so that the output projection reads both as they are. It adds its results to the tokens.
  *
- * @param x that {@link singleBlockFusedTakes}. @param ops whose `linear` takes quantized tensors where weights are.
+ * @param x that {@link singleBlockFusedTakes}. @param ops whose `adaLayerNorm` gives what `readers` read.
  */
 export function singleBlockFused(
   gpu: GpuDevice,
@@ -171,7 +171,8 @@ export function singleBlockFused(
   const mlpHidden = mlp.weight.shape[0];
   const shape = [1, tokens, hidden + mlpHidden];
   return gpu.scope(() => {
-    const branch = gpu.scope(() => {
+    const sum = Tensor.empty(gpu, x.sum.shape, "bf16");
+    gpu.scope(() => {
       const both = weights.scalesOf(q.weight) === undefined
         ? Tensor.empty(gpu, shape, "bf16")
         : Float8Tensor.alloc(gpu, shape, "bf16");
@@ -189,9 +190,10 @@ export function singleBlockFused(
       });
       const attended = values.narrow(1, 0, hidden).reshape([1, tokens, turn.heads, TILE]);
       flashAttention(gpu, tiles, TILE ** -0.5, attended, scales);
-      return ops.linear(both, out.weight, out.bias);
+      const layer = layerOf(weights, both, out);
+      fusedResidual(gpu, [{ ...layer, residual: flat(x.sum), gate, out: flat(sum) }]);
     });
-    return ops.gatedAdaLayerNorm(x.sum, branch, gate, scale, shift, turn.eps, readers);
+    return { sum, normed: ops.adaLayerNorm(sum, scale, shift, turn.eps, readers) };
   });
 }
 

@@ -1,4 +1,5 @@
 import type { Tensor } from "../ffi/tensor.ts";
+import type { adaLayerNorm } from "./ada_layer_norm.ts";
 import type { JointTurn } from "./double_block.ts";
 import type { gatedAdaLayerNorm, Normed } from "./gated_ada_layer_norm.ts";
 import type { Readers } from "./linears.ts";
@@ -11,8 +12,9 @@ export interface SingleModulation {
   readonly shift: Tensor;
 }
 
-/** The operators that {@link singleBlock} is made of: the running plan's. */
+/** The operators that {@link singleBlock} is made of, or a fused block in its place: the running plan's. */
 export interface SingleBlockOps extends ParallelOps {
+  readonly adaLayerNorm: typeof adaLayerNorm;
   readonly gatedAdaLayerNorm: typeof gatedAdaLayerNorm;
   readonly parallelBranches: typeof parallelBranches;
 }
