@@ -93,7 +93,8 @@ function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Float8Tensor, x: Tens
   });
 }
 
-function emptyFor(op: string, x: Tensor, rowwise: boolean): Float8Tensor {
+/** What an op `op` gives of `x`, uninitialized. @throws ShapeError for dtypes that are not quantized. */
+export function emptyFor(op: string, x: Tensor, rowwise: boolean): Float8Tensor {
   expect(x.dtype === "f32" || x.dtype === "bf16", op, () => `takes f32 and bf16, not ${x}`);
   return Float8Tensor.alloc(x.device, x.shape, x.dtype, { rowwise });
 }
@@ -118,11 +119,16 @@ export function quantizeReference(
   const scaled = new Float32Array(k);
   for (const group of scales.keys()) {
     const start = group * k;
-    let largest = 0;
-    for (let i = start; i < start + k; i++) if (Math.abs(x[i]) > largest) largest = Math.abs(x[i]);
-    scales[group] = Math.max(largest, SMALLEST) / FLOAT8_LARGEST[format];
+    scales[group] = scaleOfLargest(x.subarray(start, start + k), format);
     const factor = Math.fround(1 / scales[group]);
     for (let i = 0; i < k; i++) scaled[i] = x[start + i] * factor;
     float32ToFloat8(scaled, values.subarray(start, start + k), format);
   }
+}
+
+/** What makes the largest absolute value E4M3's largest. NaN does not count. */
+export function scaleOfLargest(x: Float32Array, format: Float8Format): number {
+  let largest = 0;
+  for (let i = 0; i < x.length; i++) if (Math.abs(x[i]) > largest) largest = Math.abs(x[i]);
+  return Math.fround(Math.max(largest, SMALLEST) / FLOAT8_LARGEST[format]);
 }

@@ -61,6 +61,8 @@ export function rowLaunch(
 export interface RowKernel {
   readonly entry: string;
   readonly types: Readonly<Record<string, DType>>;
+  /** Beside those of {@link RowLaunch}. */
+  readonly constants?: Readonly<Record<string, number>>;
   readonly rows: number;
   /** Elements of a row, and how many of them move at a time: the constant `N`. */
   readonly length: number;
@@ -76,13 +78,13 @@ export interface RowKernel {
 
 /** Launches a kernel that works on rows, shared out as {@link rowLaunch} says or as 07_tuning finds fastest. */
 export function launchRows(gpu: GpuDevice, source: KernelSource, kernel: RowKernel): void {
-  const { entry, types, rows, length, width, batch, held = HELD, out, inputs, args } = kernel;
+  const { entry, types, constants: own, rows, length, width, batch, held = HELD, out, inputs, args } = kernel;
   const issue = ({ held }: { readonly held: number }) => {
     const { constants, grid, block } = rowLaunch(gpu.limits, rows, length / width, held);
     launch(gpu, source, {
       entry,
       types,
-      constants: { ...constants, N: width },
+      constants: { ...constants, ...own, N: width },
       grid: batch === undefined ? grid : [grid, batch],
       block,
       args,

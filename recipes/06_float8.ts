@@ -34,7 +34,8 @@ import { linearFloat8Weight, linearsFloat8Weight } from "../kernels/linear_float
 import type { Readers } from "../kernels/linears.ts";
 import { linearsFloat8 } from "../kernels/linears_float8.ts";
 import { parallelBranchesFloat8 } from "../kernels/parallel_branches.ts";
-import { quantizeRows, quantizeTensor } from "../kernels/quantize_float8.ts";
+import { quantizeTensor } from "../kernels/quantize_float8.ts";
+import { quantizeWeightRows } from "../kernels/quantize_weight_rows.ts";
 import { UsageError } from "./base/errors.ts";
 import type { Plan, Recipe } from "./base/plan.ts";
 import type { Ops } from "./base/ops.ts";
@@ -126,7 +127,7 @@ export function quantizeWeights(
     }
   }
   const own = new Map<string, Tensor>();
-  const quantize = rowwise ? quantizeRows : quantizeTensor;
+  const quantize = rowwise ? quantizeWeightRows : quantizeTensor;
   // Weights that 03_fuse_qkv has joined stay joined: they are quantized as one.
   for (const group of Map.groupBy(names, (name) => transformer.get(name).memory).values()) {
     const parts = group.map((name) => transformer.get(name));
@@ -158,7 +159,7 @@ function quantizing(weights: Weights, rowwise: boolean): Weights {
       const bf16 = (name: string) => cast(values.get(name)!, "bf16");
       if (rowwise) {
         for (const name of quantized) {
-          quantizeInto(weights, [name], () => quantizeRows(bf16(name)));
+          quantizeInto(weights, [name], () => quantizeWeightRows(bf16(name)));
         }
       } else {
         for (const group of Map.groupBy(quantized, (name) => weights.get(name).memory).values()) {

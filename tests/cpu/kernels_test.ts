@@ -16,6 +16,7 @@ import { linear } from "../../kernels/linear.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { quickGeluReference } from "../../kernels/quick_gelu.ts";
 import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
+import { quantizeWeightRows } from "../../kernels/quantize_weight_rows.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { siluReference } from "../../kernels/silu.ts";
 import { timestepEmbeddingReference } from "../../kernels/timestep_embedding.ts";
@@ -30,6 +31,7 @@ import {
 import { upsampleNearest } from "../../kernels/upsample_nearest.ts";
 import { readFloat32 } from "../../kernels/cpu.ts";
 import { assertClose } from "../support/compare.ts";
+import { noise } from "../support/providers.ts";
 import { openReference } from "../support/reference_provider.ts";
 
 const finite = fc.float({ noNaN: true, noDefaultInfinity: true });
@@ -145,6 +147,28 @@ Deno.test("quantization: values times scales are what they were, to within 1/16 
       }
     })));
   assert.throws(() => quantizeRows(Tensor.fromInt32(device, [1], [1, 1])), ShapeError);
+});
+
+Deno.test("quantized weights: each row's errors are at most those with the largest value's scale, and less over many", () => {
+  using device = openReference();
+  const [rows, k] = [40, 768];
+  const normal = (_: unknown, i: number) => {
+    const uniform = (seed: number) => (noise(seed)(i) + 1) / 2 * 0.9999 + 1e-5;
+    return Math.sqrt(-2 * Math.log(uniform(3))) * Math.cos(2 * Math.PI * uniform(4));
+  };
+  const x = Tensor.fromFloat32(device, Float32Array.from({ length: rows * k }, normal), [rows, k]);
+  const errors = [quantizeRows, quantizeWeightRows].map((quantize) => {
+    const { values, scales } = quantize(x);
+    const [before, codes, factors] = [x, values, scales].map((tensor) => readFloat32(tensor));
+    const sums = new Float64Array(rows);
+    before.forEach((value, i) =>
+      sums[Math.floor(i / k)] += (codes[i] * factors[Math.floor(i / k)] - value) ** 2
+    );
+    return sums;
+  });
+  errors[1].forEach((error, row) => assert.ok(error <= errors[0][row] * (1 + 1e-6), `row ${row}`));
+  const [plain, best] = errors.map((sums) => sums.reduce((a, b) => a + b));
+  assert.ok(best < 0.95 * plain, `${best} instead of ${plain}`); // 0.91 for rows as short as these
 });
 
 Deno.test("activations equal their formulas and stay finite at the ends", () => {

@@ -21,6 +21,7 @@ import { multiply } from "../../kernels/multiply.ts";
 import { layerBound, outputScales } from "../../kernels/output_scales.ts";
 import { portableAttention } from "../../kernels/portable_attention.ts";
 import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
+import { quantizeWeightRows } from "../../kernels/quantize_weight_rows.ts";
 import { relativeChange } from "../../kernels/relative_change.ts";
 import { rotaryPairs } from "../../kernels/rotary_pairs.ts";
 import { scaleInto } from "../../kernels/scale_into.ts";
@@ -121,6 +122,7 @@ export async function kernelSources(limits: GpuLimits): Promise<UsedSource[]> {
     for (const width of [64, 63]) {
       dequantize(quantizeRows(of([4, width], dtype)), dtype);
       dequantize(quantizeTensor(of([4, width], dtype)), dtype);
+      quantizeWeightRows(of([4, width], dtype));
       linearFewRows(of([4, width], dtype), quantizeRows(of([4, width], dtype)));
     }
     valueTiles(gpu, [of([1, 4, 2, 128], dtype)]);

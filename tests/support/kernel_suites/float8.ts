@@ -7,7 +7,13 @@ import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import type { Float8Tensor } from "../../../kernels/float8_tensor.ts";
 import { linearFloat8, linearQuantized, quantizeAs } from "../../../kernels/linear_float8.ts";
-import { quantizeReference, quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
+import {
+  quantizeReference,
+  quantizeRows,
+  quantizeTensor,
+  scaleOfLargest,
+} from "../../../kernels/quantize_float8.ts";
+import { CANDIDATES, quantizeWeightRows } from "../../../kernels/quantize_weight_rows.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { geluTanh, noise } from "../providers.ts";
@@ -200,13 +206,34 @@ async function assertQuantized(
   const expected = new Float32Array(rowwise ? x.length / k : 1);
   quantizeReference(codes, expected, x, k);
   assert.deepEqual(await valuesOf(scales), expected);
-  const got = await values.device.download(values);
+  assertCodes(await values.device.download(values), codes, x, expected);
+}
+
+/** Fails unless E4M3 codes are the expected ones; NaNs may have either sign. @param scales of the rows of `x`. */
+function assertCodes(got: Uint8Array, codes: Uint8Array, x: Float32Array, scales: Float32Array): void {
   for (let i = 0; i < codes.length; i++) {
     if (got[i] === codes[i] || (codes[i] === 0x7f && got[i] === 0xff)) continue;
-    assert.fail(
-      `element ${i}, of ${x[i]} with scale ${expected[Math.floor(i / k)]}: ${got[i]}, not ${codes[i]}`,
-    );
+    const scale = scales[Math.floor(i * scales.length / x.length)];
+    assert.fail(`element ${i}, of ${x[i]} with scale ${scale}: ${got[i]}, not ${codes[i]}`);
   }
+}
+
+/** What a row becomes with each scale that quantizeWeightRows tries. */
+function candidatesOf(row: Float32Array) {
+  const first = scaleOfLargest(row, "ocp");
+  return Array.from({ length: CANDIDATES }, (_, c) => {
+    const scale = Math.fround(first * (1 + c / CANDIDATES));
+    const factor = Math.fround(1 / scale);
+    const scaled = row.map((x) => x * factor);
+    const [codes, rounded] = [new Uint8Array(row.length), new Float32Array(row.length)];
+    float32ToFloat8(scaled, codes);
+    float8ToFloat32(codes, rounded, "f8e4m3");
+    return {
+      scale,
+      codes,
+      error: scaled.reduce((sum, x, i) => sum + ((rounded[i] - x) * scale / first) ** 2, 0),
+    };
+  });
 }
 
 function quantizeSuite(): void {
@@ -261,6 +288,44 @@ function quantizeSuite(): void {
         assert.throws(() => quantizeRows(Tensor.empty(device, [2, 4], "f16")), ShapeError);
         assert.throws(() => quantizeTensor(Tensor.empty(device, [2, 4], "i32")), ShapeError);
       }));
+  });
+
+  forEachGpu("quantizeWeightRows", (test) => {
+    test("takes the best of its scales, and rounds by it: row lengths, dtypes, sizes, views, NaN and zeros", async (device) => {
+      const drawn = fc.record({
+        rows: fc.integer({ min: 1, max: 9 }),
+        k: fc.constantFrom(1, 7, 16, 24, 128, 768, 777, 3072, 15360),
+        dtype: dtypes,
+        size: fc.constantFrom(1, 1e-13, 1e-6, 1e30),
+        odd: fc.constantFrom(undefined, NaN, Infinity, 0),
+        place: fc.constantFrom("dense", "odd", "columns"),
+        seed: fc.nat(1000),
+      });
+      await fc.assert(
+        fc.asyncProperty(drawn, async ({ rows, k, dtype, size, odd, place, seed }) => {
+          const value = spread(seed, size);
+          const filled = (i: number) =>
+            odd === undefined || i >= k ? value(i) : odd === 0 || i === k >> 1 ? odd : value(i);
+          const { tensor, values } = place === "columns"
+            ? columns(device, [rows, k], dtype, filled, k)
+            : sample(device, [rows, k], dtype, filled, place === "odd" ? 1 : 0);
+          const quantized = quantizeWeightRows(tensor);
+          const [codes, scales] = [await device.download(quantized.values), await valuesOf(quantized.scales)];
+          for (const [row, scale] of scales.entries()) {
+            const own = values.subarray(row * k, (row + 1) * k);
+            const tried = candidatesOf(own);
+            const taken = tried.find((candidate) => Object.is(candidate.scale, scale));
+            assert.ok(taken, `row ${row} has scale ${scale}, not one of ${tried.map(({ scale }) => scale)}`);
+            const least = Math.min(...tried.map(({ error }) => error));
+            if (Number.isNaN(least)) assert.equal(scale, tried[0].scale);
+            else assert.ok(taken.error <= least * (1 + 1e-4), `row ${row}: ${taken.error}, not ${least}`);
+            assertCodes(codes.subarray(row * k, (row + 1) * k), taken.codes, own, Float32Array.of(scale));
+          }
+          for (const { memory } of [tensor, quantized]) device.free(memory);
+        }),
+        { numRuns: 60 },
+      );
+    });
   });
 
   forEachGpu("quantizeTensor", (test) => {
