@@ -32,6 +32,19 @@ type Addresses = readonly (readonly [id: number, pointer: bigint])[];
 /** 16-bit elements in 16 bytes. */
 const ROW_ELEMENTS = 8;
 
+/** Whether dtypes, sizes and places are such that cuDNN is asked for attention. */
+export function cudnnTakesAttention({ q, k, v, out }: AttentionPlan): boolean {
+  const headDim = q.shape[3];
+  if (headDim % 8 !== 0 || headDim > 256) return false;
+  if ((q.dtype !== "bf16" && q.dtype !== "f16") || [k, v, out].some(({ dtype }) => dtype !== q.dtype)) {
+    return false;
+  }
+  // Engines move 16 bytes at a time, and take it for granted that rows start at multiples of that.
+  return [q, k, v, out].every(({ strides, shape }) =>
+    strides.every((stride, dim) => dim === 3 || shape[dim] <= 1 || stride % ROW_ELEMENTS === 0)
+  );
+}
+
 /** A cuDNN handle and what plans for its GPU. */
 interface Session {
   readonly handle: bigint;
@@ -106,17 +119,8 @@ export class Cudnn implements Disposable {
    * @throws {CudnnError} with the tensors, where something goes wrong
    */
   attention(plan: AttentionPlan): boolean {
+    if (this.#backend.versionNumber < ATTENTION_VERSION || !cudnnTakesAttention(plan)) return false;
     const { q, k, v, out, scale } = plan;
-    const headDim = q.shape[3];
-    if (this.#backend.versionNumber < ATTENTION_VERSION || headDim % 8 !== 0 || headDim > 256) return false;
-    if ((q.dtype !== "bf16" && q.dtype !== "f16") || [k, v, out].some(({ dtype }) => dtype !== q.dtype)) {
-      return false;
-    }
-    // Engines move 16 bytes at a time, and take it for granted that rows start at multiples of that.
-    const apart = [q, k, v, out].some(({ strides, shape }) =>
-      strides.some((stride, dim) => dim < 3 && shape[dim] > 1 && stride % ROW_ELEMENTS !== 0)
-    );
-    if (apart) return false;
     if (out.size === 0) return true;
     const layouts: AttentionLayouts = { q: layoutOf(q), k: layoutOf(k), v: layoutOf(v), out: layoutOf(out) };
     const key = `attention ${text(layouts.q)} ${text(layouts.k)} ${text(layouts.v)} ${text(layouts.out)}`;

@@ -64,12 +64,6 @@ function issue(
 function plan(recipes: readonly Recipe[], library: boolean) {
   const { gpu, launches } = openNullGpu("sm_90a");
   gpu.attention = () => library;
-  gpu.takesMatmul = () => true;
-  if (recipes.includes(tuning)) {
-    // As in a measurement, which starts each way of doing the same.
-    gpu.measuring = (body) => body();
-    gpu.fastest = (_key, ways) => (ways.forEach((way) => way()), 0);
-  }
   const make = (shapes: WeightShapes) =>
     weightsFrom(new Map([...shapes].map(([name, shape]) => [name, Tensor.empty(gpu, shape, "bf16")])));
   const none = weightsFrom(new Map());

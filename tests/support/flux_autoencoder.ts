@@ -8,7 +8,7 @@ import {
 } from "../../recipes/base/autoencoder.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { weightsFrom } from "../../recipes/base/weights.ts";
-import { type NullGpu, openNullGpu } from "./null_gpu.ts";
+import { openNullGpu, type WatchedGpu } from "./null_gpu.ts";
 
 /** FLUX.1's autoencoder. */
 export const FLUX_AUTOENCODER = autoencoderConfigSchema.parse({
@@ -24,7 +24,7 @@ export function issueAutoencoder(
   direction: "decode" | "encode",
   dtype: DType,
   recipes: readonly Recipe[],
-): Pick<NullGpu, "launches" | "convs"> {
+): Pick<WatchedGpu, "launches" | "convs"> {
   const { gpu, launches, convs } = openNullGpu();
   const shapes = [...autoencoderWeightShapes(FLUX_AUTOENCODER)];
   const vae = weightsFrom(new Map(shapes.map(([name, shape]) => [name, Tensor.empty(gpu, shape, dtype)])));

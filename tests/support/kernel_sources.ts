@@ -2,10 +2,9 @@
  * The texts that a GPU gets to compile, without one: pictures are drawn on a GPU that computes nothing, by every recipe,
  * and what is left of the kernels is asked for one by one.
  */
-import type { Memory } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
-import type { GpuDevice, GpuLimits, KernelSource } from "../../ffi/gpu.ts";
-import { MemoryScopes } from "../../ffi/scope.ts";
+import type { GpuLimits, KernelSource } from "../../ffi/gpu.ts";
+import { NullGpu, type NullKernel } from "../../ffi/null_gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { addBias } from "../../kernels/add_bias.ts";
 import { attention } from "../../kernels/attention.ts";
@@ -33,68 +32,23 @@ import { FluxPipeline } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { recipesFor } from "../../recipes/switches.ts";
 import { goldenPath } from "./golden.ts";
+import { watchLaunches } from "./watch_launches.ts";
 
 /** A text to compile, and what of it is launched. */
 export interface UsedSource extends KernelSource {
   readonly entries: Set<string>;
 }
 
-/** A GPU that computes nothing and remembers what it was to compile. */
-function collectingGpu(limits: GpuLimits, sources: Map<string, UsedSource>): GpuDevice {
-  const scopes = new MemoryScopes(() => {});
-  let next = 1n << 40n;
-  const gpu = {
-    kind: "hip",
-    name: "collecting GPU",
-    limits,
-    properties: () => ({ description: "", providers: {}, nativeBfloat16: true }),
-    memoryUse: () => ({ current: 0, peak: 0, reserved: 0, weights: 0 }),
-    alloc: (byteLength: number): Memory => {
-      next += BigInt(Math.ceil(byteLength / 256 + 1) * 256);
-      return { device: gpu, pointer: next, byteLength };
-    },
-    free: () => {},
-    scope: <T>(inner: () => T): T => scopes.run(inner),
-    placeAll: (parts: readonly Uint8Array[]) =>
-      Promise.resolve(parts.map(({ byteLength }) => gpu.alloc(byteLength))),
-    upload: () => {},
-    changed: () => {},
-    download: (tensor: Tensor) => Promise.resolve(new Uint8Array(tensor.byteLength)),
-    kernel: (source: KernelSource, entry: string) => {
-      const used = sources.get(source.text) ?? { ...source, entries: new Set() };
-      sources.set(source.text, used);
-      used.entries.add(entry);
-      return { name: entry };
-    },
-    launch: () => {},
-    conv: () => {},
-    convAdd: () => false,
-    matmul: () => {},
-    takesMatmul: () => true,
-    attention: () => false,
-    fastest: (_: string, ways: readonly (() => void)[]) => {
-      for (const way of ways) way();
-      return 0;
-    },
-    measuring: <T>(body: () => T): T => body(),
-    environment: () => ({}),
-    prepared: () => new Map(),
-    adopt: () => {},
-    event: () => ({ reached: true, since: () => 0, [Symbol.dispose]: () => {} }),
-    record: (body: () => void) => {
-      body();
-      return { replay: () => {}, [Symbol.dispose]: () => {} };
-    },
-    synchronize: () => Promise.resolve(),
-    [Symbol.dispose]: () => {},
-  } as unknown as GpuDevice;
-  return gpu;
-}
-
 /** The texts of all kernels that a GPU with these limits launches, by what recipes and tests use. */
 export async function kernelSources(limits: GpuLimits): Promise<UsedSource[]> {
+  const gpu = new NullGpu({ kind: "hip", limits });
   const sources = new Map<string, UsedSource>();
-  const gpu = collectingGpu(limits, sources);
+  watchLaunches(gpu, (kernel) => {
+    const { source, entry } = kernel as NullKernel;
+    const used = sources.get(source.text) ?? { ...source, entries: new Set() };
+    sources.set(source.text, used);
+    used.entries.add(entry);
+  });
   const rungs: readonly (readonly Recipe[])[] = [
     [baselineFp32],
     [bfloat16],
