@@ -23,19 +23,31 @@ export class DiskCache {
    * none. Never fails because of the disk: a cache that cannot be read or written costs time only.
    */
   get(parts: readonly string[], build: () => Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
-    if (this.#unusable) return build();
-    const path = join(this.folder, nameOf(parts));
-    const known = this.#read(path);
+    const known = this.find(parts);
     if (known !== undefined) return known;
     const content = build();
-    if (this.#unusable) return content;
+    this.keep(parts, content);
+    return content;
+  }
+
+  /** The entry of `parts`; undefined where there is none that can be read. */
+  find(parts: readonly string[]): Uint8Array<ArrayBuffer> | undefined {
+    return this.#unusable ? undefined : this.#read(this.#pathOf(parts));
+  }
+
+  /** Writes the entry of `parts`, if the disk takes it. */
+  keep(parts: readonly string[], content: Uint8Array): void {
+    if (this.#unusable) return;
     try {
       Deno.mkdirSync(this.folder, { recursive: true });
-      writeFileAtomicSync(path, concatBytes([digestOf(content), content]));
+      writeFileAtomicSync(this.#pathOf(parts), concatBytes([digestOf(content), content]));
     } catch (error) {
       this.#giveUp("written", error);
     }
-    return content;
+  }
+
+  #pathOf(parts: readonly string[]): string {
+    return join(this.folder, nameOf(parts));
   }
 
   #read(path: string): Uint8Array<ArrayBuffer> | undefined {

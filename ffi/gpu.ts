@@ -179,6 +179,13 @@ export interface GpuDevice extends Device {
    * log.
    */
   kernel(source: KernelSource, entry: string): GpuKernel;
+  /**
+   * Compiles files side by side on other threads, so that {@link kernel} finds them compiled. What does not compile is left out:
+   * `kernel` says why, if it is asked for.
+   *
+   * @param signal no more are begun when it aborts.
+   */
+  compileAhead(sources: readonly KernelSource[], signal?: AbortSignal): Promise<void>;
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void;
 
   /**

@@ -27,6 +27,13 @@ function functionsOf(prefix: string, code: string) {
     destroyProgram: { name: `${prefix}DestroyProgram`, parameters: ["buffer"], result: "i32" },
     // Result CompileProgram(Program prog, int numOptions, const char *const *options)
     compileProgram: { name: `${prefix}CompileProgram`, parameters: ["u64", "i32", "buffer"], result: "i32" },
+    // The same on a thread of its own.
+    compileProgramAside: {
+      name: `${prefix}CompileProgram`,
+      parameters: ["u64", "i32", "buffer"],
+      result: "i32",
+      nonblocking: true,
+    },
     // Result Get...Size(Program prog, size_t *sizeRet)
     getCodeSize: { name: `${prefix}Get${code}Size`, parameters: ["u64", "buffer"], result: "i32" },
     // Result Get...(Program prog, char *code)
@@ -53,6 +60,16 @@ export interface CompilerNames {
   readonly code: string;
 }
 
+/** A file on its way through the compiler, and what that reads until it is destroyed. */
+interface Program {
+  readonly source: KernelSource;
+  readonly arch: string;
+  readonly handle: BigUint64Array<ArrayBuffer>;
+  readonly options: readonly Uint8Array[];
+  /** The arguments of CompileProgram, with addresses of {@link options}. */
+  readonly call: readonly [program: bigint, count: number, options: BigUint64Array<ArrayBuffer>];
+}
+
 /** A compiler, open. */
 export abstract class RuntimeCompiler implements Disposable {
   readonly version: readonly [major: number, minor: number];
@@ -61,6 +78,9 @@ export abstract class RuntimeCompiler implements Disposable {
   readonly #names: CompilerNames;
   readonly #library: OpenedLibrary<ReturnType<typeof functionsOf>>;
   readonly #out = new BigUint64Array(1);
+  /** Compilations on other threads. */
+  #running = 0;
+  #closed = false;
 
   /** Throws {@link LibraryNotFoundError}. */
   constructor(names: CompilerNames, options: OpenOptions) {
@@ -81,51 +101,87 @@ export abstract class RuntimeCompiler implements Disposable {
    * @throws {CompileError} with the compiler's log, its first errors in the message; {FfiError} for other failures
    */
   compile(source: KernelSource, arch: string, cache?: DiskCache): Uint8Array<ArrayBuffer> {
-    const options = this.options(arch);
-    const build = () => this.#compile(source, arch, options);
-    if (cache === undefined) return build();
-    const { prefix } = this.#names;
-    return cache.get([prefix, this.version.join("."), ...options, source.name, source.text], build);
+    const build = () => {
+      const program = this.#create(source, arch);
+      try {
+        return this.#codeOf(program, this.#library.symbols.compileProgram(...program.call));
+      } finally {
+        this.#destroy(program);
+      }
+    };
+    return cache === undefined ? build() : cache.get(this.#keyOf(source, arch), build);
   }
 
+  /** The same while other code runs: the compiler works on a thread of its own, several at a time where there are cores. */
+  async compileAside(
+    source: KernelSource,
+    arch: string,
+    cache?: DiskCache,
+  ): Promise<Uint8Array<ArrayBuffer>> {
+    const key = this.#keyOf(source, arch);
+    const known = cache?.find(key);
+    if (known !== undefined) return known;
+    const program = this.#create(source, arch);
+    this.#running++;
+    try {
+      const code = this.#codeOf(program, await this.#library.symbols.compileProgramAside(...program.call));
+      cache?.keep(key, code);
+      return code;
+    } finally {
+      this.#destroy(program);
+      if (--this.#running === 0 && this.#closed) this.#library.close();
+    }
+  }
+
+  /** What still compiles on other threads goes on: the library is closed behind it. */
   [Symbol.dispose](): void {
-    this.#library.close();
+    this.#closed = true;
+    if (this.#running === 0) this.#library.close();
   }
 
-  #compile(source: KernelSource, arch: string, options: readonly string[]): Uint8Array<ArrayBuffer> {
-    const { createProgram, destroyProgram, compileProgram, getCodeSize, getCode } = this.#library.symbols;
-    const { name, code } = this.#names;
+  /** Everything that compiled code depends on. */
+  #keyOf({ name, text }: KernelSource, arch: string): string[] {
+    return [this.#names.prefix, this.version.join("."), ...this.options(arch), name, text];
+  }
+
+  #create(source: KernelSource, arch: string): Program {
     const handle = new BigUint64Array(1);
     this.#check(
-      createProgram(handle, cString(source.text), cString(source.name), 0, null, null),
+      this.#library.symbols.createProgram(handle, cString(source.text), cString(source.name), 0, null, null),
       "CreateProgram",
     );
-    const [program] = handle;
-    try {
-      const strings = options.map(cString); // held until the call is over
-      const pointers = new BigUint64Array(strings.length);
-      strings.forEach((string, i) => {
-        pointers[i] = Deno.UnsafePointer.value(Deno.UnsafePointer.of(string));
-      });
-      const status = compileProgram(program, strings.length, pointers);
-      if (status !== 0) {
-        const log = this.#log(program);
-        const why = firstErrors(log);
-        if (status === RESULTS.ERROR_COMPILATION) {
-          throw new CompileError(`${source.name} does not compile for ${arch}: ${why}`, log.trim());
-        }
-        const hint = status === RESULTS.ERROR_INVALID_OPTION
-          ? `${name} ${this.version.join(".")} may be older than this GPU: install a newer one`
-          : undefined;
-        this.#check(status, "CompileProgram", ` of ${source.name} for ${arch}`, `, ${why}`, hint);
+    const options = this.options(arch).map(cString);
+    // A buffer made first: V8 may move what a small typed array makes for itself.
+    const pointers = new BigUint64Array(new ArrayBuffer(8 * options.length));
+    options.forEach((option, i) => {
+      pointers[i] = Deno.UnsafePointer.value(Deno.UnsafePointer.of(option));
+    });
+    return { source, arch, handle, options, call: [handle[0], options.length, pointers] };
+  }
+
+  #destroy({ handle }: Program): void {
+    this.#check(this.#library.symbols.destroyProgram(handle), "DestroyProgram");
+  }
+
+  /** What a program was compiled to. Throws what {@link compile} throws. @param status of the compilation. */
+  #codeOf({ source, arch, handle: [program] }: Program, status: number): Uint8Array<ArrayBuffer> {
+    const { getCodeSize, getCode } = this.#library.symbols;
+    const { name, code } = this.#names;
+    if (status !== 0) {
+      const log = this.#log(program);
+      const why = firstErrors(log);
+      if (status === RESULTS.ERROR_COMPILATION) {
+        throw new CompileError(`${source.name} does not compile for ${arch}: ${why}`, log.trim());
       }
-      this.#check(getCodeSize(program, this.#out), `Get${code}Size`);
-      const image = new Uint8Array(Number(this.#out[0]));
-      this.#check(getCode(program, image), `Get${code}`);
-      return image;
-    } finally {
-      this.#check(destroyProgram(handle), "DestroyProgram");
+      const hint = status === RESULTS.ERROR_INVALID_OPTION
+        ? `${name} ${this.version.join(".")} may be older than this GPU: install a newer one`
+        : undefined;
+      this.#check(status, "CompileProgram", ` of ${source.name} for ${arch}`, `, ${why}`, hint);
     }
+    this.#check(getCodeSize(program, this.#out), `Get${code}Size`);
+    const image = new Uint8Array(Number(this.#out[0]));
+    this.#check(getCode(program, image), `Get${code}`);
+    return image;
   }
 
   #log(program: bigint): string {

@@ -21,6 +21,7 @@ import {
   type PowerMeter,
   TensorMap,
 } from "./gpu.ts";
+import type { RuntimeCompiler } from "./gpu_compiler.ts";
 import type { GpuContext } from "./gpu_context.ts";
 import { RuntimeEvent } from "./gpu_event.ts";
 import { RuntimeGraph } from "./gpu_graph.ts";
@@ -167,8 +168,8 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
 
   /** The library for matrix products, opened at its first use. */
   protected abstract readonly matmuls: Products;
-  /** Compiles a file, or takes it from {@link cache}. */
-  protected abstract compile(source: KernelSource): Uint8Array<ArrayBuffer>;
+  /** The compiler of kernels, opened at its first use. */
+  protected abstract readonly compiler: RuntimeCompiler;
   /** A loaded kernel with what its vendor tells of its shared memory. */
   protected abstract loaded(handle: bigint, name: string): RuntimeKernel;
   /** Asks for so much dynamic shared memory for a kernel, where its vendor wants to be asked. */
@@ -295,6 +296,29 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
       module.kernels.set(entry, kernel);
     }
     return kernel;
+  }
+
+  async compileAhead(sources: readonly KernelSource[], signal?: AbortSignal): Promise<void> {
+    this.checkOpen();
+    const missing = new Map(sources.map((source) => [this.#keyOf(source), source] as const));
+    for (const key of this.#prepared.keys()) missing.delete(key);
+    const compiler = this.#compilerIfNeeded(missing.size);
+    if (compiler === undefined) return;
+    // What takes the longest comes first, which is mostly what is the longest: else all would wait for it in the end.
+    const entries = [...missing].sort(([, a], [, b]) => b.text.length - a.text.length).values();
+    const compileOnes = async () => {
+      for (const [key, source] of entries) {
+        if (this.#closed || signal?.aborted) return;
+        if (this.#prepared.has(key)) continue; // somebody needed it meanwhile
+        try {
+          const code = await compiler.compileAside(source, this.limits.architecture, this.cache);
+          if (!this.#prepared.has(key)) this.#prepared.set(key, code);
+        } catch (error) {
+          if (!(error instanceof FfiError)) throw error; // else `kernel` will say it, if it comes to that
+        }
+      }
+    };
+    await Promise.all(Array.from({ length: navigator.hardwareConcurrency }, compileOnes));
   }
 
   launch(kernel: GpuKernel, launch: Launch, args: readonly KernelArgument[]): void {
@@ -453,12 +477,30 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   }
 
   #code(source: KernelSource): Uint8Array<ArrayBuffer> {
-    const { architecture } = this.limits;
-    const hash = createHash("sha256").update(`${architecture}\n${source.text}`).digest("hex");
-    const key = `${this.hardware.code} of ${source.name} ${hash}`;
+    const key = this.#keyOf(source);
     let code = this.#prepared.get(key);
-    if (code === undefined) this.#prepared.set(key, code = this.compile(source));
+    if (code === undefined) {
+      code = this.compiler.compile(source, this.limits.architecture, this.cache);
+      this.#prepared.set(key, code);
+    }
     return code;
+  }
+
+  /** What a file's code is {@link #prepared} under. */
+  #keyOf({ name, text }: KernelSource): string {
+    const hash = createHash("sha256").update(`${this.limits.architecture}\n${text}`).digest("hex");
+    return `${this.hardware.code} of ${name} ${hash}`;
+  }
+
+  /** Undefined where there is nothing to compile, or nothing to compile with. */
+  #compilerIfNeeded(count: number): RuntimeCompiler | undefined {
+    if (count === 0) return undefined;
+    try {
+      return this.compiler;
+    } catch (error) {
+      if (!(error instanceof FfiError)) throw error;
+      return undefined;
+    }
   }
 
   /** See {@link GpuContext.choose}. */

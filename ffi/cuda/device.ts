@@ -6,7 +6,6 @@ import {
   type AttentionPlan,
   type ConvAddPlan,
   type GpuProfiler,
-  type KernelSource,
   type PowerMeter,
   TensorMap,
 } from "../gpu.ts";
@@ -64,7 +63,7 @@ export class CudaDevice extends RuntimeDevice<Driver> {
     // What was adopted needs no compiler, which is not opened just to be named.
     const compiler = this.#nvrtc === undefined && this.hasPrepared
       ? "an earlier process"
-      : versionOr(() => `NVRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
+      : versionOr(() => `NVRTC ${this.compiler.version.join(".")} for ${this.limits.architecture}`);
     const { version: fa3 } = this.#flashAttention3;
     const { gpuName, totalBytes, driverVersion } = this.hardware;
     return {
@@ -141,12 +140,12 @@ export class CudaDevice extends RuntimeDevice<Driver> {
     });
   }
 
-  protected get matmuls(): CublasLt {
-    return this.#cublasLt ??= new CublasLt(this.context);
+  protected get compiler(): Nvrtc {
+    return this.#nvrtc ??= new Nvrtc(this.driver.driverGetVersion()[0]);
   }
 
-  protected compile(source: KernelSource): Uint8Array<ArrayBuffer> {
-    return this.#compiler.compile(source, this.limits.architecture, this.cache);
+  protected get matmuls(): CublasLt {
+    return this.#cublasLt ??= new CublasLt(this.context);
   }
 
   protected loaded(handle: bigint, name: string): RuntimeKernel {
@@ -174,10 +173,6 @@ export class CudaDevice extends RuntimeDevice<Driver> {
 
   protected libraries(): readonly (Disposable | undefined)[] {
     return [this.#cupti, this.#flashAttention3, this.#cudnn, this.#cublasLt, this.#nvrtc];
-  }
-
-  get #compiler(): Nvrtc {
-    return this.#nvrtc ??= new Nvrtc(this.driver.driverGetVersion()[0]);
   }
 
   get #convolutions(): Cudnn {

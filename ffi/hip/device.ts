@@ -1,7 +1,7 @@
 import type { DiskCache } from "../cache.ts";
 import type { ConvPlan, DeviceProperties } from "../device.ts";
 import { FfiError } from "../errors.ts";
-import type { AttentionPlan, GpuProfiler, KernelSource, TensorMap } from "../gpu.ts";
+import type { AttentionPlan, GpuProfiler, TensorMap } from "../gpu.ts";
 import {
   gibibytes,
   type Hardware,
@@ -55,7 +55,7 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
     this.checkOpen();
     const compiler = this.#hiprtc === undefined && this.hasPrepared
       ? "an earlier process"
-      : versionOr(() => `hipRTC ${this.#compiler.version.join(".")} for ${this.limits.architecture}`);
+      : versionOr(() => `hipRTC ${this.compiler.version.join(".")} for ${this.limits.architecture}`);
     const { gpuName, totalBytes, driverVersion } = this.hardware;
     return {
       description: `${gpuName}, ${gibibytes(totalBytes)}, ${this.limits.architecture}`,
@@ -124,12 +124,12 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
     );
   }
 
-  protected get matmuls(): HipblasLt {
-    return this.#hipblasLt ??= new HipblasLt(this.context);
+  protected get compiler(): Hiprtc {
+    return this.#hiprtc ??= new Hiprtc();
   }
 
-  protected compile(source: KernelSource): Uint8Array<ArrayBuffer> {
-    return this.#compiler.compile(source, this.limits.architecture, this.cache);
+  protected get matmuls(): HipblasLt {
+    return this.#hipblasLt ??= new HipblasLt(this.context);
   }
 
   /** All shared memory may be dynamic, without asking. */
@@ -140,10 +140,6 @@ export class HipDevice extends RuntimeDevice<HipRuntime> {
 
   protected libraries(): readonly (Disposable | undefined)[] {
     return [this.#aiter, this.#miopen, this.#hipblasLt, this.#hiprtc];
-  }
-
-  get #compiler(): Hiprtc {
-    return this.#hiprtc ??= new Hiprtc();
   }
 
   get #convolutions(): Miopen {

@@ -7,7 +7,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <map>
+#include <mutex>
 #include <regex>
 #include <string>
 
@@ -18,7 +20,7 @@ namespace {
 // How to compile is known when this is compiled, so that any process that opens the library can: CPU_COMMAND, the
 // compiler with its flags; CPU_HEADER, the path of simt.hpp; CPU_FOLDER, for files.
 const std::string command = CPU_COMMAND, header = CPU_HEADER, folder = CPU_FOLDER;
-int compiled;
+std::atomic<int> compiled;
 
 std::string slurp(const std::string& path) {
   std::string text;
@@ -54,6 +56,8 @@ extern "C" {
 
 // Returns whether it compiles: the image, or the compiler's words.
 int cpu_compile(const char* text, const char* name, char** image, uint64_t* bytes, char** log) {
+  static std::mutex compiling;  // several threads call
+  const std::lock_guard<std::mutex> lock(compiling);
   static std::map<std::string, std::string> known;  // what this process has compiled, by the text
   const auto before = known.find(text);
   if (before != known.end()) return *image = copied(before->second), *bytes = before->second.size(), 1;

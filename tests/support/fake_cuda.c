@@ -8,11 +8,13 @@
 // Linked with cuda_on_cpu.cpp it runs the kernels that it compiles. Else "kernels" are chosen by name: `fill(int *out, int value, int count)` and `fault()`, which loses the context; all
 // others do nothing but record their launch.
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 typedef uint64_t u64;
 enum { OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, NO_CONTEXT = 201, BAD_HANDLE = 400, NOT_FOUND = 500 };
@@ -680,35 +682,52 @@ int cuGraphDestroy(u64 graph) { ENTER(1); return destroy(graph, GRAPH); }
 // -- NVRTC: the "cubin" is the source, or what cuda_on_cpu.cpp makes of it ------------------------------------------
 
 static const char LOG[] = "fake.cu(2): error: #error\n1 error detected\n";
-static char *program, *programName, *image, *words;
-static u64 imageBytes;
-static int compilations;
+struct program { char *text, *name, *image, *words; u64 imageBytes; };
+// How many were compiled, how many are being compiled now, and the most that ever were: threads of the caller's do it.
+static pthread_mutex_t compiling = PTHREAD_MUTEX_INITIALIZER;
+static int compilations, running, mostRunning;
+static void count_compilation(int begins) {
+  pthread_mutex_lock(&compiling);
+  compilations += begins;
+  running += begins ? 1 : -1;
+  if (running > mostRunning) mostRunning = running;
+  pthread_mutex_unlock(&compiling);
+}
 const char *nvrtcGetErrorString(int status) { return status == 6 ? "NVRTC_ERROR_COMPILATION" : "an error"; }
 int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
 int nvrtcCreateProgram(u64 *handle, const char *text, const char *name, int n, void *headers, void *names) {
   (void)n, (void)headers, (void)names;
-  program = strdup(text);
-  programName = strdup(name);
-  image = words = NULL;
-  *handle = 1;
+  struct program *made = calloc(1, sizeof *made);
+  made->text = strdup(text);
+  made->name = strdup(name);
+  *handle = (u64)(uintptr_t)made;
   return 0;
 }
+#define PROGRAM(handle) ((struct program *)(uintptr_t)(handle))
 int nvrtcDestroyProgram(u64 *handle) {
-  free(program), free(programName), free(image), free(words);
+  struct program *it = PROGRAM(*handle);
+  free(it->text), free(it->name), free(it->image), free(it->words), free(it);
   *handle = 0;
   return 0;
 }
 int nvrtcCompileProgram(u64 handle, int count, const char **options) {
-  (void)handle, (void)count, (void)options;
-  compilations++;
-  if (cpu_compile) return cpu_compile(program, programName, &image, &imageBytes, &words) ? 0 : 6;
-  image = strdup(program), imageBytes = strlen(program), words = strdup(LOG);
-  return strstr(program, "#error") ? 6 : 0;
+  (void)count, (void)options;
+  struct program *it = PROGRAM(handle);
+  count_compilation(1);
+  int fits;
+  if (cpu_compile) fits = cpu_compile(it->text, it->name, &it->image, &it->imageBytes, &it->words);
+  else {
+    if (strstr(it->text, "slow")) usleep(50000);
+    it->image = strdup(it->text), it->imageBytes = strlen(it->text), it->words = strdup(LOG);
+    fits = !strstr(it->text, "#error");
+  }
+  count_compilation(0);
+  return fits ? 0 : 6;
 }
-int nvrtcGetCUBINSize(u64 handle, u64 *bytes) { (void)handle; *bytes = imageBytes; return 0; }
-int nvrtcGetCUBIN(u64 handle, char *out) { (void)handle; memcpy(out, image, imageBytes); return 0; }
-int nvrtcGetProgramLogSize(u64 handle, u64 *bytes) { (void)handle; *bytes = strlen(words) + 1; return 0; }
-int nvrtcGetProgramLog(u64 handle, char *out) { (void)handle; strcpy(out, words); return 0; }
+int nvrtcGetCUBINSize(u64 handle, u64 *bytes) { *bytes = PROGRAM(handle)->imageBytes; return 0; }
+int nvrtcGetCUBIN(u64 handle, char *out) { memcpy(out, PROGRAM(handle)->image, PROGRAM(handle)->imageBytes); return 0; }
+int nvrtcGetProgramLogSize(u64 handle, u64 *bytes) { *bytes = strlen(PROGRAM(handle)->words) + 1; return 0; }
+int nvrtcGetProgramLog(u64 handle, char *out) { strcpy(out, PROGRAM(handle)->words); return 0; }
 
 // -- the tests' side ---------------------------------------------------------------------------------------------
 
@@ -717,7 +736,7 @@ void fake_reset(u64 bytes, int count, int isPatient, int computeCapability) {
   memset(objects, 0, sizeof objects);
   queue.count = 0;
   used = 0;
-  lost = launches = contexts = failure = current = compilations = 0;
+  lost = launches = contexts = failure = current = compilations = mostRunning = 0;
   total = bytes;
   devices = count;
   patience = isPatient;
@@ -738,6 +757,8 @@ int fake_alive(void) {
 u64 fake_used(void) { return used; }
 int fake_launches(void) { return launches; }
 int fake_compilations(void) { return compilations; }
+// How many were compiled at a time, at most.
+int fake_compilations_at_once(void) { return mostRunning; }
 // The last launch: grid, block, shared memory and bytes of arguments as 8 words, then the arguments.
 void fake_last_launch(uint32_t *sizes, unsigned char *arguments) {
   memcpy(sizes, last.grid, 12);

@@ -19,6 +19,8 @@ const SYMBOLS = {
   fake_launches: { parameters: [], result: "i32" },
   // int fake_compilations(void)
   fake_compilations: { parameters: [], result: "i32" },
+  // int fake_compilations_at_once(void)
+  fake_compilations_at_once: { parameters: [], result: "i32" },
   // void fake_last_launch(uint32_t *sizes, unsigned char *arguments)
   fake_last_launch: { parameters: ["buffer", "buffer"], result: "void" },
   // void fake_cupti_reset(uint32_t itsVersion, int threads, int recordsPerBuffer)
@@ -45,6 +47,8 @@ export interface FakeCuda {
   readonly used: number;
   readonly launches: number;
   readonly compilations: number;
+  /** The most that were compiled at a time; those whose text has the word "slow" take 50 ms. */
+  readonly compilationsAtOnce: number;
   lastLaunch(): { grid: number[]; block: number[]; shared: number; args: Uint8Array<ArrayBuffer> };
   readonly profiler: FakeProfiler;
 }
@@ -160,6 +164,9 @@ export async function withFakeCuda(
       },
       get compilations() {
         return symbols.fake_compilations();
+      },
+      get compilationsAtOnce() {
+        return symbols.fake_compilations_at_once();
       },
       lastLaunch() {
         const sizes = new Uint32Array(8);
