@@ -25,7 +25,6 @@ import {
   withLocalModel,
 } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
-import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
 import { compose, eagerPlan } from "./base/plan.ts";
 import { PngEncoder } from "./base/png_encoder.ts";
@@ -91,8 +90,9 @@ export async function generateImage(
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
-  using model = await exported?.load() ??
-    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
+  const dtype = flags.disable_bf16 ? "f32" : "bf16";
+  const drawing = { ...drawingOptions(flags), ...edited, numImagesPerPrompt };
+  using model = await exported?.load() ?? await loadModel(flags, device, dtype, note, recipes, drawing);
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const loras = await mergeLoras(flags.lora, model, plan, note);
@@ -163,10 +163,8 @@ export async function generateImage(
     for (const [number, prompt] of prompts.entries()) {
       let bar: Progress | undefined;
       const result = await pipeline.generate({
-        ...drawingOptions(flags),
-        ...edited,
+        ...drawing,
         prompt,
-        numImagesPerPrompt,
         onWarning,
         onProgress: ({ step, steps }) => {
           const label = prompts.length === 1 ? "denoising" : `prompt ${number + 1}/${prompts.length}`;

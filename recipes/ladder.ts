@@ -26,7 +26,6 @@ import { FluxError, UsageError } from "./base/errors.ts";
 import { loadModel, mergeLoras, openChosen, pictureToEdit, withLocalModel } from "./base/loading.ts";
 import type { LoraChoice } from "./base/lora.ts";
 import { measure, type PartStatistics, partStatistics, RUNS, WARMUPS } from "./base/measure.ts";
-import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
 import { largestError, psnr } from "./base/psnr.ts";
@@ -308,17 +307,18 @@ async function measureRung(
   const edited = await pictureToEdit(flags);
   using device = await openChosen(flags, note);
   const dtype = recipes.some(({ name }) => name === REFERENCE) ? "bf16" : "f32";
-  using model = await loadModel(flags, device, dtype, note, piecesFor(recipes));
+  const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
+  using model = await loadModel(flags, device, dtype, note, recipes, drawing);
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   await mergeLoras(flags.lora, model, plan, note);
   const pipeline = new FluxPipeline(model, plan);
   const { warmups, runs } = flags;
   const bar = new Progress(label, warmups + runs, "pictures");
-  const { times, picture, settings } = await measure(
-    pipeline,
-    { ...drawingOptions(flags), ...edited, onWarning: note },
-    { warmups, runs, onPicture: (done) => bar.update(done) },
-  ).finally(() => bar.stop());
+  const { times, picture, settings } = await measure(pipeline, drawing, {
+    warmups,
+    runs,
+    onPicture: (done) => bar.update(done),
+  }).finally(() => bar.stop());
   const { weights, peak, reserved } = device.memoryUse();
   return {
     rung: { milliseconds: partStatistics(times), memory: { weights, peak, reserved }, picture },

@@ -20,7 +20,6 @@ import {
   withLocalModel,
 } from "./base/loading.ts";
 import { encodePicture } from "./base/picture_file.ts";
-import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateOptions, type GenerateResult, type Picture } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "./base/plan.ts";
 import { psnr } from "./base/psnr.ts";
@@ -111,16 +110,11 @@ async function runLiveDrawing([path, ...args]: string[]): Promise<void> {
   checkModel(flags, recipes);
   const edited = await pictureToEdit(flags);
   using device = await openChosen(flags, note);
-  using model = await loadModel(
-    flags,
-    device,
-    flags.disable_bf16 ? "f32" : "bf16",
-    note,
-    piecesFor(recipes),
-  );
+  const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
+  const dtype = flags.disable_bf16 ? "f32" : "bf16";
+  using model = await loadModel(flags, device, dtype, note, recipes, drawing);
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   await mergeLoras(flags.lora, model, plan, note);
-  const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
   const changes = fileChanges([KERNELS]); // before the texts are read, so that no change is missed
   const live = new LiveDrawing(new FluxPipeline(model, plan), drawing);
   const draw = async (why: string) => {

@@ -40,7 +40,6 @@ import {
   WARMUPS,
 } from "./base/measure.ts";
 import { encodePicture } from "./base/picture_file.ts";
-import { piecesFor } from "./base/pieces.ts";
 import { FluxPipeline, type GenerateResult } from "./base/pipeline.ts";
 import { compose, eagerPlan, type Plan, type Recipe } from "./base/plan.ts";
 import { numberLines } from "./base/table.ts";
@@ -123,8 +122,9 @@ async function benchmark(
   using device = await openChosen(flags, note);
   const loadStart = performance.now();
   const exported = exportedModel(flags, recipes, device, note);
-  using model = await exported?.load() ??
-    await loadModel(flags, device, flags.disable_bf16 ? "f32" : "bf16", note, piecesFor(recipes));
+  const dtype = flags.disable_bf16 ? "f32" : "bf16";
+  const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
+  using model = await exported?.load() ?? await loadModel(flags, device, dtype, note, recipes, drawing);
   const load = performance.now() - loadStart;
   const plan = compose(eagerPlan(device, model.weights), ...recipes);
   const loras = await mergeLoras(flags.lora, model, plan, note);
@@ -134,7 +134,6 @@ async function benchmark(
   }
 
   const pipeline = new FluxPipeline(model, plan);
-  const drawing = { ...drawingOptions(flags), ...edited, onWarning: note };
   const bar = new Progress("drawing", warmups + runs, "pictures");
   const { times, first, picture, settings, power } = await measure(pipeline, drawing, {
     warmups,

@@ -1,5 +1,6 @@
 import type { Device } from "../../ffi/device.ts";
 import type { DType } from "../../ffi/dtype.ts";
+import { isGpu } from "../../ffi/gpu.ts";
 import { openDevice } from "../../ffi/open.ts";
 import { readJson, resolveModelFolder } from "./checkpoint.ts";
 import { definedOnly, EMBEDDED_MODEL, gigabytes, interruptibly, Progress } from "./command_line.ts";
@@ -9,11 +10,12 @@ import { WHOLE_MODEL } from "./hub_files.ts";
 import { isHubId } from "./hub_id.ts";
 import { type LoraChoice, Loras } from "./lora.ts";
 import { Model } from "./model.ts";
-import { isKontext, modelName } from "./model_parts.ts";
-import type { Pieces } from "./pieces.ts";
+import { isKontext, modelName, readParts } from "./model_parts.ts";
+import { piecesFor } from "./pieces.ts";
 import type { GenerateOptions } from "./pipeline.ts";
 import { COMPONENTS, type Plan, type Recipe } from "./plan.ts";
 import { readPicture } from "./read_picture.ts";
+import { rehearse } from "./rehearsal.ts";
 import { transformerConfigOf } from "./single_file.ts";
 import { transformerConfigSchema } from "./transformer.ts";
 
@@ -142,30 +144,52 @@ export function checkModel(
 }
 
 /**
- * Loads the model that the flags name, with a progress bar, or makes its weights up.
+ * Loads the model that the flags name, with a progress bar, or makes its weights up. Where a GPU will draw with it, the kernels
+ * for that are compiled meanwhile.
  *
  * @param dtype of weights that are made up, and of those that are stored in float8. @param note is told what is worth knowing.
- * @param pieces loads in pieces, with these recipes; all at once when left out.
+ * @param recipes that a plan of the model will be composed of. @param drawing what will be drawn first, where that is known.
  */
 export async function loadModel(
   { ckpt = EMBEDDED_MODEL, randomWeights, transformer, vae }: ModelChoice,
   device: Device,
   dtype: DType,
   note: (message: string) => void,
-  pieces?: Pieces,
+  recipes: readonly Recipe[] = [],
+  drawing?: GenerateOptions,
 ): Promise<Model> {
-  if (randomWeights) return await Model.random(ckpt, device, dtype, 0, pieces);
-  let bar: Progress | undefined;
-  return await Model.load(ckpt, device, {
-    files: { transformer, vae },
-    dtype,
-    onProgress: ({ loadedBytes, totalBytes }) => {
-      bar ??= new Progress("loading", totalBytes, "bytes");
-      bar.update(loadedBytes);
-    },
-    onWarning: note,
-    pieces,
-  }).finally(() => bar?.stop());
+  const files = { transformer, vae };
+  const parts = readParts(ckpt, files);
+  const pieces = piecesFor(recipes);
+  const load = async () => {
+    if (randomWeights) return await Model.random(parts, device, dtype, 0, pieces);
+    let bar: Progress | undefined;
+    return await Model.load(parts, device, {
+      files,
+      dtype,
+      onProgress: ({ loadedBytes, totalBytes }) => {
+        bar ??= new Progress("loading", totalBytes, "bytes");
+        bar.update(loadedBytes);
+      },
+      onWarning: note,
+      pieces,
+    }).finally(() => bar?.stop());
+  };
+  if (!isGpu(device) || drawing === undefined) return await load();
+  const stored = randomWeights ? dtype : "bf16"; // as FLUX.1's are
+  const failed = new AbortController();
+  const compiled = device.compileAhead(
+    await rehearse(device, { parts, dtype: stored, recipes, drawing }),
+    failed.signal,
+  );
+  try {
+    return await load();
+  } catch (error) {
+    failed.abort();
+    throw error;
+  } finally {
+    await compiled; // a program that fails ends, and must not end while its threads compile
+  }
 }
 
 /**

@@ -1,6 +1,6 @@
 import type { Device } from "../../ffi/device.ts";
 import { type DType, dtypeBytes } from "../../ffi/dtype.ts";
-import { elementCount } from "../../ffi/tensor.ts";
+import { elementCount, Tensor } from "../../ffi/tensor.ts";
 import { CheckpointError, type ComponentWeights } from "./component_weights.ts";
 import { FluxError, ModelError, UsageError } from "./errors.ts";
 import {
@@ -13,7 +13,7 @@ import {
   weightShapes,
   withScales,
 } from "./model_parts.ts";
-import { loadInPieces, type Pieces } from "./pieces.ts";
+import { loadInPieces, type Pieces, type Unloaded } from "./pieces.ts";
 import { type Component, COMPONENTS } from "./plan.ts";
 import { randomPart } from "./random_weights.ts";
 import { printable } from "./safetensors.ts";
@@ -21,7 +21,15 @@ import type { FlowMatchEulerScheduler } from "./scheduler.ts";
 import type { PartFiles } from "./single_file.ts";
 import { widenStored } from "./stored_float8.ts";
 import type { TextTokenizer } from "./tokenizer.ts";
-import { freeAll, isScale, placeWeights, scaleName, type Weights } from "./weights.ts";
+import {
+  freeAll,
+  isScale,
+  placeWeights,
+  scaleName,
+  type Weights,
+  weightsFrom,
+  type WeightShapes,
+} from "./weights.ts";
 
 /** Weights of a part as they were before any recipe: their names and where they come from. */
 type Source = (component: Component, names: readonly string[]) => Promise<Weights>;
@@ -76,18 +84,18 @@ export class Model implements Disposable {
    * The model of a folder's configs and tokenizers with random weights, made on the device; weights in the folder are
    * not looked at. It draws noise, in the time that the real one takes.
    *
-   * @param dtype of the weights; the recipe's own saves a cast. @param seed the same one makes the same weights.
-   * @param pieces makes them in pieces, with these recipes; all at once when left out.
+   * @param folder its path, or what was read of it. @param dtype of the weights; the recipe's own saves a cast.
+   * @param seed the same one makes the same weights. @param pieces makes them in pieces, with these recipes; all at once when left out.
    * @throws ModelError that names the file and what is wrong with it; OutOfMemoryError.
    */
   static async random(
-    path: string,
+    folder: string | ModelParts,
     device: Device,
     dtype: DType,
     seed = 0,
     pieces?: Pieces,
   ): Promise<Model> {
-    const parts = readParts(path);
+    const parts = typeof folder === "string" ? readParts(folder) : folder;
     const shapes = weightShapes(parts.configs);
     const source = randomSource(device, parts, dtype, seed);
     const weights = pieces === undefined
@@ -96,18 +104,25 @@ export class Model implements Disposable {
           component,
         ) => [component, randomPart(device, parts.configs, component, shapes[component], dtype, seed)]),
       ) as Record<Component, Weights>
-      : await loadInPieces(
-        device,
-        COMPONENTS.map((component) => ({
-          component,
-          names: [...shapes[component].keys()],
-          bytesOf: (name) => elementCount(shapes[component].get(name)!) * dtypeBytes(dtype),
-          place: (names) => source(component, names),
-        })),
-        pieces,
-      );
+      : await loadInPieces(device, unloadedParts(shapes, dtype, source), pieces);
     await device.synchronize();
     return new Model({ ...parts, name: withRandom(parts.name) }, weights, [], source);
+  }
+
+  /**
+   * The model with memory for its weights and nothing in it, for a device that computes nothing.
+   *
+   * @param pieces how it would be loaded.
+   */
+  static async hollow(parts: ModelParts, device: Device, dtype: DType, pieces?: Pieces): Promise<Model> {
+    const shapes = weightShapes(parts.configs);
+    const source: Source = (component, names) => {
+      const empty = (name: string) => Tensor.empty(device, shapes[component].get(name)!, dtype, "weights");
+      return Promise.resolve(weightsFrom(new Map(names.map((name) => [name, empty(name)]))));
+    };
+    const unloaded = unloadedParts(shapes, dtype, source);
+    const weights = await loadInPieces(device, unloaded, pieces ?? { recipes: [], deposited: [] });
+    return new Model(parts, weights, [], source);
   }
 
   /**
@@ -151,21 +166,26 @@ export class Model implements Disposable {
   /**
    * Opens a model folder.
    *
+   * @param folder its path, or what was read of it with the options' files.
    * @throws ModelError, CheckpointError or SafetensorsError that names the file and what is wrong with it; one
    * CheckpointError with all that is wrong where several parts' weights are; FfiError or OutOfMemoryError when they
    * cannot be brought to the device.
    */
-  static async load(path: string, device: Device, options: LoadOptions = {}): Promise<Model> {
+  static async load(
+    folder: string | ModelParts,
+    device: Device,
+    options: LoadOptions = {},
+  ): Promise<Model> {
     const { files = {}, dtype = "bf16" } = options;
-    const own = readParts(path, files);
-    const { folder, configs } = own;
+    const own = typeof folder === "string" ? readParts(folder, files) : folder;
+    const { configs } = own;
     const checkpoints: ComponentWeights[] = [];
     try {
       // All files are checked before the first byte is placed: a missing shard shows at once.
       const errors: FluxError[] = [];
       const opened = COMPONENTS.flatMap((component) => {
         try {
-          const checkpoint = openPart(folder, files, configs, component);
+          const checkpoint = openPart(own.folder, files, configs, component);
           checkpoints.push(checkpoint);
           const shapes = withScales(
             weightShapes(configs, (name) => checkpoint.has(name))[component],
@@ -195,7 +215,7 @@ export class Model implements Disposable {
       if (errors.length === 1) throw errors[0];
       if (errors.length > 1) {
         throw new CheckpointError(
-          folder,
+          own.folder,
           `the weights of ${errors.length} parts cannot be loaded`,
           errors.map(({ message }) => message.replaceAll("\n", "\n  ")),
           errors[0].hint!,
@@ -274,6 +294,20 @@ async function placeSome(
   const scales = names.map(scaleName).filter((name) => checkpoint.has(name));
   const [placed] = await placeWeights(device, [{ checkpoint, names: [...names, ...scales] }], onBytes);
   return widenStored(device, placed, dtype);
+}
+
+/** Weights of no checkpoint, to be loaded in pieces. */
+function unloadedParts(
+  shapes: Record<Component, WeightShapes>,
+  dtype: DType,
+  source: Source,
+): Unloaded[] {
+  return COMPONENTS.map((component) => ({
+    component,
+    names: [...shapes[component].keys()],
+    bytesOf: (name) => elementCount(shapes[component].get(name)!) * dtypeBytes(dtype),
+    place: (names) => source(component, names),
+  }));
 }
 
 /** Weights that were made up, made up again. */

@@ -1,7 +1,7 @@
 /** Draws what pages ask for, and keeps what it has loaded. */
 import type { Device } from "../../ffi/device.ts";
 import { FfiError, OutOfMemoryError } from "../../ffi/errors.ts";
-import { EMBEDDED_MODEL } from "../base/command_line.ts";
+import { definedOnly, EMBEDDED_MODEL } from "../base/command_line.ts";
 import { readJson, resolveModelFolder } from "../base/checkpoint.ts";
 import { autoencoderConfigSchema, spatialFactor } from "../base/autoencoder.ts";
 import { UsageError } from "../base/errors.ts";
@@ -9,7 +9,6 @@ import { LatentPreview } from "../base/latent_preview.ts";
 import { checkModel, type DeviceChoice, loadModel, type ModelChoice, openChosen } from "../base/loading.ts";
 import { modelName } from "../base/model_parts.ts";
 import { encodePicture } from "../base/picture_file.ts";
-import { piecesFor } from "../base/pieces.ts";
 import { FluxPipeline, type Picture, type ProgressEvent } from "../base/pipeline.ts";
 import { compose, eagerPlan } from "../base/plan.ts";
 import { largestError, psnr } from "../base/psnr.ts";
@@ -91,7 +90,7 @@ export class Engine implements Disposable {
       signal.throwIfAborted();
       tell({ type: "loading", side });
       const draw = async () => {
-        const { pipeline } = await this.#open(drawing.model, names);
+        const { pipeline } = await this.#open(drawing, names);
         return await this.#drawOne(pipeline, { ...drawing, seed }, side, signal, tell);
       };
       try {
@@ -170,9 +169,9 @@ export class Engine implements Disposable {
   }
 
   /** The configuration, loaded now or kept from before. */
-  async #open(modelChosen: string, names: readonly string[]): Promise<Ready> {
-    const folder = this.#folders.get(modelChosen);
-    if (folder === undefined) throw new UsageError(`there is no model ${modelChosen}`);
+  async #open(drawing: Drawing, names: readonly string[]): Promise<Ready> {
+    const folder = this.#folders.get(drawing.model);
+    if (folder === undefined) throw new UsageError(`there is no model ${drawing.model}`);
     const float32 = !names.includes("01_bfloat16");
     const wanted = float32 ? [LADDER[0].name, ...names.filter((name) => name !== LADDER[0].name)] : names;
     const recipes = recipesNamed(wanted, kindOf(this.choice.device));
@@ -185,18 +184,28 @@ export class Engine implements Disposable {
         this.#ready.delete(oldest);
         kept[Symbol.dispose]();
       }
-      ready = await this.#load(folder, recipes, float32);
+      ready = await this.#load(folder, recipes, float32, drawing);
     }
     this.#ready.set(key, ready);
     return ready;
   }
 
-  async #load(folder: string, recipes: ReturnType<typeof recipesNamed>, float32: boolean): Promise<Ready> {
+  async #load(
+    folder: string,
+    recipes: ReturnType<typeof recipesNamed>,
+    float32: boolean,
+    { prompt, width, height, steps }: Drawing,
+  ): Promise<Ready> {
     using stack = new DisposableStack();
     const device = stack.use(await openChosen(this.choice, this.note));
     const dtype = float32 ? "f32" : "bf16";
     const model = stack.use(
-      await loadModel(this.#modelOf(folder), device, dtype, this.note, piecesFor(recipes)),
+      await loadModel(this.#modelOf(folder), device, dtype, this.note, recipes, {
+        prompt,
+        width,
+        height,
+        ...definedOnly({ numInferenceSteps: steps }),
+      }),
     );
     const pipeline = new FluxPipeline(model, compose(eagerPlan(device, model.weights), ...recipes));
     const owned = stack.move();
