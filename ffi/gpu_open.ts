@@ -4,6 +4,8 @@ export interface OpenGpuOptions {
   readonly cacheDir?: string;
   /** Gets a line about a cache that cannot be used, or a library that would make it faster. */
   readonly onWarning?: (message: string) => void;
+  /** Has NVIDIA's libraries read from the disk in the background, whether all of them will be used or not. */
+  readonly readAhead?: boolean;
   /** Called when ways to do some work were measured, with how many times that was so far. */
   readonly onMeasured?: (count: number) => void;
 }

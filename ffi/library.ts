@@ -341,7 +341,8 @@ export function readEnv(variable: string): string | undefined {
   return allowed ? Deno.env.get(variable) : undefined;
 }
 
-function listFolder(folder: string): string[] | undefined {
+/** Names of a folder's entries; undefined where it is missing or may not be read. */
+export function listFolder(folder: string): string[] | undefined {
   if (Deno.permissions.querySync({ name: "read", path: folder }).state !== "granted") return undefined;
   try {
     return Array.from(Deno.readDirSync(folder), (entry) => entry.name);

@@ -3,6 +3,7 @@ import { FfiError } from "../errors.ts";
 import type { OpenGpuOptions } from "../gpu_open.ts";
 import { CudaDevice } from "./device.ts";
 import { openDriver } from "./driver.ts";
+import { readLibrariesAhead } from "./read_ahead.ts";
 
 /**
  * Opens an NVIDIA GPU as a device. Libraries for matrix products, convolutions and compiling are opened when they are
@@ -14,6 +15,7 @@ import { openDriver } from "./driver.ts";
 export function openCuda(index: number, options: OpenGpuOptions = {}): CudaDevice {
   const driver = openDriver();
   try {
+    if (options.readAhead) void readLibrariesAhead(driver.driverGetVersion()[0]);
     const count = driver.deviceGetCount();
     if (index >= count) {
       const names = Array.from(

@@ -34,6 +34,7 @@ export function openChosen(
     ...definedOnly({ cacheDir }),
     onWarning: note,
     onMeasured: (count) => Progress.tuning(count),
+    readAhead: true,
   });
 }
 

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
-import { mapFile } from "../../ffi/cpu/libc.ts";
+import { mapFile, readAhead } from "../../ffi/cpu/libc.ts";
+import { librariesToRead } from "../../ffi/cuda/read_ahead.ts";
 import { FfiError } from "../../ffi/errors.ts";
 import { LIBC_SONAMES, openLibrary } from "../../ffi/library.ts";
 
@@ -166,4 +167,92 @@ Deno.test({
   name: "mapping does not go around --allow-read",
   permissions: { ffi: true, read: false },
   fn: () => assert.throws(() => mapFile("/etc/passwd"), Deno.errors.NotCapable),
+});
+
+/** Throws a file out of the page cache where its file system lets it go, and says which of its pages are there. */
+const CACHED = {
+  // int open(const char *path, int flags)
+  open: { parameters: ["buffer", "i32"], result: "i32" },
+  // int close(int fd)
+  close: { parameters: ["i32"], result: "i32" },
+  // int posix_fadvise(int fd, off_t offset, off_t len, int advice)
+  posix_fadvise: { parameters: ["i32", "i64", "i64", "i32"], result: "i32" },
+  // int mincore(void *addr, size_t length, unsigned char *vec)
+  mincore: { parameters: ["pointer", "usize", "buffer"], result: "i32" },
+} as const satisfies Deno.ForeignLibraryInterface;
+
+Deno.test({
+  name: "readAhead brings all pages of a file into the cache, and keeps nothing open",
+  ignore: Deno.build.os !== "linux",
+  fn: async () => {
+    const folder = Deno.makeTempDirSync({ prefix: "flux-libc-" });
+    try {
+      const path = join(folder, "data");
+      using file = Deno.openSync(path, { write: true, createNew: true });
+      const pages = 4096; // 16 MB: more than a hint would read
+      for (let i = 0; i < 16; i++) file.writeSync(new Uint8Array(2 ** 20).fill(i));
+      file.syncSync();
+      using libc = openLibrary("libc", CACHED, { sonames: LIBC_SONAMES, search: "system" });
+      const { open, close, posix_fadvise: advise, mincore } = libc.symbols;
+      const fd = open(new TextEncoder().encode(`${path}\0`), 0);
+      assert.equal(advise(fd, 0n, 0n, 4), 0); // POSIX_FADV_DONTNEED
+      close(fd);
+      const mappings = () => Deno.readTextFileSync("/proc/self/maps").split(path).length - 1;
+
+      assert.equal(await readAhead(path), true);
+      assert.equal(mappings(), 0);
+      using mapped = mapFile(path);
+      const there = new Uint8Array(pages);
+      assert.equal(mincore(Deno.UnsafePointer.create(mapped.pointer), BigInt(pages * 4096), there), 0);
+      assert.equal(there.filter((page) => page & 1).length, pages);
+    } finally {
+      Deno.removeSync(folder, { recursive: true });
+    }
+  },
+});
+
+Deno.test("readAhead says nothing of what cannot be read", async () => {
+  const folder = Deno.makeTempDirSync({ prefix: "flux-libc-" });
+  try {
+    Deno.writeFileSync(join(folder, "empty"), new Uint8Array(0));
+    for (const path of [folder, join(folder, "missing"), join(folder, "empty")]) {
+      assert.equal(await readAhead(path), false);
+    }
+  } finally {
+    Deno.removeSync(folder, { recursive: true });
+  }
+});
+
+Deno.test("NVIDIA's libraries to read ahead are those that would be opened, with what cuDNN opens", () => {
+  const folders: Record<string, string[]> = {
+    "/venv/lib": ["python3.12"],
+    "/venv/lib/python3.12/site-packages": ["nvidia"],
+    "/venv/lib/python3.12/site-packages/nvidia": ["cu13", "cudnn"],
+    "/venv/lib/python3.12/site-packages/nvidia/cu13/lib": [
+      "libcublasLt.so.13",
+      "libnvrtc.so.13",
+      "libcublas.so.13",
+    ],
+    "/venv/lib/python3.12/site-packages/nvidia/cudnn/lib": [
+      "libcudnn_ops.so.9",
+      "libcudnn_adv.so.9",
+      "libcudnn_engines_precompiled.so.9",
+      "libcudnn.so.9",
+    ],
+    "/mine": ["libnvrtc.so.12", "libcublasLt.so.12"],
+  };
+  const read = (newest: number, env: Record<string, string>) =>
+    librariesToRead(newest, (name) => env[name], (folder) => folders[folder]);
+  const packages = "/venv/lib/python3.12/site-packages/nvidia";
+  const cudnn = ["libcudnn.so.9", "libcudnn_engines_precompiled.so.9", "libcudnn_ops.so.9"]
+    .map((name) => `${packages}/cudnn/lib/${name}`);
+  const toolkit = ["libnvrtc.so.13", "libcublasLt.so.13"].map((name) => `${packages}/cu13/lib/${name}`);
+  assert.deepEqual(read(13, { VIRTUAL_ENV: "/venv" }), [...toolkit, ...cudnn]);
+  assert.deepEqual(read(13, { VIRTUAL_ENV: "/venv", FLUX_LIB_PATH: "/mine" }), [
+    "/mine/libnvrtc.so.12",
+    "/mine/libcublasLt.so.12",
+    ...cudnn,
+  ]);
+  assert.deepEqual(read(12, { VIRTUAL_ENV: "/venv" }), cudnn);
+  assert.deepEqual(read(13, {}), []);
 });
