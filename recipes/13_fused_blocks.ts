@@ -79,7 +79,9 @@ export const fusedBlocks: Recipe = {
           const otherwise = () => ops.singleBlock(x, layers, modulation, turn, readers, table);
           if (!singleBlockFusedTakes(device, weights, x, layers, turn)) return otherwise();
           const fused = () => singleBlockFused(device, weights, x, layers, modulation, turn, readers, table);
-          return runFastest(device, key("singleBlock", [x.sum]), [fused, otherwise]);
+          const last = quantized && !readersAreQuantized(matrices, readers); // whose norm is another kernel's
+          const block = last ? "last singleBlock" : "singleBlock";
+          return runFastest(device, key(block, [x.sum]), [fused, otherwise]);
         },
       },
     };
