@@ -69,7 +69,7 @@ export function flashAttentionSuite(): void {
           );
         });
       }
-      // As many tiles of queries as multiprocessors, or more, or fewer: whole, split or both.
+      // As many pairs of tiles as clusters, or more, or fewer: whole, split or both; and tiles without a neighbour.
       const cases = [
         [1, 128, 128, 1, 1],
         [1, 1, 1, 1, 1],
@@ -102,6 +102,11 @@ export function flashAttentionSuite(): void {
         for (const growth of [-300, 3, 30, 300, 600]) {
           const error = await attentionError(device, dtype, { ...sizes, growth });
           assert.ok(error <= allowed(dtype, growth), `relative error ${error} in ${dtype}, growth ${growth}`);
+        }
+        // Leaps in one tile of a pair, for which both begin again.
+        for (const grows of [(query: number) => query < TILE, (query: number) => query >= TILE]) {
+          const error = await attentionError(device, dtype, { ...sizes, growth: 600, grows });
+          assert.ok(error <= allowed(dtype, 600), `relative error ${error} in ${dtype}, one tile: ${grows}`);
         }
         // Split by keys.
         const error = await attentionError(device, dtype, { ...sizes, queries: 8, heads: 140, growth: 600 });
@@ -213,6 +218,8 @@ interface Sizes {
   readonly spread: number;
   /** By how much logits grow, beside their spread, from the first key to the last. */
   readonly growth?: number;
+  /** Of which queries they do; of all, when left out. */
+  readonly grows?: (query: number) => boolean;
 }
 
 /** The first dimension of queries where logits grow. */
@@ -222,13 +229,15 @@ const GROWING = 32;
 async function attentionError(
   device: GpuDevice,
   dtype: AttentionDType,
-  { batch, queries, keys, heads, spread, growth = 0 }: Sizes,
+  { batch, queries, keys, heads, spread, growth = 0, grows = () => true }: Sizes,
 ): Promise<number> {
   const draw = (kind: TileKind, tokens: number, seed: number, size: number) => {
     const values = new Float32Array(batch * tokens * heads * TILE).map((_, i) => 2 * size * noise(seed)(i));
     for (let i = 0; growth !== 0 && kind !== "value" && i < values.length; i += TILE) {
       const token = Math.floor(i / (heads * TILE)) % tokens;
-      values[i] = kind === "query" ? GROWING : growth / GROWING * TILE ** 0.5 * token / tokens;
+      values[i] = kind === "query"
+        ? (grows(token) ? GROWING : 0)
+        : growth / GROWING * TILE ** 0.5 * token / tokens;
     }
     const tiles = emptyTiles(device, [batch, tokens, heads], dtype);
     const bytes = new Uint8Array(tiles.byteLength);
