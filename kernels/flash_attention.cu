@@ -142,7 +142,7 @@ __device__ __forceinline__ void packRows(unsigned (&p)[4 * SUM_STEPS], const flo
     for (int part = 0; part < 4; part++) {
       if constexpr (BYTES == 1) {
         const int i = 16 * step + 8 * (part / 2) + 2 * (part % 2);
-        p[4 * step + part] = (unsigned)toFloat8Pair(s[i], s[i + 1]) | (unsigned)toFloat8Pair(s[i + 4], s[i + 5]) << 16;
+        p[4 * step + part] = toFloat8Quad(s[i], s[i + 1], s[i + 4], s[i + 5]);
       } else {
         const int i = 8 * step + 2 * part;
         p[4 * step + part] = toBfloat16Pair(s[i], s[i + 1]);
