@@ -2,8 +2,9 @@
  * 06 float8: the transformer's large Linear layers multiply 8-bit floats (E4M3).
  *
  * Idea: matrix units multiply float8 at twice bfloat16's rate, and the weights take half the memory. A weight is
- * quantized once, with a scale for each of its rows or one for all; what it is multiplied with is quantized anew in each
- * step, with a scale for each token or one for all. The scales are applied to the sums.
+ * quantized once, with a scale for each of its rows (of eight the one that leaves the least error) or one for all; what it
+ * is multiplied with is quantized anew in each step, with a scale for each token or one for all. The scales are applied to
+ * the sums.
  * By rows, the operators before those products give E4M3 themselves, so that no pass reads their bfloat16 again: adaptive
  * layer norms, and GELU with what stands beside it. Attention's output in the double blocks is quantized apart, since its
  * kernels have no whole rows. So is everything by tensors: nothing can be written before the largest value of all is known,
