@@ -356,16 +356,21 @@ __device__ __forceinline__ void storeQuantized(f8e4m3* p, const Vec<T, N>& x, fl
   }
 }
 
-// storeRow in E4M3, with the row's scale. `partial` is as for rowMax; all threads of the block take part.
+// The row's largest absolute value. `partial` is as for rowMax; all threads of the block take part.
 template <int THREADS, typename T, int N, int VECTORS>
-__device__ __forceinline__ void storeRow(f8e4m3* row, float* scale, const Vec<T, N> (&held)[VECTORS], int lane,
-                                         int length, float* partial) {
+__device__ __forceinline__ float largestOfRow(const Vec<T, N> (&held)[VECTORS], int lane, int length, float* partial) {
   float largest = 0.0f;
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     if ((j * THREADS + lane) * N < length) largest = largestOf(largest, held[j]);
   }
-  const float found = scaleOf(rowMax<THREADS>(largest, partial));
+  return rowMax<THREADS>(largest, partial);
+}
+
+// storeRow in E4M3 by a scale, which is stored, too.
+template <int THREADS, typename T, int N, int VECTORS>
+__device__ __forceinline__ void storeScaledRow(f8e4m3* row, float* scale, const Vec<T, N> (&held)[VECTORS], int lane,
+                                               int length, float found) {
   if (lane == 0 && length > 0) *scale = found;
   const float factor = __frcp_rn(found);
 #pragma unroll
@@ -373,6 +378,14 @@ __device__ __forceinline__ void storeRow(f8e4m3* row, float* scale, const Vec<T,
     int at = (j * THREADS + lane) * N;
     if (at < length) storeQuantized(row + at, held[j], factor);
   }
+}
+
+// The same by the scale that the row's largest value asks for. `partial` is as for rowMax; all threads of the block take part.
+template <int THREADS, typename T, int N, int VECTORS>
+__device__ __forceinline__ void storeRow(f8e4m3* row, float* scale, const Vec<T, N> (&held)[VECTORS], int lane,
+                                         int length, float* partial) {
+  const float found = scaleOf(largestOfRow<THREADS>(held, lane, length, partial));
+  storeScaledRow<THREADS>(row, scale, held, lane, length, found);
 }
 
 // -- adaptive layer norm -----------------------------------------------------------------------------------------

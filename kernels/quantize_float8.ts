@@ -1,7 +1,7 @@
 import { viewOf } from "../ffi/cpu/device.ts";
 import type { DType } from "../ffi/dtype.ts";
 import { float32ToFloat8, FLOAT8_LARGEST, type Float8Format } from "../ffi/float8.ts";
-import type { GpuDevice } from "../ffi/gpu.ts";
+import type { GpuDevice, KernelSource } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expect } from "./check.ts";
 import { contiguous } from "./contiguous.ts";
@@ -26,26 +26,44 @@ const BLOCK = 256;
  * @returns `x`'s shape, with as many scales as it has rows.
  */
 export function quantizeRows(x: Tensor): Float8Tensor {
+  return quantizeRowsBy({ entry: "quantizeRows", source: SOURCE, reference: quantizeReference }, x);
+}
+
+/** A way to cast rows: a kernel, which has the operator's name, and its reference, which is what the CPU does. */
+export interface RowQuantizer {
+  readonly entry: string;
+  /** Of a kernel with the arguments of quantize_float8.cu's quantizeRows. */
+  readonly source: KernelSource;
+  /** What its text leaves open beside rows' own constants. */
+  readonly constants?: Readonly<Record<string, number>>;
+  readonly reference: typeof quantizeReference;
+}
+
+/** {@link quantizeRows} by a way of its own. */
+export function quantizeRowsBy(
+  { entry, source, constants = {}, reference }: RowQuantizer,
+  x: Tensor,
+): Float8Tensor {
   const k = x.shape.at(-1)!;
-  const out = emptyFor("quantizeRows", x, true);
+  const out = emptyFor(entry, x, true);
   const { values, scales } = out;
   const gpu = gpuOf(x);
   if (gpu === undefined) {
-    onCpu(out, x, k);
+    onCpu(out, x, k, reference);
     return out;
   }
   gpu.scope(() => {
-    const { source, count, inner, outerStride, innerStride } = rowsOf(x);
-    const width = vectorWidth(k, [values, source]);
-    launchRows(gpu, SOURCE, {
-      entry: "quantizeRows",
+    const { source: rows, count, inner, outerStride, innerStride } = rowsOf(x);
+    launchRows(gpu, source, {
+      entry,
       types: { T: x.dtype },
+      constants,
       rows: count,
       length: k,
-      width,
+      width: vectorWidth(k, [values, rows]),
       out: values,
-      inputs: [source],
-      args: [values, scales, source, count, k, inner, BigInt(outerStride), BigInt(innerStride)],
+      inputs: [rows],
+      args: [values, scales, rows, count, k, inner, BigInt(outerStride), BigInt(innerStride)],
     });
   });
   return out;
@@ -60,7 +78,7 @@ export function quantizeRows(x: Tensor): Float8Tensor {
 export function quantizeTensor(x: Tensor): Float8Tensor {
   const out = emptyFor("quantizeTensor", x, false);
   const gpu = gpuOf(x);
-  if (gpu === undefined) onCpu(out, x, x.size);
+  if (gpu === undefined) onCpu(out, x, x.size, quantizeReference);
   else gpu.scope(() => quantizeOnGpu(gpu, out, contiguous(x)));
   return out;
 }
@@ -93,14 +111,18 @@ function quantizeOnGpu(gpu: GpuDevice, { values, scales }: Float8Tensor, x: Tens
   });
 }
 
-/** What an op `op` gives of `x`, uninitialized. @throws ShapeError for dtypes that are not quantized. */
-export function emptyFor(op: string, x: Tensor, rowwise: boolean): Float8Tensor {
+function emptyFor(op: string, x: Tensor, rowwise: boolean): Float8Tensor {
   expect(x.dtype === "f32" || x.dtype === "bf16", op, () => `takes f32 and bf16, not ${x}`);
   return Float8Tensor.alloc(x.device, x.shape, x.dtype, { rowwise });
 }
 
-function onCpu({ values, scales }: Float8Tensor, x: Tensor, k: number): void {
-  quantizeReference(
+function onCpu(
+  { values, scales }: Float8Tensor,
+  x: Tensor,
+  k: number,
+  reference: typeof quantizeReference,
+): void {
+  reference(
     viewOf(values, "f8e4m3", values.size),
     viewOf(scales, "f32", scales.size),
     readFloat32(x),

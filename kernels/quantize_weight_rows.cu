@@ -43,12 +43,7 @@ quantizeWeightRows(f8e4m3* values, float* scales, const T* x, unsigned rows, int
   loadRow<THREADS>(loaded, x, lane, length);
   Vec<float, N> held[VECTORS];
   widenRow(held, loaded);
-  float largest = 0.0f;
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    if ((j * THREADS + lane) * N < length) largest = largestOf(largest, held[j]);
-  }
-  const float first = scaleOf(rowMax<THREADS>(largest, partials[0]));
+  const float first = scaleOf(largestOfRow<THREADS>(held, lane, length, partials[0]));
   float best = first, least = 0.0f;
 #pragma unroll 1
   for (int c = 0; c < CANDIDATES; c++) {
@@ -62,11 +57,5 @@ quantizeWeightRows(f8e4m3* values, float* scales, const T* x, unsigned rows, int
     error = step * step * rowSum<THREADS>(error, partials[1 - c % 2]);
     if (c == 0 || error < least) least = error, best = scale;
   }
-  if (lane == 0 && length > 0) scales[row] = best;
-  const float factor = __frcp_rn(best);
-#pragma unroll
-  for (int j = 0; j < VECTORS; j++) {
-    const int at = (j * THREADS + lane) * N;
-    if (at < length) storeQuantized(values + at, held[j], factor);
-  }
+  storeScaledRow<THREADS>(values, scales + row, held, lane, length, best);
 }

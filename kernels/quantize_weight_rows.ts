@@ -1,12 +1,8 @@
-import { viewOf } from "../ffi/cpu/device.ts";
 import { float32ToFloat8, type Float8Format, float8ToFloat32 } from "../ffi/float8.ts";
 import type { Tensor } from "../ffi/tensor.ts";
-import { readFloat32 } from "./cpu.ts";
 import type { Float8Tensor } from "./float8_tensor.ts";
-import { gpuOf, vectorWidth } from "./gpu.ts";
-import { emptyFor, scaleOfLargest } from "./quantize_float8.ts";
+import { quantizeRowsBy, scaleOfLargest } from "./quantize_float8.ts";
 import QUANTIZE_WEIGHT_ROWS_CU from "./quantize_weight_rows.cu" with { type: "text" };
-import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "quantize_weight_rows.cu", text: QUANTIZE_WEIGHT_ROWS_CU };
 
@@ -22,30 +18,11 @@ export const CANDIDATES = 8;
  * @returns `x`'s shape, with as many scales as it has rows.
  */
 export function quantizeWeightRows(x: Tensor): Float8Tensor {
-  const k = x.shape.at(-1)!;
-  const out = emptyFor("quantizeWeightRows", x, true);
-  const { values, scales } = out;
-  const gpu = gpuOf(x);
-  if (gpu === undefined) {
-    const [codes, found] = [viewOf(values, "f8e4m3", values.size), viewOf(scales, "f32", scales.size)];
-    quantizeWeightRowsReference(codes, found, readFloat32(x), k);
-    return out;
-  }
-  gpu.scope(() => {
-    const { source, count, inner, outerStride, innerStride } = rowsOf(x);
-    launchRows(gpu, SOURCE, {
-      entry: "quantizeWeightRows",
-      types: { T: x.dtype },
-      constants: { CANDIDATES },
-      rows: count,
-      length: k,
-      width: vectorWidth(k, [values, source]),
-      out: values,
-      inputs: [source],
-      args: [values, scales, source, count, k, inner, BigInt(outerStride), BigInt(innerStride)],
-    });
-  });
-  return out;
+  const reference = quantizeWeightRowsReference;
+  return quantizeRowsBy(
+    { entry: "quantizeWeightRows", source: SOURCE, constants: { CANDIDATES }, reference },
+    x,
+  );
 }
 
 /** `x` in rows of `k`. `values` are E4M3's codes in `format`. */
