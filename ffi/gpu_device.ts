@@ -30,6 +30,7 @@ import { GpuHeap, type GpuMemory, type MemoryPlan } from "./gpu_memory.ts";
 import type { GpuRuntime } from "./gpu_runtime.ts";
 import { Staging } from "./gpu_staging.ts";
 import { streamToDevice } from "./gpu_streamer.ts";
+import { Measuring } from "./measuring.ts";
 import { ArgumentBuffer } from "./struct.ts";
 import type { Tensor } from "./tensor.ts";
 
@@ -104,7 +105,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   readonly #heap: GpuHeap;
   #closed = false;
   #recording = false;
-  #measuring = false;
+  readonly #measuring = new Measuring();
   #measured = 0;
   /** The recorded graphs that are in use. */
   readonly #graphs = new Set<RuntimeGraph>();
@@ -357,13 +358,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   }
 
   measuring<T>(body: () => T): T {
-    const before = this.#measuring;
-    this.#measuring = true;
-    try {
-      return body();
-    } finally {
-      this.#measuring = before;
-    }
+    return this.#measuring.run(body);
   }
 
   fastest(key: string, ways: readonly (() => void)[]): number {
@@ -505,7 +500,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
 
   /** See {@link GpuContext.choose}. */
   #choose(work: string, ways: () => readonly (() => boolean)[]): number {
-    if (!this.#measuring) return 0;
+    if (!this.#measuring.on) return 0;
     const key = `choice for ${work}`;
     let choice = this.#prepared.get(key);
     if (choice === undefined) {

@@ -19,6 +19,7 @@ import {
   TensorMap,
 } from "./gpu.ts";
 import { aiterTakesPlan } from "./hip/aiter.ts";
+import { Measuring } from "./measuring.ts";
 import { MemoryScopes } from "./scope.ts";
 import type { Tensor } from "./tensor.ts";
 
@@ -43,7 +44,7 @@ export class NullGpu implements GpuDevice {
   readonly sources = new Map<string, KernelSource>();
   readonly #scopes = new MemoryScopes(() => {});
   readonly #measured = new Set<string>();
-  #measuring = false;
+  readonly #measuring = new Measuring();
   #free = BigInt(2 ** 40);
 
   /** @param real what it is to be taken for: answers that kernels depend on are that GPU's. */
@@ -128,17 +129,11 @@ export class NullGpu implements GpuDevice {
   powerMeter(): undefined {}
 
   measuring<T>(body: () => T): T {
-    const before = this.#measuring;
-    this.#measuring = true;
-    try {
-      return body();
-    } finally {
-      this.#measuring = before;
-    }
+    return this.#measuring.run(body);
   }
 
   fastest(key: string, ways: readonly (() => void)[]): number {
-    if (!this.#measuring || this.#measured.has(key)) return 0;
+    if (!this.#measuring.on || this.#measured.has(key)) return 0;
     this.#measured.add(key);
     for (const way of ways) way();
     return 0;

@@ -49,7 +49,7 @@ export function openNullGpu(architecture = ""): WatchedGpu {
   gpu.attention = () => true;
   gpu.conv = (plan) => void convs.push(plan);
   gpu.convAdd = (plan) => {
-    const takes = plan.x.dtype !== "f32";
+    const takes = NullGpu.prototype.convAdd.call(gpu, plan);
     if (takes) convs.push(plan);
     return takes;
   };
