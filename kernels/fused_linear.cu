@@ -563,6 +563,7 @@ fusedLinear(const __grid_constant__ TensorMap a0, const __grid_constant__ Tensor
       break;
     }
   }
+  // The first warp's other threads have not waited for the one that brings tiles.
   __syncwarp();
   meetCluster();
 }
