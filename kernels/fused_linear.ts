@@ -33,7 +33,10 @@ const CACHED_BYTES = 16e6;
 const EPILOGUES = { linear: 0, residual: 1, gelu: 2, qkv: 3, qkvGelu: 4 } as const;
 type Epilogue = keyof typeof EPILOGUES;
 
-/** A matrix in bfloat16, or in E4M3 with a scale for each row. */
+/**
+ * A matrix in bfloat16, or in E4M3 with a scale for each row: then as {@link quantizeRows} or {@link outputScales} scale rows of `x`, and
+ * {@link quantizeWeightRows} those of weights, so that sums stay within f16.
+ */
 export interface FusedOperand {
   readonly values: Tensor;
   readonly scales?: Tensor | undefined;
@@ -336,7 +339,7 @@ function slabsFor(bytes: number): number {
 
 /**
  * `x weight^T + bias`, row-major `[rows, columns]`: what all epilogues start from, of dequantized numbers. The kernel rounds
- * each sum to bfloat16 before its bias.
+ * each sum to bfloat16 before its bias, and sums of float8 to f16 all along.
  *
  * @param x `[rows, k]`. @param weight `[columns, k]`. @param bias `[columns]`.
  */

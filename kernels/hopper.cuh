@@ -88,9 +88,13 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) : : "memory");
 }
+template <int N> __device__ __forceinline__ void hold(unsigned (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(d[i]) : : "memory");
+}
 
 // A product of a warpgroup has 64 rows. Its thread holds of columns 8 j + 2 t and the one behind (t = lane % 4) the sums
-// d[4 j] and d[4 j + 1] of row 16 * warp + lane / 4, and d[4 j + 2] and d[4 j + 3] of the row 8 further.
+// d[4 j] and d[4 j + 1] of row 16 * warp + lane / 4, and d[4 j + 2] and d[4 j + 3] of the row 8 further. In f16 these pairs are words.
 
 // The 4 threads of a quad have 4 words each; thread i gets word i of all of them, in their order.
 __device__ __forceinline__ void transposeQuad(unsigned (&w)[4]) {

@@ -2,15 +2,15 @@
 // and a row w is at most |a| |w| (Cauchy-Schwarz).
 //
 //   layerBound     bound [2] f32: the largest length of a row of w, and the largest |bias|; to start with both 0
-//   outputScales   scales [rows] f32 = SLACK / 448 * the largest of
+//   outputScales   scales [rows] f32 = SLACK / FLOAT8_ROW_LARGEST * the largest of
 //                    lengths[row] * own[0] + own[1]                 own: of a layer whose results get the scale of their row
 //                    largest length of all * all[0] + all[1]        all: of up to two layers whose results get mixed
 //
 //   w [rows, k] T dense, weightScales [rows] f32 where T is E4M3, else null; bias [rows] bf16 or null
 //   lengths [rows], first and second [firstCount], [secondCount] f32: of rows of a; own, firstBound, secondBound [2] or null
 //
-// Such a scale is larger than the row needs, by some 2^4. E4M3 has numbers from 2^-9 to 448, with four bits from 2^-6 on: what
-// is lost is lost for numbers that are 2^10 times smaller than the largest.
+// Such a scale is larger than the row needs, by some 2^4, so that its largest number is near 2. E4M3 has numbers down to 2^-9, with
+// four bits from 2^-6 on: what is lost is lost for numbers that are 2^7 times smaller than the largest.
 // Grids: layerBound rows / 8 (a warp a row, 256 threads), outputScales rows / 256. The latter's blocks all look at all lengths:
 // 17 KB at FLUX's 4352 tokens.
 // T: of w. N: elements that move at a time, a divisor of k.

@@ -1,10 +1,10 @@
-import { FLOAT8_LARGEST } from "../ffi/float8.ts";
 import type { GpuDevice } from "../ffi/gpu.ts";
 import { Tensor } from "../ffi/tensor.ts";
 import { expectShape } from "./check.ts";
 import type { Float8Matrix } from "./float8_tensor.ts";
 import { launch, vectorWidth } from "./gpu.ts";
 import OUTPUT_SCALES_CU from "./output_scales.cu" with { type: "text" };
+import { FLOAT8_ROW_LARGEST } from "./quantize_float8.ts";
 
 const SOURCE = { name: "output_scales.cu", text: OUTPUT_SCALES_CU };
 const BLOCK = 256;
@@ -113,6 +113,6 @@ export function outputScalesReference(
   const largest = mixed.map(({ lengths, bound: [length, bias] }) => Math.max(...lengths) * length + bias);
   return Float32Array.from({ length: rows }, (_, row) => {
     const ownBound = own === undefined ? 0 : own.lengths[row] * own.bound[0] + own.bound[1];
-    return Math.max(Math.max(ownBound, ...largest) * SLACK, SMALLEST) / FLOAT8_LARGEST.ocp;
+    return Math.max(Math.max(ownBound, ...largest) * SLACK, SMALLEST) / FLOAT8_ROW_LARGEST;
   });
 }

@@ -60,7 +60,7 @@ quantizeTensor(f8e4m3* values, float* scale, const T* x, long long count, const 
   }
   float largest = 0.0f;
   for (int i = threadIdx.x; i < partCount; i += BLOCK) largest = fmaxf(largest, parts[i]);
-  const float found = scaleOf(blockMax(largest, partials, BLOCK / WARP));
+  const float found = scaleOf(blockMax(largest, partials, BLOCK / WARP), FLOAT8_LARGEST);
   if (blockIdx.x == 0 && threadIdx.x == 0) scale[0] = found;
   const float factor = __frcp_rn(found);
 #pragma unroll

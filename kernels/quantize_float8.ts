@@ -13,14 +13,20 @@ import QUANTIZE_FLOAT8_CU from "./quantize_float8.cu" with { type: "text" };
 import { launchRows, rowsOf } from "./rows.ts";
 
 const SOURCE = { name: "quantize_float8.cu", text: QUANTIZE_FLOAT8_CU };
+/**
+ * What a row's largest absolute value becomes, and what those of a row of weights sum to at most, so that products can be summed in
+ * f16: common.cuh says why.
+ */
+export const FLOAT8_ROW_LARGEST = 28;
+export const FLOAT8_ROW_SUM = Math.fround(49152 / FLOAT8_ROW_LARGEST);
 /** As the smallest largest value: rows of zeros have a scale too. */
 const SMALLEST = Math.fround(1e-12);
 const BLOCK = 256;
 
 /**
- * Casts to E4M3 with a scale for each row: its largest absolute value / 448 (240 where the GPU's E4M3 ends there). A value is multiplied by the reciprocal of
- * its scale and rounded to nearest, ties to even. A NaN stays one and counts for no scale; an infinity makes its row NaN
- * when it is multiplied by the scale again.
+ * Casts to E4M3 with a scale for each row: its largest absolute value / {@link FLOAT8_ROW_LARGEST}. A value is multiplied by the
+ * reciprocal of its scale and rounded to nearest, ties to even. A NaN stays one and counts for no scale; an infinity makes its
+ * row NaN when it is multiplied by the scale again.
  *
  * @param x `[..., k]`, f32 or bf16, with dense rows.
  * @returns `x`'s shape, with as many scales as it has rows.
@@ -36,8 +42,11 @@ export interface RowQuantizer {
   readonly source: KernelSource;
   /** What its text leaves open beside rows' own constants. */
   readonly constants?: Readonly<Record<string, number>>;
-  readonly reference: typeof quantizeReference;
+  readonly reference: Reference;
 }
+
+/** {@link quantizeReference} or the like, with what it has for the rest. */
+type Reference = (values: Uint8Array, scales: Float32Array, x: Float32Array, k: number) => void;
 
 /** {@link quantizeRows} by a way of its own. */
 export function quantizeRowsBy(
@@ -70,7 +79,8 @@ export function quantizeRowsBy(
 }
 
 /**
- * As {@link quantizeRows} with one scale for the whole tensor.
+ * As {@link quantizeRows} with one scale for the whole tensor, its largest absolute value / 448 (240 where the GPU's E4M3 ends
+ * there).
  *
  * @param x f32 or bf16 of any shape; strided ones are copied first.
  * @returns `x`'s shape, with one scale.
@@ -78,8 +88,9 @@ export function quantizeRowsBy(
 export function quantizeTensor(x: Tensor): Float8Tensor {
   const out = emptyFor("quantizeTensor", x, false);
   const gpu = gpuOf(x);
-  if (gpu === undefined) onCpu(out, x, x.size, quantizeReference);
-  else gpu.scope(() => quantizeOnGpu(gpu, out, contiguous(x)));
+  if (gpu === undefined) {
+    onCpu(out, x, x.size, (...of) => quantizeReference(...of, FLOAT8_LARGEST.ocp));
+  } else gpu.scope(() => quantizeOnGpu(gpu, out, contiguous(x)));
   return out;
 }
 
@@ -120,7 +131,7 @@ function onCpu(
   { values, scales }: Float8Tensor,
   x: Tensor,
   k: number,
-  reference: typeof quantizeReference,
+  reference: Reference,
 ): void {
   reference(
     viewOf(values, "f8e4m3", values.size),
@@ -130,27 +141,32 @@ function onCpu(
   );
 }
 
-/** `x` in groups of `k` that share a scale: rows, or all of it. `values` are E4M3's codes in `format`. */
+/**
+ * `x` in groups of `k` that share a scale: rows, or all of it. `values` are E4M3's codes in `format`.
+ *
+ * @param largest what the largest value of a group becomes.
+ */
 export function quantizeReference(
   values: Uint8Array,
   scales: Float32Array,
   x: Float32Array,
   k: number,
+  largest: number = FLOAT8_ROW_LARGEST,
   format: Float8Format = "ocp",
 ): void {
   const scaled = new Float32Array(k);
   for (const group of scales.keys()) {
     const start = group * k;
-    scales[group] = scaleOfLargest(x.subarray(start, start + k), format);
+    scales[group] = scaleOfLargest(x.subarray(start, start + k), largest);
     const factor = Math.fround(1 / scales[group]);
     for (let i = 0; i < k; i++) scaled[i] = x[start + i] * factor;
     float32ToFloat8(scaled, values.subarray(start, start + k), format);
   }
 }
 
-/** What makes the largest absolute value E4M3's largest. NaN does not count. */
-export function scaleOfLargest(x: Float32Array, format: Float8Format): number {
+/** What makes the largest absolute value `becomes`. NaN does not count. */
+export function scaleOfLargest(x: Float32Array, becomes: number): number {
   let largest = 0;
   for (let i = 0; i < x.length; i++) if (Math.abs(x[i]) > largest) largest = Math.abs(x[i]);
-  return Math.fround(Math.max(largest, SMALLEST) / FLOAT8_LARGEST[format]);
+  return Math.fround(Math.max(largest, SMALLEST) / becomes);
 }

@@ -1,7 +1,7 @@
-import { float32ToFloat8, type Float8Format, float8ToFloat32 } from "../ffi/float8.ts";
+import { float32ToFloat8, FLOAT8_LARGEST, type Float8Format, float8ToFloat32 } from "../ffi/float8.ts";
 import type { Tensor } from "../ffi/tensor.ts";
 import type { Float8Tensor } from "./float8_tensor.ts";
-import { quantizeRowsBy, scaleOfLargest } from "./quantize_float8.ts";
+import { FLOAT8_ROW_SUM, quantizeRowsBy, scaleOfLargest } from "./quantize_float8.ts";
 import QUANTIZE_WEIGHT_ROWS_CU from "./quantize_weight_rows.cu" with { type: "text" };
 
 const SOURCE = { name: "quantize_weight_rows.cu", text: QUANTIZE_WEIGHT_ROWS_CU };
@@ -11,8 +11,8 @@ export const CANDIDATES = 8;
 
 /**
  * Casts weights to E4M3 with a scale for each row, as {@link quantizeRows} does, but by the one of {@link CANDIDATES} scales that
- * leaves the least sum of squared errors: `1 + c / CANDIDATES` times the row's largest absolute value / 448. Of equal ones the
- * smallest; and that where a row has a NaN.
+ * leaves the least sum of squared errors: `1 + c / CANDIDATES` times {@link firstScale}. Of equal ones the smallest; and that
+ * where a row has a NaN.
  *
  * @param x `[..., k]`, f32 or bf16, with dense rows.
  * @returns `x`'s shape, with as many scales as it has rows.
@@ -36,7 +36,7 @@ export function quantizeWeightRowsReference(
   const [scaled, rounded, codes] = [new Float32Array(k), new Float32Array(k), new Uint8Array(k)];
   for (const row of scales.keys()) {
     const own = x.subarray(row * k, (row + 1) * k);
-    const first = scaleOfLargest(own, format);
+    const first = firstScale(own, format);
     let least = NaN;
     for (let c = 0; c < CANDIDATES; c++) {
       const step = 1 + c / CANDIDATES;
@@ -54,4 +54,15 @@ export function quantizeWeightRowsReference(
       values.set(codes, row * k);
     }
   }
+}
+
+/**
+ * The smallest scale that a row of weights may have: its largest absolute value / 448 (240 where the GPU's E4M3 ends there), times the
+ * power of 2 with which its absolute values sum to no more than {@link FLOAT8_ROW_SUM}.
+ */
+export function firstScale(row: Float32Array, format: Float8Format = "ocp"): number {
+  const sum = row.reduce((sum, value) => sum + Math.abs(value), 0);
+  let scale = scaleOfLargest(row, FLOAT8_LARGEST[format]);
+  while (sum > scale * FLOAT8_ROW_SUM) scale *= 2;
+  return scale;
 }

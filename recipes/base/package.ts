@@ -47,8 +47,11 @@ export interface Origin {
 
 const texts = z.record(z.string(), z.string());
 
+/** 2: rows of float8 have scales with which products are summed in f16. */
+const FORMAT = 2;
+
 const manifestSchema = z.strictObject({
-  format: z.literal(1),
+  format: z.literal(FORMAT),
   /** Of this program. */
   version: z.literal(CONFIG.version),
   origin: z.strictObject({ environment: texts, checkpoint: texts, recipes: texts }),
@@ -99,7 +102,7 @@ export async function writePackage(
   ];
   const manifest = JSON.stringify(
     {
-      format: 1,
+      format: FORMAT,
       version: CONFIG.version,
       origin,
       weights: views,

@@ -15,7 +15,7 @@ import { layerNorm } from "../../kernels/layer_norm.ts";
 import { linear } from "../../kernels/linear.ts";
 import { modulate } from "../../kernels/modulate.ts";
 import { quickGeluReference } from "../../kernels/quick_gelu.ts";
-import { quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
+import { FLOAT8_ROW_LARGEST, quantizeRows, quantizeTensor } from "../../kernels/quantize_float8.ts";
 import { quantizeWeightRows } from "../../kernels/quantize_weight_rows.ts";
 import { rmsNorm } from "../../kernels/rms_norm.ts";
 import { siluReference } from "../../kernels/silu.ts";
@@ -133,10 +133,10 @@ Deno.test("quantization: values times scales are what they were, to within 1/16 
           Math.max(1e-12, ...before.slice(from, to).map(Math.abs));
         for (let i = 0; i < before.length; i++) {
           const row = Math.floor(i / 4);
-          const [factor, most] = quantize === quantizeRows
-            ? [factors[row], largest(4 * row, 4 * row + 4)]
-            : [factors[0], largest(0, before.length)];
-          assert.equal(factor, Math.fround(Math.fround(most) / 448));
+          const [factor, most, becomes] = quantize === quantizeRows
+            ? [factors[row], largest(4 * row, 4 * row + 4), FLOAT8_ROW_LARGEST]
+            : [factors[0], largest(0, before.length), 448];
+          assert.equal(factor, Math.fround(Math.fround(most) / becomes));
           const error = Math.abs(codes[i] * factor - before[i]);
           // Steps of 2^-3 of a power of two; of 2^-9 below 2^-6.
           assert.ok(
@@ -166,7 +166,8 @@ Deno.test("quantized weights: each row's errors are at most those with the large
     );
     return sums;
   });
-  errors[1].forEach((error, row) => assert.ok(error <= errors[0][row] * (1 + 1e-6), `row ${row}`));
+  // Weights are scaled to smaller numbers, of which a few more are below 2^-6, where steps are all the same.
+  errors[1].forEach((error, row) => assert.ok(error <= errors[0][row] * (1 + 1e-4), `row ${row}`));
   const [plain, best] = errors.map((sums) => sums.reduce((a, b) => a + b));
   assert.ok(best < 0.95 * plain, `${best} instead of ${plain}`); // 0.91 for rows as short as these
 });

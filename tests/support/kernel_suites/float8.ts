@@ -2,18 +2,18 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { ShapeError } from "../../../ffi/errors.ts";
-import { float32ToFloat8, float8ToFloat32 } from "../../../ffi/float8.ts";
+import { float32ToFloat8, FLOAT8_LARGEST, float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import type { Float8Tensor } from "../../../kernels/float8_tensor.ts";
 import { linearFloat8, linearQuantized, quantizeAs } from "../../../kernels/linear_float8.ts";
 import {
+  FLOAT8_ROW_LARGEST,
   quantizeReference,
   quantizeRows,
   quantizeTensor,
-  scaleOfLargest,
 } from "../../../kernels/quantize_float8.ts";
-import { CANDIDATES, quantizeWeightRows } from "../../../kernels/quantize_weight_rows.ts";
+import { CANDIDATES, firstScale, quantizeWeightRows } from "../../../kernels/quantize_weight_rows.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
 import { geluTanh, noise } from "../providers.ts";
@@ -204,7 +204,7 @@ async function assertQuantized(
   const k = rowwise ? shape.at(-1)! : x.length;
   const codes = new Uint8Array(x.length);
   const expected = new Float32Array(rowwise ? x.length / k : 1);
-  quantizeReference(codes, expected, x, k);
+  quantizeReference(codes, expected, x, k, rowwise ? FLOAT8_ROW_LARGEST : FLOAT8_LARGEST.ocp);
   assert.deepEqual(await valuesOf(scales), expected);
   assertCodes(await values.device.download(values), codes, x, expected);
 }
@@ -220,7 +220,7 @@ function assertCodes(got: Uint8Array, codes: Uint8Array, x: Float32Array, scales
 
 /** What a row becomes with each scale that quantizeWeightRows tries. */
 function candidatesOf(row: Float32Array) {
-  const first = scaleOfLargest(row, "ocp");
+  const first = firstScale(row);
   return Array.from({ length: CANDIDATES }, (_, c) => {
     const scale = Math.fround(first * (1 + c / CANDIDATES));
     const factor = Math.fround(1 / scale);
@@ -401,7 +401,7 @@ function linearSuite(): void {
           const size = rowwise ? k : values.length;
           const codes = new Uint8Array(values.length);
           const scales = new Float32Array(values.length / size);
-          quantizeReference(codes, scales, values, size);
+          quantizeReference(codes, scales, values, size, rowwise ? FLOAT8_ROW_LARGEST : FLOAT8_LARGEST.ocp);
           const result = new Float32Array(values.length);
           float8ToFloat32(codes, result, "f8e4m3");
           return result.map((value, i) => value * scales[Math.floor(i / size)]);

@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { ShapeError } from "../../../ffi/errors.ts";
+import { float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import {
@@ -28,7 +29,8 @@ import {
   outputScales,
   outputScalesReference,
 } from "../../../kernels/output_scales.ts";
-import { quantizeRows } from "../../../kernels/quantize_float8.ts";
+import { FLOAT8_ROW_LARGEST, FLOAT8_ROW_SUM, quantizeRows } from "../../../kernels/quantize_float8.ts";
+import { quantizeWeightRows } from "../../../kernels/quantize_weight_rows.ts";
 import { rmsNormReference } from "../../../kernels/rms_norm.ts";
 import { rotaryPairs, rotaryPairsReference } from "../../../kernels/rotary_pairs.ts";
 import { ropeReference } from "../../../kernels/rope.ts";
@@ -124,6 +126,38 @@ export function fusedLinearSuite(): void {
         }),
         { numRuns: 40 },
       );
+    });
+
+    test("sums of float8 stay within f16 whatever rows hold: all of one sign, of one size, or one element alone", async (device) => {
+      if (!hasFlashAttention(device)) return;
+      const k = 15360;
+      const kinds: ((i: number) => number)[] = [
+        () => 1,
+        (i) => Math.abs(noise(5)(i)),
+        (i) => i % 7 === 0 ? 1 : 2 ** -20,
+        (i) => i === 4000 ? 1 : 0,
+      ];
+      for (const value of kinds) {
+        for (const size of [1, 1e-4, 1e4]) {
+          const x = sample(device, [2, k], "bf16", (i) => size * value(i % k));
+          const w = sample(device, [16, k], "bf16", (i) => value(i % k));
+          const [qx, qw] = [quantizeRows(x.tensor), quantizeWeightRows(w.tensor)];
+          const magnitudes = float8Values(await device.download(qw.values)).subarray(0, k);
+          const [sum, most] = [
+            magnitudes.reduce((sum, value) => sum + Math.abs(value), 0),
+            float8Values(await device.download(qx.values)).reduce((most, value) => Math.max(most, value), 0),
+          ];
+          assert.equal(most, FLOAT8_ROW_LARGEST);
+          // Rounding may add a part of 16.
+          assert.ok(sum <= FLOAT8_ROW_SUM * (1 + 1 / 16), `${sum}`);
+          const out = Tensor.empty(device, [2, 16], "bf16");
+          fusedLinear(device, [{ x: qx, weight: qw, out }]);
+          const wanted = x.values.subarray(0, k).reduce((sum, value, i) => sum + value * w.values[i], 0);
+          for (const got of await valuesOf(out)) {
+            assert.ok(Math.abs(got - wanted) < 0.1 * wanted, `${got}, not ${wanted}`);
+          }
+        }
+      }
     });
 
     test("q, k and v go to tiles, GELU beside them", async (device) => {
@@ -311,7 +345,7 @@ async function draw(
   let [xs, ws] = [x.values, w.values];
   let layer: FusedLayer = { x: { values: x.tensor }, weight: { values: w.tensor }, bias };
   if (float8) {
-    const [qx, qw] = [x, w].map(({ tensor }) => quantizeRows(tensor));
+    const [qx, qw] = [quantizeRows(x.tensor), quantizeWeightRows(w.tensor)];
     layer = { x: qx, weight: qw, bias };
     xs = await dequantized(device, qx.values, qx.scales, k);
     ws = await dequantized(device, qw.values, qw.scales, k);
@@ -354,6 +388,12 @@ function turned(
   const part = (table: Float32Array) => table.subarray(start * TILE, (start + tokens) * TILE);
   ropeReference(out, normed, part(cos), part(sin), heads, TILE);
   return out;
+}
+
+function float8Values(codes: Uint8Array): Float32Array {
+  const values = new Float32Array(codes.length);
+  float8ToFloat32(codes, values, "f8e4m3");
+  return values;
 }
 
 /** A tensor of ones. */
