@@ -17,6 +17,9 @@ const ROW_BYTES = 128;
 const PIECE = 16;
 const THREADS = 256;
 
+/** What v is multiplied by in tiles of float8, so that attention can sum in f16: flash_attention.cu says how. */
+export const FLOAT8_VALUE_FACTOR = 1 / 8;
+
 /** What attention multiplies in, by our kernel as by FlashAttention-3. */
 export type AttentionDType = "f8e4m3" | "bf16";
 
@@ -24,8 +27,8 @@ export type AttentionDType = "f8e4m3" | "bf16";
  * What flash_attention.cu reads: q, k and v in tiles of 128 tokens of a head, `[batch * heads, tiles, 128 * 128]` of one
  * {@link AttentionDType} each, and how many keys they have. In bf16 a tile is two halves of 64 dimensions. A row has 128 bytes,
  * and its pieces of 16 are swizzled: piece c of row r stands at c ^ (r % 8). Rows are tokens, but for float8: there k's are
- * permuted in groups of 16 (row 8 b + 2 t + e has token 4 t + 2 b + e), and v's are dimensions. Tokens behind the last one
- * are 0.
+ * permuted in groups of 16 (row 8 b + 2 t + e has token 4 t + 2 b + e), and v's are dimensions, whose values are multiplied by
+ * {@link FLOAT8_VALUE_FACTOR}. Tokens behind the last one are 0.
  */
 export interface QkvTiles {
   readonly q: Tensor;
@@ -52,7 +55,7 @@ export function emptyTiles(
 }
 
 /**
- * Values as float8 tiles: cast to E4M3 as they are, saturating at 448.
+ * Values as float8 tiles: times {@link FLOAT8_VALUE_FACTOR} cast to E4M3, saturating at 448.
  *
  * @param streams one or two tensors `[batch, tokens, heads, 128]` of one dtype, f32 or bf16, whose tokens lie behind one
  *   another.
@@ -94,7 +97,8 @@ export function attentionTilesReference(
   out.fill(0);
   const bytes = dtypeBytes(dtype);
   const codes = bytes === 1 ? new Uint8Array(x.length) : new Uint16Array(x.length);
-  if (codes instanceof Uint8Array) float32ToFloat8(x, codes);
+  const factor = kind === "value" ? FLOAT8_VALUE_FACTOR : 1;
+  if (codes instanceof Uint8Array) float32ToFloat8(x.map((value) => value * factor), codes);
   else float32ToBfloat16(x, codes);
   const elements = bytes === 1 ? out : new Uint16Array(out.buffer, out.byteOffset, out.length / 2);
   const tiles = tilesOf(tokens);

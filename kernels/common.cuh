@@ -331,6 +331,8 @@ __device__ __forceinline__ void modulateRow(Vec<T, N> (&held)[VECTORS], const Ro
 // that its absolute values sum to at most FLOAT8_ROW_SUM (quantize_weight_rows.cu). So no sum of products is above 28 * FLOAT8_ROW_SUM =
 // 49152, and a quarter of that remains for what rounding adds. Normal numbers still reach down to 2^-11 of the largest.
 constexpr float FLOAT8_ROW_LARGEST = 28.0f, FLOAT8_ROW_SUM = 49152.0f / 28.0f;
+// What v is multiplied by in attention's tiles of E4M3, for sums in f16 (flash_attention.cu).
+constexpr float FLOAT8_VALUE_FACTOR = 0.125f;
 // As the smallest largest value: rows of zeros have a scale too.
 constexpr float FLOAT8_SMALLEST = 1e-12f;
 

@@ -15,8 +15,11 @@
 // 2024, FlashAttention-3).
 // P is exp2(scale * log2(e) * s + shift). A row's shift follows from the first keys, whose largest weight becomes 2^RANGE, and
 // is only lowered where a thread's sum of P passes LIMIT, so that logits are neither compared nor sums rescaled at each tile.
-// It is lowered by whole powers of 2, so that what was rounded to itself still is. Should logits leap by so much that a float
-// overflows, the block begins again, carefully: with a new shift for each tile.
+// It is lowered by whole powers of 2, so that what was rounded to itself still is.
+// Sums of P v are f32 in bfloat16, and f16 in float8, which takes 3 to 4 % less energy and time (fused_linear.cu says more). With v in
+// its tiles divided by 8, P's sums below 512 a tile, and 34 tiles, they stay below 65504 unless a mean of v is above 30.
+// Should that be, or logits leap by so much that a float overflows, the block begins again, carefully: with a new shift for each tile,
+// and in float8 with f32 for what tiles add up to.
 // A block a multiprocessor: the last tiles would leave most of them idle. So the tiles from `whole` on are split among
 // `parts` blocks by their keys, which leave sums, shifts (negated) and sums of P for mergeParts.
 // FLOP: 4 * queries * keys * 128 a head; 0.233 T for FLUX's 24 heads of 4352: 0.118 ms at 1979 TFLOP/s in float8, 0.236 in
@@ -31,10 +34,14 @@ constexpr int HEAD_DIM = 128, KEYS = 128, QUERIES = 128, ROWS = 64;
 // In bfloat16 a tile is two halves of 64 columns.
 constexpr int HALF_BYTES = 128 * ROW_BYTES, TILE_BYTES = HALF_BYTES * BYTES;
 // In float8 there is room for small weights below, down to 2^-9, and for larger ones above.
-constexpr int RANGE = BYTES == 1 ? 6 : 0;
-// What a thread's 32 weights of a row may sum to: no weight is larger than E4M3's largest. Beyond, the sum is brought to between 2^RANGE
-// and twice that.
-constexpr float LIMIT = BYTES == 1 ? 448.0f : 1.8446744e19f;
+constexpr int RANGE = BYTES == 1 ? 5 : 0;
+// The same for a block that is careful: 128 weights of 1 and values of 448 sum to 57344.
+constexpr int CAREFUL_RANGE = 0;
+// What a thread's 32 weights of a row may sum to. Beyond, the sum is brought to between 2^RANGE and twice that.
+constexpr float LIMIT = BYTES == 1 ? 128.0f : 1.8446744e19f;
+// What a thread holds of its sums of P v: floats, or pairs of f16.
+using SumType = SumsOf<BYTES == 1>::Type;
+constexpr int SUMS = BYTES == 1 ? 32 : 64;
 // Products of q and k sum 32 bytes of a row at a time; those of P and v as many keys: 32 in float8, 16 in bfloat16.
 constexpr int LOGIT_STEPS = 4 * BYTES, SUM_STEPS = 4 * BYTES;
 
@@ -46,34 +53,66 @@ __device__ __forceinline__ void bringTile(unsigned to, const unsigned char* from
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
-// The 64 sums of an instruction, as its text names them (%0 to %63) and as its operands.
-#define SUMS                                                                                                  \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "       \
-  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "       \
-  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "       \
-  "%62, %63}"
-#define EIGHT(d, i)                                                                                            \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),  \
-      "+f"(d[i + 7])
-#define SUM_OPERANDS(d)                                                                                        \
-  EIGHT(d, 0), EIGHT(d, 8), EIGHT(d, 16), EIGHT(d, 24), EIGHT(d, 32), EIGHT(d, 40), EIGHT(d, 48), EIGHT(d, 56)
+// The sums of an instruction, as its text names them and as its operands: registers of kind c, "f" or "r".
+#define NAMES_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_64 \
+  NAMES_32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define EIGHT(c, i)                                                                                                 \
+  "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3]), "+" c(d[i + 4]), "+" c(d[i + 5]), "+" c(d[i + 6]),   \
+      "+" c(d[i + 7])
+#define SUMS_32(c) EIGHT(c, 0), EIGHT(c, 8), EIGHT(c, 16), EIGHT(c, 24)
+#define SUMS_64(c) SUMS_32(c), EIGHT(c, 32), EIGHT(c, 40), EIGHT(c, 48), EIGHT(c, 56)
 
-// d = a b^T (+ d) for logits: 64 x 32 bytes of a, and 128 x 32 of b, from shared memory. d = a b (+ d) for sums: a from
-// registers.
-#define LOGITS(kind, tail)                                                                                     \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128" kind SUMS         \
-               ", %64, %65, p, 1, 1" tail "; }" : SUM_OPERANDS(d) : "l"(a), "l"(b), "r"(add))
-#define PRODUCT(kind, tail)                                                                                    \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" kind SUMS         \
-               ", {%64, %65, %66, %67}, %68, p, 1, 1" tail "; }"                                               \
-               : SUM_OPERANDS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+// d = a b^T (+ d) for logits: 64 x 32 bytes of a, and 128 x 32 of b, from shared memory.
+#define LOGITS(kind, tail)                                                                                          \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128" kind "{" NAMES_64          \
+               "}, %64, %65, p, 1, 1" tail "; }" : SUMS_64("f") : "l"(a), "l"(b), "r"(add))
+// d = a b (+ d) for sums: a from registers. Behind the sums are the operands %A0 to %A3, %B and %ADD.
+#define PRODUCT(kind, c, count, A0, A1, A2, A3, B, ADD, tail)                                                         \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0; wgmma.mma_async.sync.aligned.m64n128" kind "{"            \
+               NAMES_##count "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" B ", p, 1, 1" tail "; }"                     \
+               : SUMS_##count(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 __device__ __forceinline__ void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int add) {
   if constexpr (BYTES == 1) LOGITS("k32.f32.e4m3.e4m3 ", "");
   else LOGITS("k16.f32.bf16.bf16 ", ", 0, 0");
 }
+__device__ __forceinline__ void multiply(unsigned (&d)[32], const unsigned* a, unsigned long long b, int add) {
+  PRODUCT("k32.f16.e4m3.e4m3 ", "r", 32, "32", "33", "34", "35", "36", "37", "");
+}
 __device__ __forceinline__ void multiply(float (&d)[64], const unsigned* a, unsigned long long b, int add) {
-  if constexpr (BYTES == 1) PRODUCT("k32.f32.e4m3.e4m3 ", "");
-  else PRODUCT("k16.f32.bf16.bf16 ", ", 1");  // b's rows are keys
+  PRODUCT("k16.f32.bf16.bf16 ", "f", 64, "64", "65", "66", "67", "68", "69", ", 1");  // b's rows are keys
+}
+
+// Sums times what their rows shrink by.
+__device__ __forceinline__ void shrinkSums(float (&o)[64], const float (&shrink)[2]) {
+#pragma unroll
+  for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
+}
+__device__ __forceinline__ void shrinkSums(unsigned (&o)[32], const float (&shrink)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(pair) : "f"(shrink[row]));
+#pragma unroll
+    for (int i = row; i < 32; i += 2) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(o[i]) : "r"(pair));
+  }
+}
+// Adds sums to what tiles before have given.
+__device__ __forceinline__ void addSums(float (&to)[64], const unsigned (&o)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    float first, second;
+    widenHalves(o[i], first, second);
+    to[2 * i] += first, to[2 * i + 1] += second;
+  }
+}
+__device__ __forceinline__ void addSums(float (&to)[64], const float (&o)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; i++) to[i] += o[i];
 }
 
 // -- softmax -----------------------------------------------------------------------------------------------------------
@@ -92,14 +131,14 @@ __device__ __forceinline__ float rowLargest(float x) {
 // What a thread knows of its two rows, 8 apart: P is exp2(scale * s + shift), and its part of the sum of P.
 struct Rows { float shift[2], sum[2]; };
 
-// Lets the largest logit of these keys and those before become 2^RANGE, and says by how much what was summed shrinks.
-__device__ __forceinline__ void shiftToLargest(const float (&s)[64], Rows& rows, float (&shrink)[2], float scale) {
+// Lets the largest logit of these keys and those before become 2^range, and says by how much what was summed shrinks.
+__device__ __forceinline__ void shiftToLargest(const float (&s)[64], Rows& rows, float (&shrink)[2], float scale, int range) {
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     float largest = -3.402823466e38f;
 #pragma unroll
     for (int i = 2 * row; i < 64; i += 4) largest = fmaxf(largest, fmaxf(s[i], s[i + 1]));
-    const float shift = fminf(rows.shift[row], RANGE - rowLargest(largest) * scale);
+    const float shift = fminf(rows.shift[row], range - rowLargest(largest) * scale);
     shrink[row] = exp2Fast(shift - rows.shift[row]);
     rows.shift[row] = shift;
     rows.sum[row] *= shrink[row];
@@ -151,6 +190,8 @@ __device__ __forceinline__ void packRows(unsigned (&p)[4 * SUM_STEPS], const flo
   }
 }
 
+// v is in its tiles times this.
+constexpr float VALUE_FACTOR = BYTES == 1 ? FLOAT8_VALUE_FACTOR : 1.0f;
 // What a query's results are divided by before they are rounded.
 __device__ __forceinline__ float scaleOfRow(const float* scales, int query) { return scales == nullptr ? 1.0f : scales[query]; }
 
@@ -220,12 +261,12 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
     // Of descriptors: to the next tile, to its other half, and 32 bytes along its rows or 16 rows on.
     constexpr unsigned long long NEXT_TILE = TILE_BYTES / 16, NEXT_HALF = HALF_BYTES / 16;
     constexpr unsigned long long NEXT_KEYS = BYTES == 1 ? 2 : 16 * ROW_BYTES / 16;
-    float s[64], o[64];
+    float s[64];
+    SumType o[SUMS];
     unsigned p[4 * SUM_STEPS];
     Rows rows;
-    float sum[2] = {0.0f, 0.0f}, shrink[2];
-    // Whether rows follow their largest logits at each tile, and what this block's tiles are counted from.
-    bool careful = false;
+    float sum[2], shrink[2];
+    // What tiles are counted from: those of a block that begins again stand behind the first ones.
     int base = 0;
 
     // Tiles are counted from this block's first.
@@ -241,16 +282,26 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       }
       commitProducts();
     };
-    auto issueSums = [&](int tile) {
+    auto issueSums = [&](int tile, bool add) {
       const int stage = (base + tile) % STAGES;
       wait(vFull + 8 * stage, (base + tile) / STAGES % 2);
       hold(o);
       fenceProducts();
 #pragma unroll
       for (int step = 0; step < SUM_STEPS; step++) {
-        multiply(o, p + 4 * step, vRows + stage * NEXT_TILE + step * NEXT_KEYS, tile > 0 || step > 0);
+        multiply(o, p + 4 * step, vRows + stage * NEXT_TILE + step * NEXT_KEYS, add || step > 0);
       }
       commitProducts();
+    };
+    // Waits for products, of which a tile of k or v is free then.
+    auto finishLogits = [&](int tile) {
+      hold(s);
+      if (elected) arrive(kEmpty + 8 * ((base + tile) % STAGES));
+    };
+    auto finishSums = [&](int tile) {
+      waitProducts<0>();
+      hold(o);
+      if (elected) arrive(vEmpty + 8 * ((base + tile) % STAGES));
     };
     // Keys behind the last one, in the last tile.
     auto mask = [&](int tile) {
@@ -273,60 +324,80 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
     };
     // Whether this warp has a row whose weights are too large.
     auto tooLarge = [&] { return __any_sync(0xffffffffu, fmaxf(sum[0], sum[1]) > LIMIT); };
+    auto sumRows = [&] { rows.sum[0] += sum[0], rows.sum[1] += sum[1]; };
 
-    if (group == 2) passTurn();
-    wait(qFull, 0);
-    for (;;) {
+    // The block's sums of P v, each tile's added to those before.
+    float result[64];
+    auto begin = [&](int range) {
       issueLogits(0);
       waitProducts<0>();
-      hold(s);
-      if (elected) arrive(kEmpty + 8 * (base % STAGES));
+      finishLogits(0);
       mask(0);
       rows = {{3.402823466e38f, 3.402823466e38f}, {0.0f, 0.0f}};
-      shiftToLargest(s, rows, shrink, scale);
+      shiftToLargest(s, rows, shrink, scale, range);
       weigh(s, rows, sum, scale);
-      if (!careful && tooLarge()) lower(s, rows, sum, shrink);
+    };
+    auto proceed = [&](int tile, bool add) {
+      sumRows();
+      awaitTurn();
+      issueLogits(tile);
+      issueSums(tile - 1, add);
+      passTurn();
+      waitProducts<1>();
+      finishLogits(tile);
+      mask(tile);
+    };
+    if (group == 2) passTurn();
+    wait(qFull, 0);
+    begin(RANGE);
+    if (tooLarge()) lower(s, rows, sum, shrink);
+    packRows(p, s);
+    for (int tile = 1; tile < tiles; tile++) {
+      proceed(tile, tile > 1);
+      weigh(s, rows, sum, scale);
+      bool shrinks = false;
+      if (tooLarge()) {
+        lower(s, rows, sum, shrink);
+        shrinks = true;
+      }
+      // Behind a branch, since the compiler would move it in front of the exponentials.
+      finishSums(tile - 1);
+      if (shrinks) shrinkSums(o, shrink);
       packRows(p, s);
-      for (int tile = 1; tile < tiles; tile++) {
-        rows.sum[0] += sum[0], rows.sum[1] += sum[1];
-        awaitTurn();
-        issueLogits(tile);
-        issueSums(tile - 1);
-        passTurn();
-        waitProducts<1>();
-        hold(s);
-        if (elected) arrive(kEmpty + 8 * ((base + tile) % STAGES));
-        mask(tile);
-        if (careful) shiftToLargest(s, rows, shrink, scale);
-        weigh(s, rows, sum, scale);
-        bool shrinks = careful;
-        if (!careful && tooLarge()) {
-          lower(s, rows, sum, shrink);
-          shrinks = true;
-        }
-        // Behind a branch, since the compiler would move it in front of the exponentials.
-        waitProducts<0>();
-        hold(o);
-        if (elected) arrive(vEmpty + 8 * ((base + tile - 1) % STAGES));
-        if (shrinks) {
+    }
+    sumRows();
+    issueSums(tiles - 1, tiles > 1);
+    finishSums(tiles - 1);
 #pragma unroll
-          for (int i = 0; i < 64; i++) o[i] *= shrink[i / 2 % 2];
-        }
+    for (int i = 0; i < 64; i++) result[i] = 0.0f;
+    addSums(result, o);
+    // What has overflowed is infinite or NaN from there on, and so is its difference from itself not 0.
+    float difference = (rows.sum[0] - rows.sum[0]) + (rows.sum[1] - rows.sum[1]);
+    if constexpr (BYTES == 1) {
+#pragma unroll
+      for (int i = 0; i < 64; i++) difference = fmaf(result[i], 0.0f, difference);
+    }
+    if (!(difference == 0.0f)) atomicOr(&overflows, 1);
+    arrive(judged);
+    if (overflowed()) {
+      base = tiles;
+      begin(CAREFUL_RANGE);
+      packRows(p, s);
+#pragma unroll
+      for (int i = 0; i < 64; i++) result[i] = 0.0f;
+      for (int tile = 1; tile < tiles; tile++) {
+        proceed(tile, false);
+        shiftToLargest(s, rows, shrink, scale, CAREFUL_RANGE);
+        weigh(s, rows, sum, scale);
+        finishSums(tile - 1);
+        addSums(result, o);
+        shrinkSums(result, shrink);
         packRows(p, s);
       }
-      rows.sum[0] += sum[0], rows.sum[1] += sum[1];
-      issueSums(tiles - 1);
-      waitProducts<0>();
-      hold(o);
-      if (elected) arrive(vEmpty + 8 * ((base + tiles - 1) % STAGES));
-      if (careful) break;
-      // What has overflowed is infinite or NaN from there on, and so is its difference from itself not 0.
-      const bool finite = rows.sum[0] - rows.sum[0] == 0.0f && rows.sum[1] - rows.sum[1] == 0.0f;
-      if (!finite) atomicOr(&overflows, 1);
-      arrive(judged);
-      if (!overflowed()) break;
-      careful = true;
-      base = tiles;
+      sumRows();
+      issueSums(tiles - 1, false);
+      finishSums(tiles - 1);
+      addSums(result, o);
     }
 
     const int row0 = (group - 1) * ROWS + thread / 32 * 16 + lane / 4;
@@ -342,14 +413,14 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
         if (lane % 4 == 0) moments[2 * at] = -rows.shift[row], moments[2 * at + 1] = sum;
 #pragma unroll
         for (int block = 0; block < 16; block++) {
-          Vec<float, 2> pair = {{o[4 * block + 2 * row], o[4 * block + 2 * row + 1]}};
+          Vec<float, 2> pair = {{result[4 * block + 2 * row], result[4 * block + 2 * row + 1]}};
           storeVec(partial + at * HEAD_DIM + block * 8 + 2 * (lane % 4), pair);
         }
         continue;
       }
       // Rows behind the last query take part in the exchange.
       const bool inside = query < queries;
-      const float factor = inside ? 1.0f / (sum * scaleOfRow(outScales, query)) : 0.0f;
+      const float factor = inside ? 1.0f / (VALUE_FACTOR * sum * scaleOfRow(outScales, query)) : 0.0f;
       O* to = out + query * outToken;
       if constexpr (sizeof(O) == 1) {
 #pragma unroll
@@ -357,7 +428,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
           unsigned w[4];  // two blocks of 8 columns each
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const float* x = o + 4 * (group + 2 * i) + 2 * row;
+            const float* x = result + 4 * (group + 2 * i) + 2 * row;
             w[i] = toFloat8Quad(x[0] * factor, x[1] * factor, x[4] * factor, x[5] * factor);
           }
           transposeQuad(w);
@@ -371,7 +442,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
           unsigned w[4];  // a block of 8 columns each
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const float* x = o + 4 * (group + i) + 2 * row;
+            const float* x = result + 4 * (group + i) + 2 * row;
             w[i] = toBfloat16Pair(x[0] * factor, x[1] * factor);
           }
           transposeQuad(w);
@@ -402,7 +473,7 @@ mergeParts(O* out, const float* outScales, const float* partial, const float* mo
   }
   out += head / heads * outBatch + head % heads * outHead + query * outToken + lane * 4;
   const Vec<float, 4> result = {{o[0], o[1], o[2], o[3]}};
-  const float factor = 1.0f / (sum * scaleOfRow(outScales, query));
+  const float factor = 1.0f / (VALUE_FACTOR * sum * scaleOfRow(outScales, query));
   if constexpr (sizeof(O) == 1) storeQuantized((f8e4m3*)out, result, factor);
   else storeVec((unsigned*)out, Vec<unsigned, 2>{{toBfloat16Pair(o[0] * factor, o[1] * factor),
                                                   toBfloat16Pair(o[2] * factor, o[3] * factor)}});

@@ -24,8 +24,8 @@ export function hasFlashAttention({ limits }: GpuDevice): boolean {
 }
 
 /**
- * Attention from tiles in E4M3 (without scales, as flux-fast has it) or bfloat16; sums and softmax in f32 (Shah et al. 2024,
- * FlashAttention-3). What it computes is attentionReference in attention.ts; the softmax's weights are rounded to the
+ * Attention from tiles in E4M3 (without scales, as flux-fast has it) or bfloat16; softmax in f32, sums in f32 or, of E4M3, in f16 (Shah et
+ * al. 2024, FlashAttention-3). What it computes is attentionReference in attention.ts; the softmax's weights are rounded to the
  * tiles' dtype.
  *
  * @param tiles of `batch * heads` heads.

@@ -35,9 +35,7 @@ constexpr int WIDTH = 8;
 constexpr int FINISHERS = 3, ALL_WARPS = FINISHERS + 8;
 constexpr int A_BYTES = TILE_M * ROW_BYTES, B_BYTES = TILE_N * ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr bool FLOAT8 = BYTES == 1;
-// What a thread holds of its sums, and blocks of 8 columns: floats, or words of two neighbouring f16.
-template <bool PAIRS> struct SumsOf { using Type = float; };
-template <> struct SumsOf<true> { using Type = unsigned; };
+// What a thread holds of its sums, and blocks of 8 columns: floats, or pairs of f16.
 using SumType = SumsOf<FLOAT8>::Type;
 constexpr int SUMS = FLOAT8 ? TILE_N / 4 : TILE_N / 2, BLOCKS = TILE_N / 8;
 // From row to row of the finished sums: 16 bytes more than they have, against conflicts of banks.
@@ -196,8 +194,7 @@ struct Half {
 // The two sums of a word.
 __device__ __forceinline__ void widenSums(unsigned word, float& first, float& second) {
   if constexpr (FLOAT8) {
-    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-        : "=f"(first), "=f"(second) : "r"(word));
+    widenHalves(word, first, second);
   } else {
     first = __uint_as_float(word << 16);
     second = __uint_as_float(word & 0xffff0000u);
@@ -385,6 +382,8 @@ __device__ __forceinline__ void storeValues(int head, const Half& at, const Stre
       }
       held.scale[0] = held.scale[1] = 1.0f;
       if constexpr (FLOAT8) loadWide(held.scale, s.columnScales + column);
+#pragma unroll
+      for (int d = 0; d < 2; d++) held.bias[d] *= FLOAT8_VALUE_FACTOR, held.scale[d] *= FLOAT8_VALUE_FACTOR;
       held.rowScale = FLOAT8 ? s.rowScales[min(at.row + first + at.lane % 16, (int)s.rows - 1)] : 1.0f;
     };
     const auto finish = [&](int unit, const Held& held) {

@@ -94,7 +94,15 @@ template <int N> __device__ __forceinline__ void hold(unsigned (&d)[N]) {
 }
 
 // A product of a warpgroup has 64 rows. Its thread holds of columns 8 j + 2 t and the one behind (t = lane % 4) the sums
-// d[4 j] and d[4 j + 1] of row 16 * warp + lane / 4, and d[4 j + 2] and d[4 j + 3] of the row 8 further. In f16 these pairs are words.
+// d[4 j] and d[4 j + 1] of row 16 * warp + lane / 4, and d[4 j + 2] and d[4 j + 3] of the row 8 further.
+
+// Sums of products of E4M3 may be f16 (fused_linear.cu): in words of two neighbouring ones.
+template <bool HALVES> struct SumsOf { using Type = float; };
+template <> struct SumsOf<true> { using Type = unsigned; };
+__device__ __forceinline__ void widenHalves(unsigned word, float& first, float& second) {
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(first), "=f"(second) : "r"(word));
+}
 
 // The 4 threads of a quad have 4 words each; thread i gets word i of all of them, in their order.
 __device__ __forceinline__ void transposeQuad(unsigned (&w)[4]) {

@@ -107,8 +107,8 @@ export function jointQkNormRopeTilesTakes(streams: readonly QkvStream[]): boolea
 }
 
 /**
- * {@link jointQkNormRope} to the tiles that flash attention reads: q and k rounded once from f32, v cast; in float8 without
- * scales and saturating at 448.
+ * {@link jointQkNormRope} to the tiles that flash attention reads: q and k rounded once from f32, in float8 without scales and
+ * saturating at 448; v as {@link valueTiles} has it.
  *
  * @param streams that {@link jointQkNormRopeTilesTakes}. @throws ShapeError as {@link jointQkNormRopeFused}.
  */

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import { bfloat16ToFloat32, float32ToBfloat16 } from "../../../ffi/bfloat16.ts";
 import { ShapeError } from "../../../ffi/errors.ts";
-import { float32ToFloat8, float8ToFloat32 } from "../../../ffi/float8.ts";
+import { float32ToFloat8, FLOAT8_LARGEST, float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import { allFinite } from "../../../kernels/all_finite.ts";
@@ -14,12 +14,18 @@ import {
   type AttentionDType,
   attentionTilesReference,
   emptyTiles,
+  FLOAT8_VALUE_FACTOR,
   TILE,
   type TileKind,
   valueTiles,
 } from "../../../kernels/attention_tiles.ts";
 import { linearFloat8 } from "../../../kernels/linear_float8.ts";
-import { quantizeRows, quantizeTensor } from "../../../kernels/quantize_float8.ts";
+import {
+  FLOAT8_ROW_LARGEST,
+  quantizeReference,
+  quantizeRows,
+  quantizeTensor,
+} from "../../../kernels/quantize_float8.ts";
 import { relativeError } from "../compare.ts";
 import { valuesOf } from "../golden.ts";
 import { forEachGpu } from "../gpu_devices.ts";
@@ -114,6 +120,21 @@ export function flashAttentionSuite(): void {
       }
     });
 
+    test("begins again with larger sums where those of f16 overflow", async (device) => {
+      if (!hasFlashAttention(device)) return;
+      for (const mean of [20, 200, 3000]) {
+        for (const [queries, heads, spread] of [[130, 2, 1], [130, 2, 4], [8, 140, 1]]) {
+          const sizes = { batch: 1, queries, keys: 900, heads, spread };
+          const error = await attentionError(device, "f8e4m3", { ...sizes, mean });
+          assert.ok(error <= 0.03, `relative error ${error}, values near ${mean}, ${queries} queries`);
+        }
+      }
+      // Logits that leap as well.
+      const sizes = { batch: 1, queries: 130, keys: 700, heads: 1, spread: 1 };
+      const error = await attentionError(device, "f8e4m3", { ...sizes, growth: 600, mean: 2000 });
+      assert.ok(error <= 0.03, `relative error ${error}`);
+    });
+
     test("refuses what does not fit", (device) => {
       if (!hasFlashAttention(device)) return;
       device.scope(() => {
@@ -195,15 +216,8 @@ export function flashAttentionSuite(): void {
 /** What {@link dequantize} gives for a quantized `x`. */
 function referenceOf(x: Float32Array, k: number, rowwise: boolean): Float32Array {
   const length = rowwise ? k : x.length;
-  const codes = new Uint8Array(x.length);
-  const scales = Float32Array.from({ length: x.length / length }, (_, row) => {
-    const values = x.subarray(row * length, (row + 1) * length);
-    const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), Math.fround(1e-12));
-    const scale = Math.fround(largest / 448);
-    const factor = Math.fround(1 / scale);
-    float32ToFloat8(values.map((value) => value * factor), codes.subarray(row * length, (row + 1) * length));
-    return scale;
-  });
+  const [codes, scales] = [new Uint8Array(x.length), new Float32Array(x.length / length)];
+  quantizeReference(codes, scales, x, length, rowwise ? FLOAT8_ROW_LARGEST : FLOAT8_LARGEST.ocp);
   const out = new Float32Array(x.length);
   dequantizeReference(out, codes, scales, length);
   return out;
@@ -220,6 +234,8 @@ interface Sizes {
   readonly growth?: number;
   /** Of which queries they do; of all, when left out. */
   readonly grows?: (query: number) => boolean;
+  /** What values are near. */
+  readonly mean?: number;
 }
 
 /** The first dimension of queries where logits grow. */
@@ -229,10 +245,13 @@ const GROWING = 32;
 async function attentionError(
   device: GpuDevice,
   dtype: AttentionDType,
-  { batch, queries, keys, heads, spread, growth = 0, grows = () => true }: Sizes,
+  { batch, queries, keys, heads, spread, growth = 0, grows = () => true, mean = 0 }: Sizes,
 ): Promise<number> {
   const draw = (kind: TileKind, tokens: number, seed: number, size: number) => {
-    const values = new Float32Array(batch * tokens * heads * TILE).map((_, i) => 2 * size * noise(seed)(i));
+    const shift = kind === "value" ? mean : 0;
+    const values = new Float32Array(batch * tokens * heads * TILE).map((_, i) =>
+      shift + 2 * size * noise(seed)(i)
+    );
     for (let i = 0; growth !== 0 && kind !== "value" && i < values.length; i += TILE) {
       const token = Math.floor(i / (heads * TILE)) % tokens;
       values[i] = kind === "query"
@@ -245,8 +264,10 @@ async function attentionError(
     device.upload(bytes, tiles.memory);
     if (dtype === "f8e4m3") {
       const codes = new Uint8Array(values.length);
-      float32ToFloat8(values, codes);
+      const factor = kind === "value" ? FLOAT8_VALUE_FACTOR : 1;
+      float32ToFloat8(values.map((value) => value * factor), codes);
       float8ToFloat32(codes, values, dtype);
+      for (let i = 0; i < values.length; i++) values[i] /= factor;
     } else {
       const bits = new Uint16Array(values.length);
       float32ToBfloat16(values, bits);
