@@ -248,10 +248,15 @@ export interface GpuDevice extends Device {
   event(): GpuEvent;
   /**
    * Records the work that `body` issues instead of running it. What it allocates for activations may be freed when it
-   * is recorded: it stays the graph's, and holds what a replay left there until any graph is replayed next. Other memory
-   * that it uses must not be freed while the graph is in use.
+   * is recorded: it stays the graph's, and holds what a replay left there until any graph is replayed next, or work is done
+   * {@link amongRecordings}. Other memory that it uses must not be freed while the graph is in use.
    */
   record(body: () => void): Graph;
+  /**
+   * Runs `body`, whose activations lie where recordings have theirs: who runs work once and records it then needs memory for it
+   * once. What `body` returns is to be copied before any graph is replayed.
+   */
+  amongRecordings<T>(body: () => T): T;
 
   /**
    * Opens the vendor's profiler, of which there is one at a time in a process.

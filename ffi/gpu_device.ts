@@ -428,6 +428,11 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
     }
   }
 
+  amongRecordings<T>(body: () => T): T {
+    this.refuseRecording("work among recordings");
+    return this.#heap.amongRecordings(body);
+  }
+
   async synchronize(): Promise<void> {
     this.checkOpen();
     this.refuseRecording("waiting");

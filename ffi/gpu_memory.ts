@@ -56,7 +56,7 @@ export class GpuHeap {
   readonly #owner: MemoryOwner;
   readonly #activations: Segment;
   readonly #weights: Segment;
-  /** What recorded work allocates while it is recorded: the same for all recordings, and used by nothing else. */
+  /** What recorded work allocates while it is recorded, or when it runs before: the same for all recordings. */
   readonly #recorded: Segment;
   /** With what frees a deposit's memory when nothing refers to it any more. */
   readonly #deposits = new Map<DepositSegment, FinalizationRegistry<number>>();
@@ -65,6 +65,7 @@ export class GpuHeap {
   /** The libraries' scratch, and smaller ones before it that graphs still use. They lie among the weights. */
   readonly #workspaces: GpuMemory[] = [];
   #workspaceBytes = 0;
+  #amongRecordings = false;
   #peak = 0;
 
   constructor(owner: MemoryOwner) {
@@ -96,7 +97,7 @@ export class GpuHeap {
       this.#collected.register(memory, memory.offset, memory);
       return memory;
     }
-    const segment = this.#owner.isRecording() ? this.#recorded : this.#activations;
+    const segment = this.#owner.isRecording() || this.#amongRecordings ? this.#recorded : this.#activations;
     const memory = this.#take(segment, byteLength, "activations");
     this.#scopes.add(memory);
     return memory;
@@ -114,6 +115,17 @@ export class GpuHeap {
 
   scope<T>(body: () => T): T {
     return this.#scopes.run(body);
+  }
+
+  /** See {@link GpuDevice.amongRecordings}. */
+  amongRecordings<T>(body: () => T): T {
+    const before = this.#amongRecordings;
+    this.#amongRecordings = true;
+    try {
+      return body();
+    } finally {
+      this.#amongRecordings = before;
+    }
   }
 
   /** See {@link GpuDevice.deposit}. @param stream that copies. @param check called before each of its steps, with a word for it. */

@@ -1,7 +1,7 @@
 /** A GPU that computes nothing: what a real one would be asked for is found out on it, without waiting for anything. */
 import { cudnnTakesAttention } from "./cuda/cudnn.ts";
 import { flashAttention3TakesPlan } from "./cuda/flash_attn3.ts";
-import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryUse } from "./device.ts";
+import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "./device.ts";
 import { FfiError } from "./errors.ts";
 import {
   type AttentionPlan,
@@ -62,13 +62,13 @@ export class NullGpu implements GpuDevice {
     return { current: 0, peak: 0, reserved: 0, weights: 0 };
   }
 
-  alloc(byteLength: number): Memory {
+  alloc(byteLength: number, _purpose?: MemoryPurpose): Memory {
     const pointer = this.#free;
     this.#free += BigInt((Math.floor(byteLength / ALIGNMENT) + 1) * ALIGNMENT);
     return { device: this, pointer, byteLength };
   }
 
-  free(): void {}
+  free(_memory: Memory): void {}
 
   scope<T>(body: () => T): T {
     return this.#scopes.run(body);
@@ -127,6 +127,10 @@ export class NullGpu implements GpuDevice {
   }
 
   powerMeter(): undefined {}
+
+  amongRecordings<T>(body: () => T): T {
+    return body();
+  }
 
   measuring<T>(body: () => T): T {
     return this.#measuring.run(body);

@@ -21,8 +21,8 @@ type Known = Recording | "eager";
 
 /**
  * Runs each part as one graph. The first call for some dtypes and shapes runs eagerly, which compiles kernels and plans
- * products, and is recorded right after; later calls copy their inputs in, replay, and copy the outputs out. So all that
- * changes has to be an input: a recorded number or address stays what it was.
+ * products, and is recorded right after, on the same memory; later calls copy their inputs in, replay, and copy the outputs out. So
+ * all that changes has to be an input: a recorded number or address stays what it was.
  *
  * A recording needs memory of its own. Where that runs out, the other recordings are dropped, and if it still does not
  * suffice, the part goes on running eagerly for these shapes.
@@ -46,7 +46,12 @@ export function graphExecute(device: GpuDevice): Required<Pick<Plan, "execute" |
       if (known === "eager") return device.scope(() => body(inputs));
       return replay(device, known, inputs) as ReturnType<typeof body>;
     }
-    const result = device.scope(() => body(inputs));
+    const result = device.scope(() =>
+      mapTensors(
+        device.amongRecordings(() => device.scope(() => body(inputs))),
+        (made) => copyOf(device, made),
+      )
+    ) as ReturnType<typeof body>;
     dropOldest(recordings, part);
     const recording = recordIfItFits(device, inputs, body);
     if (recording === undefined) dropAll(recordings);
@@ -112,11 +117,13 @@ function record<O>(
 function replay(device: GpuDevice, { inputs, outputs, graph }: Recording, given: readonly Tensor[]): unknown {
   inputs.forEach((place, i) => copyInto(place, given[i]));
   graph.replay();
-  return mapTensors(outputs, (place) => {
-    const copy = Tensor.empty(device, place.shape, place.dtype);
-    copyInto(copy, place);
-    return copy;
-  });
+  return mapTensors(outputs, (place) => copyOf(device, place));
+}
+
+function copyOf(device: GpuDevice, tensor: Tensor): Tensor {
+  const copy = Tensor.empty(device, tensor.shape, tensor.dtype);
+  copyInto(copy, tensor);
+  return copy;
 }
 
 function dropOldest(recordings: Map<string, Known>, part: string): void {

@@ -23,13 +23,13 @@ export interface Pieces {
 const PIECE_BYTES = { all: 2 ** 31, deposited: 2 ** 30 };
 
 /**
- * How a model is loaded for these recipes: in pieces where one of them takes parts from a deposit, or quantizes, so that there
- * need not be memory for the checkpoint; undefined, all at once, otherwise.
+ * How a model is loaded for these recipes: in pieces where one of them takes parts from a deposit, or makes other weights of those of
+ * the checkpoint, so that there need not be memory for both; undefined, all at once, otherwise.
  */
 export function piecesFor(recipes: readonly Recipe[]): Pieces | undefined {
   const deposited = recipes.flatMap(({ deposits = [] }) => deposits);
-  const quantizing = recipes.some(({ preparesWeights, exact }) => preparesWeights && !exact);
-  return deposited.length > 0 || quantizing ? { recipes, deposited } : undefined;
+  const preparing = recipes.some(({ preparesWeights }) => preparesWeights);
+  return deposited.length > 0 || preparing ? { recipes, deposited } : undefined;
 }
 
 /** A part's weights that are not loaded so far. */

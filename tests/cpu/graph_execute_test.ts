@@ -45,7 +45,7 @@ testOn(withMemory(1000), "graphExecute: a recording is replayed with new inputs"
 });
 
 testOn(
-  withMemory(2 * 64 + 32),
+  withMemory(3 * 64 + 32),
   "graphExecute: without memory for a recording a part stays eager",
   async (device) => {
     const { double, runs } = doubling(device);

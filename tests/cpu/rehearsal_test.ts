@@ -5,20 +5,17 @@ import type { GpuDevice, KernelSource } from "../../ffi/gpu.ts";
 import { NullGpu } from "../../ffi/null_gpu.ts";
 import { baselineFp32 } from "../../recipes/00_baseline_fp32.ts";
 import { bfloat16 } from "../../recipes/01_bfloat16.ts";
-import { clipConfigSchema } from "../../recipes/base/clip.ts";
 import { UsageError } from "../../recipes/base/errors.ts";
 import { loadModel } from "../../recipes/base/loading.ts";
 import { Model } from "../../recipes/base/model.ts";
-import { type ModelParts, readParts } from "../../recipes/base/model_parts.ts";
+import { readParts } from "../../recipes/base/model_parts.ts";
 import { FluxPipeline, type GenerateOptions } from "../../recipes/base/pipeline.ts";
 import { compose, eagerPlan, type Recipe } from "../../recipes/base/plan.ts";
 import { rehearse } from "../../recipes/base/rehearsal.ts";
-import { t5ConfigSchema } from "../../recipes/base/t5.ts";
-import { transformerConfigSchema } from "../../recipes/base/transformer.ts";
 import { recipesFor } from "../../recipes/switches.ts";
 import { missingCompiler } from "../support/emulated_compiler.ts";
 import { openEmulatedGpu } from "../support/emulated_gpu.ts";
-import { FLUX_AUTOENCODER } from "../support/flux_autoencoder.ts";
+import { fluxDev } from "../support/flux_dev.ts";
 import { goldenPath } from "../support/golden.ts";
 import { likeH100 } from "../support/null_gpu.ts";
 import { ownDevice, testOn } from "../support/test_device.ts";
@@ -75,33 +72,6 @@ for (
   );
 }
 
-/** FLUX.1-dev, as far as shapes go. */
-function dev(): ModelParts {
-  return {
-    ...readParts(DEV_LIKE),
-    configs: {
-      text_encoder: clipConfigSchema.parse({
-        vocab_size: 49408,
-        hidden_size: 768,
-        intermediate_size: 3072,
-        num_hidden_layers: 12,
-        num_attention_heads: 12,
-      }),
-      text_encoder_2: t5ConfigSchema.parse({
-        vocab_size: 32128,
-        d_model: 4096,
-        d_kv: 64,
-        d_ff: 10240,
-        num_layers: 24,
-        num_heads: 64,
-        feed_forward_proj: "gated-gelu",
-      }),
-      transformer: transformerConfigSchema.parse({ guidance_embeds: true }),
-      vae: FLUX_AUTOENCODER,
-    },
-  };
-}
-
 const DRAWING: GenerateOptions = {
   prompt: "a",
   seed: 1,
@@ -131,7 +101,7 @@ async function drawnTexts(recipes: readonly Recipe[]): Promise<Set<string>> {
     if (!choices.has(key)) choices.set(key, choices.size * 7 % 11 % ways.length);
     return choices.get(key)!;
   };
-  const model = await Model.hollow(dev(), gpu, "bf16");
+  const model = await Model.hollow(fluxDev(), gpu, "bf16");
   const plan = compose(eagerPlan(gpu, model.weights), ...recipes);
   await new FluxPipeline(model, plan).generate(DRAWING);
   return new Set(gpu.sources.keys());
@@ -146,7 +116,12 @@ for (
 ) {
   Deno.test(`rehearsal: a few blocks have the kernels of all, whatever is measured (FLUX.1-dev, ${title})`, async () => {
     const recipes = recipesFor(flags, "cuda");
-    const sources = await rehearse(likeH100(), { parts: dev(), dtype: "bf16", recipes, drawing: DRAWING });
+    const sources = await rehearse(likeH100(), {
+      parts: fluxDev(),
+      dtype: "bf16",
+      recipes,
+      drawing: DRAWING,
+    });
     const named = new Set(sources.map(({ text }) => text));
     assert.equal(sources.length, named.size, "a text is named twice");
     assert.ok(named.size > 60, `only ${named.size}`);

@@ -86,7 +86,7 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
   }
 
   test("what is quantized is loaded in pieces: the same bytes, without memory for the checkpoint", async (device) => {
-    assert.equal(piecesFor([bfloat16, compile, fuseQkv, channelsLast, tuning]), undefined);
+    assert.equal(piecesFor([compile, tuning]), undefined);
     const recipes = [bfloat16, fuseQkv, float8(), float8TextEncoder()];
     const folder = goldenPath("schnell-like");
     const before = device.memoryUse().weights;
@@ -181,7 +181,6 @@ export function offloadSuite(target: TestDevice<GpuDevice>): void {
       () => compose(eagerPlan(device, model.weights), bfloat16, offload),
       (error) => error instanceof UsageError && /text_encoder was not loaded for it/.test(error.message),
     );
-    assert.equal(piecesFor([bfloat16]), undefined);
   });
 
   test("random weights are the same in pieces", async (device) => {
