@@ -32,6 +32,7 @@ export const fuseQkv: Recipe = {
   exact: true,
   devices: ["cpu", "cuda", "hip"],
   preparesWeights: true,
+  joins: GROUPS,
   apply: (plan: Plan) => ({
     ...plan,
     ops: { ...plan.ops, linears: joinedLinears },

@@ -1,6 +1,6 @@
 /**
  * Weights that are brought to a device piece by piece, each as the recipes want it before the next one comes: a GPU then needs
- * memory for what they become and for one piece, not for the checkpoint.
+ * memory for what they become and for one piece, not for the checkpoint, and what is freed on the way is used again.
  */
 import type { Device } from "../../ffi/device.ts";
 import { isGpu } from "../../ffi/gpu.ts";
@@ -15,12 +15,15 @@ export interface Pieces {
   readonly recipes: readonly Recipe[];
   /** Parts that go on to a deposit each, on the host, where the device is a GPU. They are loaded last. */
   readonly deposited: readonly Component[];
-  /** A piece has at least so many bytes, as far as there are so many; {@link PIECE_BYTES} when left out. */
+  /**
+   * A piece has at least so many bytes, as far as there are so many. When left out: {@link PIECE_BYTES} where pieces become less or
+   * go on to a deposit, else each part of the model is one.
+   */
   readonly pieceBytes?: number;
 }
 
-/** Each piece sets up buffers of its own, so that larger ones are loaded faster; with a deposit memory is short. */
-const PIECE_BYTES = { all: 2 ** 31, deposited: 2 ** 30 };
+/** Each piece sets up buffers of its own, so that larger ones are loaded faster. */
+const PIECE_BYTES = 2 ** 30;
 
 /**
  * How a model is loaded for these recipes: in pieces where one of them takes parts from a deposit, or makes other weights of those of
@@ -46,16 +49,19 @@ export interface Unloaded {
 export async function loadInPieces(
   device: Device,
   parts: readonly Unloaded[],
-  { recipes, deposited, pieceBytes = PIECE_BYTES[deposited.length > 0 ? "deposited" : "all"] }: Pieces,
+  { recipes, deposited, ...pieces }: Pieces,
 ): Promise<Record<Component, Weights>> {
   const preparing = recipes.filter(({ preparesWeights }) => preparesWeights);
+  const shrinking = deposited.length > 0 || preparing.some(({ exact }) => !exact);
+  const pieceBytes = pieces.pieceBytes ?? (shrinking ? PIECE_BYTES : Infinity);
+  const joined = (component: Component) => recipes.flatMap(({ joins }) => joins?.[component] ?? []);
   const loaded: [Component, Weights][] = [];
   const kept = new Map<string, Tensor>(); // of the part that is being loaded
   const last = ({ component }: Unloaded) => Number(deposited.includes(component));
   try {
     for (const part of parts.toSorted((a, b) => last(a) - last(b))) {
       const deposit = last(part) === 1 && isGpu(device) ? device.deposit() : undefined;
-      for (const names of piecesOf(part, pieceBytes)) {
+      for (const names of piecesOf(part, joined(part.component), pieceBytes)) {
         let piece = prepared(device, part.component, await part.place(names), preparing);
         if (deposit !== undefined) piece = depositWeights(piece, deposit);
         for (const name of piece.names) kept.set(name, piece.get(name));
@@ -83,9 +89,19 @@ function prepared(
   return compose(plan, ...recipes).weights[component];
 }
 
-/** The part's weights in groups of whole blocks: recipes join what stands side by side in one. */
-function piecesOf({ names, bytesOf }: Unloaded, pieceBytes: number): string[][] {
-  const blocks = [...Map.groupBy(names, (name) => name.match(/^.*?\.\d+(?=\.)/)?.[0] ?? "").values()];
+/**
+ * The part's weights in groups of whole blocks: recipes join what stands side by side in one. Of each block first those that are
+ * `joined`: when they have been, there is room for what the next ones become.
+ */
+function piecesOf(
+  { names, bytesOf }: Unloaded,
+  joined: readonly (readonly string[])[],
+  pieceBytes: number,
+): string[][] {
+  const ends = joined.flat().map((layer) => `.${layer}.weight`);
+  const rank = (name: string) => Number(!ends.some((end) => name.endsWith(end)));
+  const blocks = [...Map.groupBy(names, (name) => name.match(/^.*?\.\d+(?=\.)/)?.[0] ?? "").values()]
+    .map((block) => block.toSorted((a, b) => rank(a) - rank(b)));
   const pieces: string[][] = [];
   let room = 0;
   for (const block of blocks) {

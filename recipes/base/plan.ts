@@ -79,6 +79,8 @@ export interface Recipe {
    * applied to a part of them as soon as that is loaded, and to all of them again.
    */
   readonly preparesWeights?: true;
+  /** Ends of the names of layers that it joins, for each part of the model: they are loaded side by side (base/pieces.ts). */
+  readonly joins?: Readonly<Record<Component, readonly (readonly string[])[]>>;
   /** Parts of the model that it takes from a deposit on the host, which loading in pieces makes (base/pieces.ts). */
   readonly deposits?: readonly Component[];
   /** Throws {@link UsageError} for models that it is not for: so that this shows before such a one is loaded. */
