@@ -200,6 +200,37 @@ testFakeDevice(
   },
 );
 
+testFakeDevice(
+  "cuda: work among recordings takes the memory that recordings have, and no other",
+  { memory: 512 * MIB },
+  (device, fake) => {
+    const twoBlocks = () =>
+      device.scope(() => [60, 40].map((mebibytes) => device.alloc(mebibytes * MIB).pointer));
+    const eager = device.amongRecordings(twoBlocks);
+    assert.equal(fake.used, 128 * MIB);
+    let recorded: bigint[] = [];
+    using graph = device.record(() => {
+      recorded = twoBlocks();
+    });
+    assert.deepEqual(recorded, eager);
+    assert.equal(fake.used, 128 * MIB);
+    assert.equal(device.memoryUse().peak, 128 * MIB);
+    // What it returns lives on, in the caller's scope.
+    device.scope(() => {
+      const kept = device.amongRecordings(() => device.scope(() => Tensor.empty(device, [MIB], "u8")));
+      assert.equal(kept.pointer, eager[0]);
+      assert.notEqual(Tensor.empty(device, [MIB], "u8").pointer, kept.pointer);
+    });
+    assert.throws(() => device.amongRecordings(() => assert.fail("work")), /work/);
+    assert.ok(!eager.includes(device.alloc(MIB).pointer));
+    assert.throws(
+      () => device.record(() => device.amongRecordings(twoBlocks)),
+      /cannot be part of a recording/,
+    );
+    graph.replay();
+  },
+);
+
 // -- copies --
 
 testFakeDevice(

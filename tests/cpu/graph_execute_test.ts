@@ -66,3 +66,35 @@ testOn(withMemory(400), "graphExecute: older recordings make room for a new one"
   await double(80, 3);
   assert.equal(runs(), before, "the new one is replayed");
 });
+
+testOn(
+  withMemory(400),
+  "graphExecute: the first run is among recordings, and its result is not",
+  async (device) => {
+    const { amongRecordings } = device;
+    const there: unknown[] = [];
+    device.amongRecordings = (body) => {
+      const made = amongRecordings.call(device, body) as ReturnType<typeof body>;
+      there.push((made as Tensor).memory);
+      return made;
+    };
+    const { execute } = graphExecute(device);
+    const weights = weightsFrom(new Map());
+    const plan = eagerPlan(device, {
+      text_encoder: weights,
+      text_encoder_2: weights,
+      transformer: weights,
+      vae: weights,
+    });
+    const x = Tensor.fromFloat32(device, [1, 2], [2]);
+    for (const run of ["first", "second"]) {
+      const sum = execute(plan, "sum", [x], ([given]) => add(given, given));
+      assert.deepEqual([...await valuesOf(sum)], [2, 4], run);
+      assert.equal(there.length, 1);
+      assert.ok(!there.includes(sum.memory), run);
+      sum.dispose();
+    }
+    x.dispose();
+    assert.equal(device.memoryUse().current, 0);
+  },
+);
