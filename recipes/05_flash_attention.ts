@@ -4,7 +4,7 @@
  * Idea: attention's two products grow with the square of the tokens, and the matrix units multiply E4M3 at twice
  * bfloat16's rate. QK-norm keeps q and k near one, so they are cast as they are, without scales, as flux-fast does.
  * Changes: q, k and v of the transformer are rounded to E4M3 (3 bits of mantissa), and so are the weights of the softmax;
- * sums stay in float32. Text encoders and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
+ * logits stay in float32, and so do their sums with v but for our kernel's, which are f16 where that holds them. Text encoders and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
  * Providers, by `--attention`: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu); on AMD's GPUs it is our
  * portable one (kernels/portable_attention.cu), which has bfloat16 only. "fa3" is FlashAttention-3 as it is installed for
  * PyTorch (`pip install fa3-fwd`), for Hopper GPUs. "aiter" is AMD's AITER (`pip install amd-aiter`), for theirs. "cudnn"
@@ -13,7 +13,7 @@
  * With `--disable_fa3` attention is in bfloat16, which is exact: by the provider that `--attention` names, else by what is
  * there without this recipe.
  * Measured on an H100: a step 117.3 to 110.9 ms; the kernel alone 832 TFLOP/s at 4352 tokens, in bfloat16 627, cuDNN 594.
- * The kernel is younger: on an H200 it has 893 TFLOP/s, in bfloat16 683, where the one before had 820 and 607.
+ * The kernel is younger: on an H200 it has 920 TFLOP/s, in bfloat16 680, where the one before had 820 and 607.
  *
  *     deno run -A recipes/05_flash_attention.ts --device cuda --ckpt FLUX.1-schnell --random-weights --verbose
  */
