@@ -17,7 +17,7 @@
 // is only lowered where a thread's sum of P passes LIMIT, so that logits are neither compared nor sums rescaled at each tile.
 // It is lowered by whole powers of 2, so that what was rounded to itself still is.
 // Sums of P v are f32 in bfloat16, and f16 in float8, which takes 3 to 4 % less energy and time (fused_linear.cu says more). With v in
-// its tiles divided by 8, P's sums below 512 a tile, and 34 tiles, they stay below 65504 unless a mean of v is above 30.
+// its tiles divided by 8 and P's sums below 512 a tile, those of 34 tiles stay below 65504 unless a mean of v is above 30.
 // Should that be, or logits leap by so much that a float overflows, the block begins again, carefully: with a new shift for each tile,
 // and in float8 with f32 for what tiles add up to.
 // A block a multiprocessor: the last tiles would leave most of them idle. So the tiles from `whole` on are split among
@@ -52,20 +52,6 @@ __device__ __forceinline__ void bringTile(unsigned to, const unsigned char* from
 }
 
 // -- products ----------------------------------------------------------------------------------------------------------
-
-// The sums of an instruction, as its text names them and as its operands: registers of kind c, "f" or "r".
-#define NAMES_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_64 \
-  NAMES_32 ", " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define EIGHT(c, i)                                                                                                 \
-  "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3]), "+" c(d[i + 4]), "+" c(d[i + 5]), "+" c(d[i + 6]),   \
-      "+" c(d[i + 7])
-#define SUMS_32(c) EIGHT(c, 0), EIGHT(c, 8), EIGHT(c, 16), EIGHT(c, 24)
-#define SUMS_64(c) SUMS_32(c), EIGHT(c, 32), EIGHT(c, 40), EIGHT(c, 48), EIGHT(c, 56)
 
 // d = a b^T (+ d) for logits: 64 x 32 bytes of a, and 128 x 32 of b, from shared memory.
 #define LOGITS(kind, tail)                                                                                          \
@@ -293,7 +279,7 @@ flashAttention(O* out, const float* outScales, float* partial, float* moments, c
       }
       commitProducts();
     };
-    // Waits for products, of which a tile of k or v is free then.
+    // What products have read of shared memory is free when they are done.
     auto finishLogits = [&](int tile) {
       hold(s);
       if (elected) arrive(kEmpty + 8 * ((base + tile) % STAGES));

@@ -61,30 +61,6 @@ struct Joint {
 
 // -- products ----------------------------------------------------------------------------------------------------------
 
-// Sums as the instruction's text names them.
-#define NAMES_52 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
-  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51"
-#define NAMES_64 \
-  NAMES_52 ", " \
-  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES_104 \
-  NAMES_64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, " \
-  "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, " \
-  "%103"
-#define NAMES_128 \
-  NAMES_104 ", " \
-  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, " \
-  "%120, %121, %122, %123, %124, %125, %126, %127"
-// The same as operands: registers of kind c, "f" or "r".
-#define FOUR(c, i) "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3])
-#define EIGHT(c, i) FOUR(c, i), FOUR(c, i + 4)
-#define SUMS_52(c) EIGHT(c, 0), EIGHT(c, 8), EIGHT(c, 16), EIGHT(c, 24), EIGHT(c, 32), EIGHT(c, 40), FOUR(c, 48)
-#define SUMS_64(c) SUMS_52(c), FOUR(c, 52), EIGHT(c, 56)
-#define SUMS_104(c) SUMS_64(c), EIGHT(c, 64), EIGHT(c, 72), EIGHT(c, 80), EIGHT(c, 88), EIGHT(c, 96)
-#define SUMS_128(c) SUMS_104(c), EIGHT(c, 104), EIGHT(c, 112), EIGHT(c, 120)
 // d = a b^T (+ d): 64 x 32 bytes of a and TILE_N x 32 of b. Behind the sums are the operands %A, %B and %ADD.
 #define PRODUCT(n, kind, c, count, A, B, ADD, tail)                                                                 \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %" ADD ", 0; wgmma.mma_async.sync.aligned.m64n" n kind " {"            \
