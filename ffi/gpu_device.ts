@@ -3,6 +3,7 @@ import { setImmediate } from "node:timers";
 import type { DiskCache } from "./cache.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "./device.ts";
 import { checkDownload } from "./download.ts";
+import { During } from "./during.ts";
 import { briefly, FfiError } from "./errors.ts";
 import {
   type AttentionPlan,
@@ -30,7 +31,6 @@ import { GpuHeap, type GpuMemory, type MemoryPlan } from "./gpu_memory.ts";
 import type { GpuRuntime } from "./gpu_runtime.ts";
 import { Staging } from "./gpu_staging.ts";
 import { streamToDevice } from "./gpu_streamer.ts";
-import { Measuring } from "./measuring.ts";
 import { ArgumentBuffer } from "./struct.ts";
 import type { Tensor } from "./tensor.ts";
 
@@ -105,7 +105,7 @@ export abstract class RuntimeDevice<Runtime extends GpuRuntime> implements GpuDe
   readonly #heap: GpuHeap;
   #closed = false;
   #recording = false;
-  readonly #measuring = new Measuring();
+  readonly #measuring = new During();
   #measured = 0;
   /** The recorded graphs that are in use. */
   readonly #graphs = new Set<RuntimeGraph>();

@@ -1,4 +1,5 @@
 import type { Device, Memory, MemoryPurpose, MemoryUse } from "./device.ts";
+import { During } from "./during.ts";
 import { FfiError, OutOfMemoryError } from "./errors.ts";
 import { DepositSegment } from "./gpu_deposit.ts";
 import type { Deposit } from "./gpu.ts";
@@ -65,7 +66,7 @@ export class GpuHeap {
   /** The libraries' scratch, and smaller ones before it that graphs still use. They lie among the weights. */
   readonly #workspaces: GpuMemory[] = [];
   #workspaceBytes = 0;
-  #amongRecordings = false;
+  readonly #amongRecordings = new During();
   #peak = 0;
 
   constructor(owner: MemoryOwner) {
@@ -97,7 +98,9 @@ export class GpuHeap {
       this.#collected.register(memory, memory.offset, memory);
       return memory;
     }
-    const segment = this.#owner.isRecording() || this.#amongRecordings ? this.#recorded : this.#activations;
+    const segment = this.#owner.isRecording() || this.#amongRecordings.on
+      ? this.#recorded
+      : this.#activations;
     const memory = this.#take(segment, byteLength, "activations");
     this.#scopes.add(memory);
     return memory;
@@ -119,13 +122,7 @@ export class GpuHeap {
 
   /** See {@link GpuDevice.amongRecordings}. */
   amongRecordings<T>(body: () => T): T {
-    const before = this.#amongRecordings;
-    this.#amongRecordings = true;
-    try {
-      return body();
-    } finally {
-      this.#amongRecordings = before;
-    }
+    return this.#amongRecordings.run(body);
   }
 
   /** See {@link GpuDevice.deposit}. @param stream that copies. @param check called before each of its steps, with a word for it. */

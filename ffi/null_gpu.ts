@@ -2,6 +2,7 @@
 import { cudnnTakesAttention } from "./cuda/cudnn.ts";
 import { flashAttention3TakesPlan } from "./cuda/flash_attn3.ts";
 import type { ConvPlan, DeviceProperties, MatmulPlan, Memory, MemoryPurpose, MemoryUse } from "./device.ts";
+import { During } from "./during.ts";
 import { FfiError } from "./errors.ts";
 import {
   type AttentionPlan,
@@ -18,13 +19,10 @@ import {
   type Launch,
   TensorMap,
 } from "./gpu.ts";
+import { ALIGNMENT } from "./gpu_segment.ts";
 import { aiterTakesPlan } from "./hip/aiter.ts";
-import { Measuring } from "./measuring.ts";
 import { MemoryScopes } from "./scope.ts";
 import type { Tensor } from "./tensor.ts";
-
-/** What GPUs align memory to. */
-const ALIGNMENT = 256;
 
 /** A kernel that was asked for. */
 export interface NullKernel extends GpuKernel {
@@ -44,7 +42,7 @@ export class NullGpu implements GpuDevice {
   readonly sources = new Map<string, KernelSource>();
   readonly #scopes = new MemoryScopes(() => {});
   readonly #measured = new Set<string>();
-  readonly #measuring = new Measuring();
+  readonly #measuring = new During();
   #free = BigInt(2 ** 40);
 
   /** @param real what it is to be taken for: answers that kernels depend on are that GPU's. */

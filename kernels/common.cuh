@@ -327,7 +327,7 @@ __device__ __forceinline__ void modulateRow(Vec<T, N> (&held)[VECTORS], const Ro
 // value = x * (1 / scale), rounded to E4M3, with scale = largest |x| / what the largest is to become: FLOAT8_LARGEST where a tensor
 // has one scale, FLOAT8_ROW_LARGEST where each row has its own.
 //
-// The latter is 2^4 less than E4M3's largest, for sums in f16, which end at 65504 (fused_linear.cu): a row of weights is scaled so
+// The latter is E4M3's largest divided by 2^4, for sums in f16, which end at 65504 (fused_linear.cu): a row of weights is scaled so
 // that its absolute values sum to at most FLOAT8_ROW_SUM (quantize_weight_rows.cu). So no sum of products is above 28 * FLOAT8_ROW_SUM =
 // 49152, and a quarter of that remains for what rounding adds. Normal numbers still reach down to 2^-11 of the largest.
 constexpr float FLOAT8_ROW_LARGEST = 28.0f, FLOAT8_ROW_SUM = 49152.0f / 28.0f;

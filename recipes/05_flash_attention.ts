@@ -4,7 +4,8 @@
  * Idea: attention's two products grow with the square of the tokens, and the matrix units multiply E4M3 at twice
  * bfloat16's rate. QK-norm keeps q and k near one, so they are cast as they are, without scales, as flux-fast does.
  * Changes: q, k and v of the transformer are rounded to E4M3 (3 bits of mantissa), and so are the weights of the softmax;
- * logits stay in float32, and so do their sums with v but for our kernel's, which are f16 where that holds them. Text encoders and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
+ * logits stay in float32, and so do their sums with v but for our kernel's, which are f16 where that holds them. Text encoders
+ * and the autoencoder, whose heads are not of 128, stay as they are. Exact: no.
  * Providers, by `--attention`: "own" is our kernel for Hopper GPUs (kernels/flash_attention.cu); on AMD's GPUs it is our
  * portable one (kernels/portable_attention.cu), which has bfloat16 only. "fa3" is FlashAttention-3 as it is installed for
  * PyTorch (`pip install fa3-fwd`), for Hopper GPUs. "aiter" is AMD's AITER (`pip install amd-aiter`), for theirs. "cudnn"

@@ -48,7 +48,7 @@ export function graphExecute(device: GpuDevice): Required<Pick<Plan, "execute" |
     }
     const result = device.scope(() =>
       mapTensors(
-        device.amongRecordings(() => device.scope(() => body(inputs))),
+        device.amongRecordings(() => body(inputs)),
         (made) => copyOf(device, made),
       )
     ) as ReturnType<typeof body>;

@@ -1,5 +1,5 @@
-/** Book-keeping behind {@link GpuDevice.measuring}, for all devices that measure. */
-export class Measuring {
+/** Something that is so while a body runs: book-keeping behind {@link GpuDevice.measuring} and the like. */
+export class During {
   #on = false;
 
   /** Whether a body of {@link run} is running. */
