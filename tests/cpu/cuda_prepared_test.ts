@@ -4,11 +4,10 @@ import type { CudaDevice } from "../../ffi/cuda/device.ts";
 import { openCuda } from "../../ffi/cuda/open.ts";
 import { LibraryNotFoundError } from "../../ffi/library.ts";
 import { Tensor } from "../../ffi/tensor.ts";
-import { type FakeCuda, testFakeCuda } from "../support/fake_cuda.ts";
+import { type FakeCuda, SOURCE, testFakeCuda } from "../support/fake_cuda.ts";
 import { inFolder } from "../support/folders.ts";
 
 const MIB = 2 ** 20;
-const SOURCE = { name: "fake.cu", text: "kernels" };
 
 /** Opens the fake GPU where NVRTC cannot be opened, as a broken file is in the way. */
 async function withoutCompiler(

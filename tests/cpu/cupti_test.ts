@@ -13,7 +13,7 @@ import { takeInventory } from "../../ffi/inventory.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { compareWithHeaders, includeFolders, missingHeaders } from "../support/cuda_headers.ts";
 import { inFolder } from "../support/folders.ts";
-import { type FakeOptions, testFakeCuda, testFakeDevice } from "../support/fake_cuda.ts";
+import { type FakeOptions, SOURCE, testFakeCuda, testFakeDevice } from "../support/fake_cuda.ts";
 
 // -- records --
 
@@ -234,8 +234,6 @@ Deno.test({
 });
 
 // -- the binding, over a stand-in --
-
-const SOURCE = { name: "fake.cu", text: "kernels" };
 
 /** Issues a launch of a kernel that does nothing. */
 function launch(device: CudaDevice, name: string, grid: number): void {

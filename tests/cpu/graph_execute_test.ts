@@ -4,7 +4,7 @@ import type { GpuDevice } from "../../ffi/gpu.ts";
 import { Tensor } from "../../ffi/tensor.ts";
 import { add } from "../../kernels/add.ts";
 import { graphExecute } from "../../recipes/base/graph_execute.ts";
-import { eagerPlan } from "../../recipes/base/plan.ts";
+import { eagerPlan, type Plan } from "../../recipes/base/plan.ts";
 import { weightsFrom } from "../../recipes/base/weights.ts";
 import { missingCompiler } from "../support/emulated_compiler.ts";
 import { openEmulatedGpu } from "../support/emulated_gpu.ts";
@@ -14,12 +14,17 @@ import { ownDevice, testOn } from "../support/test_device.ts";
 /** Bytes that the guards around an allocation do not count as. */
 const KIB = 1024;
 
+/** A plan of a model without weights. */
+function emptyPlan(device: GpuDevice): Plan {
+  const weights = weightsFrom(new Map());
+  const all = { text_encoder: weights, text_encoder_2: weights, transformer: weights, vae: weights };
+  return eagerPlan(device, all);
+}
+
 /** Doubles as many kilobytes of numbers as a part of its own; counts how often the body ran. */
 function doubling(device: GpuDevice) {
   const { execute } = graphExecute(device);
-  const weights = weightsFrom(new Map());
-  const all = { text_encoder: weights, text_encoder_2: weights, transformer: weights, vae: weights };
-  const plan = eagerPlan(device, all);
+  const plan = emptyPlan(device);
   let runs = 0;
   const double = async (kilobytes: number, value: number): Promise<void> => {
     const count = 256 * kilobytes;
@@ -79,13 +84,7 @@ testOn(
       return made;
     };
     const { execute } = graphExecute(device);
-    const weights = weightsFrom(new Map());
-    const plan = eagerPlan(device, {
-      text_encoder: weights,
-      text_encoder_2: weights,
-      transformer: weights,
-      vae: weights,
-    });
+    const plan = emptyPlan(device);
     const x = Tensor.fromFloat32(device, [1, 2], [2]);
     for (const run of ["first", "second"]) {
       const sum = execute(plan, "sum", [x], ([given]) => add(given, given));

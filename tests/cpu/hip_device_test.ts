@@ -1,6 +1,6 @@
 /**
  * The HIP device without an AMD GPU: its calls go through the shim to CUDA's, and those to stand-ins on the CPU which run
- * kernels, products and convolutions. What both vendors' devices share is tested in cuda_device_test.ts.
+ * kernels, products and convolutions. What both vendors' devices share is tested in cuda_device_test.ts and cuda_memory_test.ts.
  */
 import assert from "node:assert/strict";
 import { Float } from "../../ffi/gpu.ts";

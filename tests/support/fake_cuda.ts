@@ -2,6 +2,7 @@
 import { fileURLToPath } from "node:url";
 import type { CudaDevice } from "../../ffi/cuda/device.ts";
 import { openCuda } from "../../ffi/cuda/open.ts";
+import type { Tensor } from "../../ffi/tensor.ts";
 
 const SOURCES = ["fake_cuda.c", "fake_cupti.c"].map((name) => fileURLToPath(new URL(name, import.meta.url)));
 const LIBRARY_PATH = "FLUX_LIB_PATH";
@@ -34,6 +35,14 @@ const SYMBOLS = {
   // int fake_cupti_enabled(void)
   fake_cupti_enabled: { parameters: [], result: "i32" },
 } as const satisfies Deno.ForeignLibraryInterface;
+
+/** The fake driver knows kernels by their names. */
+export const SOURCE = { name: "fake.cu", text: "kernels" };
+
+/** A kernel that writes `value` into all of an i32 tensor. */
+export function fill(device: CudaDevice, out: Tensor, value: number): void {
+  device.launch(device.kernel(SOURCE, "fill"), { grid: 1, block: 32 }, [out, value, out.size]);
+}
 
 /** What a test sees of the fake driver, and can make it do. */
 export interface FakeCuda {

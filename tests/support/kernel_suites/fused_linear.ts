@@ -2,7 +2,6 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { ShapeError } from "../../../ffi/errors.ts";
-import { float8ToFloat32 } from "../../../ffi/float8.ts";
 import type { GpuDevice } from "../../../ffi/gpu.ts";
 import { Tensor } from "../../../ffi/tensor.ts";
 import {
@@ -142,10 +141,10 @@ export function fusedLinearSuite(): void {
           const x = sample(device, [2, k], "bf16", (i) => size * value(i % k));
           const w = sample(device, [16, k], "bf16", (i) => value(i % k));
           const [qx, qw] = [quantizeRows(x.tensor), quantizeWeightRows(w.tensor)];
-          const magnitudes = float8Values(await device.download(qw.values)).subarray(0, k);
+          const magnitudes = (await wideValues(qw.values)).subarray(0, k);
           const [sum, most] = [
             magnitudes.reduce((sum, value) => sum + Math.abs(value), 0),
-            float8Values(await device.download(qx.values)).reduce((most, value) => Math.max(most, value), 0),
+            (await wideValues(qx.values)).reduce((most, value) => Math.max(most, value), 0),
           ];
           assert.equal(most, FLOAT8_ROW_LARGEST);
           // Rounding may add a part of 16.
@@ -389,12 +388,6 @@ function turned(
   const part = (table: Float32Array) => table.subarray(start * TILE, (start + tokens) * TILE);
   ropeReference(out, normed, part(cos), part(sin), heads, TILE);
   return out;
-}
-
-function float8Values(codes: Uint8Array): Float32Array {
-  const values = new Float32Array(codes.length);
-  float8ToFloat32(codes, values, "f8e4m3");
-  return values;
 }
 
 /** A tensor of ones. */
