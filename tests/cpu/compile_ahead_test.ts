@@ -140,8 +140,9 @@ testFakeCuda("compileAside: a compiler that is closed meanwhile compiles to the 
   const nvrtc = new Nvrtc(13);
   const [source] = SOURCES;
   const code = nvrtc.compileAside(source, "sm_90a");
-  const failure = nvrtc.compileAside(BROKEN, "sm_90a");
+  // Awaited from the beginning: it may fail before the other one is done.
+  const failure = assert.rejects(nvrtc.compileAside(BROKEN, "sm_90a"), CompileError);
   nvrtc[Symbol.dispose]();
   assert.equal(new TextDecoder().decode(await code), source.text);
-  await assert.rejects(failure, CompileError);
+  await failure;
 });
